@@ -1,0 +1,49 @@
+"""Where everything lies in a store.
+
+    runs/<run>/spec.json                            what was asked and what it resolved to
+    runs/<run>/status.json                          the driver's last word on its progress
+    runs/<run>/blocks/<00007>/record.json           a finished block; written after its blob
+    runs/<run>/shards/<file>/record.json            a finished file of the checkpoint
+    runs/<run>/evaluations/<tokens>/<variant>.json  losses of one model variant
+    runs/<run>/results.json                         the table of the run
+    runs/<run>/checkpoint/...                       the packed checkpoint; manifest.json comes last
+    blobs/sha256/<aa>/<sha256>                      immutable bytes, named by their digest
+"""
+
+RUNS = "runs"
+
+
+def spec_key(run: str) -> str:
+    return f"{RUNS}/{run}/spec.json"
+
+
+def status_key(run: str) -> str:
+    return f"{RUNS}/{run}/status.json"
+
+
+def block_key(run: str, block: int) -> str:
+    return f"{RUNS}/{run}/blocks/{block:05d}/record.json"
+
+
+def shard_key(run: str, file: str) -> str:
+    return f"{RUNS}/{run}/shards/{file}/record.json"
+
+
+def evaluation_key(run: str, tokens_sha256: str, variant: str) -> str:
+    return f"{RUNS}/{run}/evaluations/{tokens_sha256[:16]}/{variant}.json"
+
+
+def results_key(run: str) -> str:
+    return f"{RUNS}/{run}/results.json"
+
+
+def checkpoint_key(run: str, file: str) -> str:
+    return f"{RUNS}/{run}/checkpoint/{file}"
+
+
+def manifest_key(run: str) -> str:
+    return checkpoint_key(run, "manifest.json")
+
+
+def blob_key(sha256: str) -> str:
+    return f"blobs/sha256/{sha256[:2]}/{sha256}"

@@ -1,0 +1,192 @@
+"""A Ray head of our own on this machine, for when no cluster is given.
+
+It runs detached (`ray start --head --block` in a session of its own), so it outlives the command
+that started it. Token authentication is on: Ray's ports listen on every interface, whatever the
+dashboard's host. `head.json` in the state folder says how to reach it; the token lies beside it,
+readable by its owner only.
+
+`ray stop` is never used: it stops every Ray of the machine. The head is stopped by the pid we
+recorded, after checking that this pid still is the process we started.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mbq.artifacts.errors import ClusterError
+
+_START_SECONDS = 90.0
+_STOP_SECONDS = 40.0
+_POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head we started.
+
+    Attributes:
+        address: of the Jobs API and the dashboard.
+        pid: of `ray start --block`; also the id of its process group.
+        started: the process's start time in clock ticks, to tell it from a later pid's.
+        session_folder: where this Ray keeps its sockets and logs.
+    """
+
+    address: str
+    pid: int
+    started: str
+    session_folder: str
+    token_file: str
+
+
+def find_head(state_folder: Path) -> Head | None:
+    """The head that is running, if any; forgets one that is not."""
+    path = state_folder / "head.json"
+    try:
+        head = Head(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    return head if _start_time(head.pid) == head.started else None
+
+
+def start_head(state_folder: Path, cpus: int | None = None) -> Head:
+    """Start a head, or return the running one. Takes about ten seconds.
+
+    Raises:
+        ClusterError: it did not come up; the message names its log.
+    """
+    state_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _locked(state_folder / "lock"):
+        return find_head(state_folder) or _start(state_folder, cpus)
+
+
+def stop_head(state_folder: Path, head: Head) -> None:
+    """Stop the head and everything that runs on it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(head.pid, signal.SIGTERM)
+    deadline = time.monotonic() + _STOP_SECONDS
+    while _start_time(head.pid) == head.started and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(head.pid, signal.SIGKILL)
+    (state_folder / "head.json").unlink(missing_ok=True)
+    shutil.rmtree(head.session_folder, ignore_errors=True)
+
+
+def client_environment(head: Head) -> dict[str, str]:
+    """What a process must have in its environment BEFORE it imports ray to talk to this head."""
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": head.token_file}
+
+
+def _start(state_folder: Path, cpus: int | None) -> Head:
+    token = state_folder / "token"
+    token.unlink(missing_ok=True)
+    with open(os.open(token, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+    # Unix socket paths end at 108 bytes, so the session lies directly under the temporary folder.
+    session_folder = tempfile.mkdtemp(prefix="mbq-")
+    port, agent_port = _free_ports(2)
+    command = [
+        str(Path(sys.executable).with_name("ray")),
+        *("start", "--head", "--block", "--port=0", "--disable-usage-stats"),
+        *("--dashboard-host=127.0.0.1", f"--dashboard-port={port}"),
+        f"--dashboard-agent-listen-port={agent_port}",
+        *("--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={session_folder}"),
+        *([f"--num-cpus={cpus}"] if cpus else []),
+    ]
+    log = state_folder / "head.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            env=_environment(token),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    address = f"http://127.0.0.1:{port}"
+    head = Head(address, process.pid, _start_time(process.pid), session_folder, str(token))
+    _await_jobs_api(head, process, log)
+    partial = state_folder / "head.json.partial"
+    partial.write_text(json.dumps(asdict(head)), encoding="utf-8")
+    partial.replace(state_folder / "head.json")
+    return head
+
+
+def _environment(token: Path) -> dict[str, str]:
+    inherited: Mapping[str, str] = os.environ
+    environment = {name: value for name, value in inherited.items() if name != "RAY_ADDRESS"}
+    return environment | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # A stopped driver gets this long to write its last status.
+        "RAY_JOB_STOP_WAIT_TIME_S": "20",
+    }
+
+
+def _await_jobs_api(head: Head, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    """Wait until jobs can be submitted: the dashboard answers before its agent does."""
+    token = Path(head.token_file).read_text(encoding="utf-8")
+    request = urllib.request.Request(
+        f"{head.address}/api/jobs/", headers={"Authorization": f"Bearer {token}"}
+    )
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(request, timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(_POLL_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    raise ClusterError(
+        f"the local Ray did not start: {lines[-1] if lines else 'it printed nothing'}; see {log}"
+    )
+
+
+def _start_time(pid: int) -> str:
+    """Start time of a process in clock ticks since boot; empty when it is gone or a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] == "Z" else fields[19]
+
+
+def _free_ports(count: int) -> list[int]:
+    """Free ports outside 10002-19999, which Ray keeps for its workers."""
+    sockets: list[socket.socket] = []
+    ports: list[int] = []
+    while len(ports) < count:
+        candidate = socket.socket()
+        sockets.append(candidate)
+        candidate.bind(("127.0.0.1", 0))
+        port = candidate.getsockname()[1]
+        if not 10002 <= port <= 19999:
+            ports.append(port)
+    for used in sockets:
+        used.close()
+    return ports
+
+
+@contextlib.contextmanager
+def _locked(path: Path):  # type: ignore[no-untyped-def]
+    import fcntl
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

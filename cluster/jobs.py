@@ -1,0 +1,117 @@
+"""Drivers as Ray jobs: submit, look up, stop, read logs. One way to run, local or remote.
+
+A job's id is `mbq-<run>-a<attempt>`: the run is found from the job and the job from the run, with
+no database. Metadata carries what a listing shows. Nothing secret may go into a job: its
+environment and entrypoint can be read back by everyone who may use the cluster.
+"""
+
+import logging
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from mbq.artifacts.errors import ClusterError, NotFoundError
+
+_JOB = re.compile(r"mbq-([0-9a-f]{12})-a(\d+)")
+
+
+@dataclass(frozen=True)
+class JobInfo:
+    """What the cluster says of one attempt; `state` is Ray's word for it."""
+
+    run: str
+    attempt: int
+    state: str
+    message: str
+    metadata: Mapping[str, str]
+    store: str
+
+    @property
+    def alive(self) -> bool:
+        return self.state in ("PENDING", "RUNNING")
+
+
+class Jobs:
+    """The Jobs API of one cluster."""
+
+    def __init__(self, address: str, environment: Mapping[str, str] | None = None) -> None:
+        """Connect.
+
+        Args:
+            environment: set before ray is imported; ray reads its authentication there.
+
+        Raises:
+            ClusterError: nothing answers at the address, or it refuses us.
+        """
+        os.environ.update(environment or {})
+        from ray.job_submission import JobSubmissionClient
+
+        # The log follower announces the normal end of every stream.
+        logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
+        self.address = address
+        try:
+            self._client = JobSubmissionClient(address)
+        except Exception as error:  # ray raises RuntimeError, ConnectionError and its own kinds
+            raise ClusterError(
+                f"cluster: cannot reach {address} ({_reason(error)}); check --address, or leave it "
+                "out to use a local Ray"
+            ) from error
+
+    def submit(
+        self,
+        run: str,
+        attempt: int,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        metadata: Mapping[str, str],
+    ) -> None:
+        """Start an attempt of a run. The command runs on the head node, in a shell."""
+        try:
+            self._client.submit_job(
+                submission_id=f"mbq-{run}-a{attempt}",
+                entrypoint=shlex.join(command),
+                runtime_env={"env_vars": dict(environment)},
+                metadata={"run": run, **metadata},
+            )
+        except Exception as error:
+            raise ClusterError(f"cluster: {self.address} refused the job: {_reason(error)}") from error
+
+    def list(self) -> list[JobInfo]:
+        """Every attempt of every run the cluster knows, oldest first."""
+        infos = [info for job in self._client.list_jobs() if (info := _info(job)) is not None]
+        return sorted(infos, key=lambda info: (info.run, info.attempt))
+
+    def latest(self, run: str) -> JobInfo | None:
+        attempts = [info for info in self.list() if info.run == run]
+        return attempts[-1] if attempts else None
+
+    def stop(self, info: JobInfo) -> None:
+        self._client.stop_job(f"mbq-{info.run}-a{info.attempt}")
+
+    def logs(self, info: JobInfo) -> str:
+        try:
+            return cast(str, self._client.get_job_logs(f"mbq-{info.run}-a{info.attempt}"))
+        except Exception as error:
+            raise NotFoundError(f"the cluster has no logs of run {info.run}: {_reason(error)}") from error
+
+
+def _info(job: Any) -> JobInfo | None:
+    match = _JOB.fullmatch(job.submission_id or "")
+    if match is None:
+        return None
+    metadata = dict(job.metadata or {})
+    return JobInfo(
+        run=match[1],
+        attempt=int(match[2]),
+        state=str(job.status.value),
+        message=str(job.message or ""),
+        metadata=metadata,
+        store=metadata.get("store", ""),
+    )
+
+
+def _reason(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,173 @@
+"""The runner of a real cluster: every call is one Ray task.
+
+Ray's own retries are off: a retry is the caller's decision, visible and counted. A task returns two
+objects, its value and a small mark, so that the caller learns that a value of gigabytes exists
+without fetching it. Progress goes through one small actor; losing it loses nothing but progress.
+
+GPU tasks get a fresh process each (Ray's default), which is the only sure way to get all of a GPU's
+memory back.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import exceptions
+from ray.util.metrics import Gauge
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from mbq.artifacts.errors import ClusterError
+from mbq.cluster.runner import Call, Handle, InputLost, TaskCrashed, TaskResources
+
+_LOST = (
+    exceptions.ObjectLostError,
+    exceptions.OwnerDiedError,
+    exceptions.ObjectReconstructionFailedError,
+    exceptions.ReferenceCountingAssertionError,
+)
+_CRASHED = (
+    exceptions.WorkerCrashedError,
+    exceptions.NodeDiedError,
+    exceptions.OutOfMemoryError,
+    exceptions.LocalRayletDiedError,
+    exceptions.TaskUnschedulableError,
+    exceptions.RuntimeEnvSetupError,
+)
+_NODE_TIMEOUT_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class RayHandle:
+    name: str
+    value: Any
+    mark: Any
+
+
+class _ProgressBoard:
+    """Finished fractions by call name."""
+
+    def __init__(self) -> None:
+        self._fractions: dict[str, float] = {}
+
+    def report(self, name: str, fraction: float) -> None:
+        self._fractions[name] = fraction
+
+    def read(self) -> dict[str, float]:
+        return self._fractions
+
+
+def _run(call: Call, board: Any, *arguments: Any) -> tuple[Any, None]:
+    """Body of every task. Arguments are passed beside the call so that Ray resolves handles."""
+
+    def report(fraction: float) -> None:
+        board.report.remote(call.name, fraction)
+
+    return call.function(*arguments, report), None
+
+
+class RayRunner:
+    """Connects to the cluster that the process belongs to (a Ray job finds it by itself)."""
+
+    def __init__(self) -> None:
+        ray.init(ignore_reinit_error=True)
+        self._board = ray.remote(num_cpus=0)(_ProgressBoard).remote()
+        self._task = ray.remote(max_retries=0, num_returns=2)(_run)
+        self._gauges: dict[str, Gauge] = {}
+        self._read: Any = None
+        self._progress: dict[str, float] = {}
+
+    def slots(self, resources: TaskResources) -> int:
+        slots = 0
+        for node in ray.nodes():
+            if not node["Alive"]:
+                continue
+            offered = node["Resources"]
+            fits = [int(offered.get("CPU", 0) // resources.cpus)] if resources.cpus else []
+            if resources.gpus:
+                fits.append(int(offered.get("GPU", 0) // resources.gpus))
+            if resources.memory_bytes:
+                fits.append(int(offered.get("memory", 0) // resources.memory_bytes))
+            slots += min(fits, default=0)
+        return slots
+
+    def submit(self, call: Call, resources: TaskResources) -> RayHandle:
+        options = {
+            "name": call.name,
+            "num_cpus": resources.cpus,
+            "num_gpus": resources.gpus,
+            "memory": resources.memory_bytes,
+        }
+        return self._submit(call, options)
+
+    def on_every_node(self, call: Call) -> list[Any]:
+        handles = []
+        for node in ray.nodes():
+            if node["Alive"]:
+                where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                options = {"name": call.name, "num_cpus": 0, "scheduling_strategy": where}
+                handles.append(self._submit(call, options))
+        try:
+            return list(ray.get([h.value for h in handles], timeout=_NODE_TIMEOUT_SECONDS))
+        except exceptions.GetTimeoutError as error:
+            raise ClusterError(
+                f"{call.name}: a node did not answer within {_NODE_TIMEOUT_SECONDS:.0f} s; check "
+                "the nodes in the Ray dashboard"
+            ) from error
+        except exceptions.RayTaskError as error:
+            raise ClusterError(f"{call.name} failed on a node: {error.cause}") from error
+
+    def wait(self, handles: Sequence[Handle], timeout_seconds: float) -> list[Handle]:
+        marks = {handle.mark: handle for handle in handles if isinstance(handle, RayHandle)}
+        finished, _ = ray.wait(
+            list(marks), num_returns=1, timeout=timeout_seconds, fetch_local=False
+        )
+        return [marks[mark] for mark in finished]
+
+    def result(self, handle: Handle) -> Any:
+        assert isinstance(handle, RayHandle)
+        return _get(handle.value)
+
+    def outcome(self, handle: Handle) -> None:
+        assert isinstance(handle, RayHandle)
+        _get(handle.mark)
+
+    def progress(self) -> Mapping[str, float]:
+        """What the board said last; never waits for it."""
+        if self._read is not None and ray.wait([self._read], timeout=0)[0]:
+            self._progress = _get(self._read)
+            self._read = None
+        if self._read is None:
+            self._read = self._board.read.remote()
+        return self._progress
+
+    def publish(self, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
+        for name, value in metrics.items():
+            if name not in self._gauges:
+                self._gauges[name] = Gauge(name, tag_keys=tuple(tags))
+            self._gauges[name].set(value, dict(tags))
+
+    def _submit(self, call: Call, options: dict[str, Any]) -> RayHandle:
+        arguments = [a.value if isinstance(a, RayHandle) else a for a in call.arguments]
+        bare = Call(call.name, call.function, ())
+        value, mark = self._task.options(**options).remote(bare, self._board, *arguments)
+        return RayHandle(call.name, value, mark)
+
+
+def _get(reference: Any) -> Any:
+    """Fetch a result, and say in our own words what went wrong."""
+    try:
+        return ray.get(reference)
+    except exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, _LOST):
+            raise InputLost(str(cause)) from error
+        raise cause from error
+    except _LOST as error:
+        raise InputLost(_first_line(error)) from error
+    except _CRASHED as error:
+        raise TaskCrashed(_first_line(error)) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,85 @@
+"""The slice ladder: one 8-bit code per weight, cut into four nested 2-bit slices.
+
+A group of `group_size` neighbouring inputs of one output channel shares a scale `s` (the width of
+a 2-bit bin) and a zero `z` (where 0.0 lies, in bins). A weight w becomes the floor code
+
+    code = clamp(floor(64 * (w / s + z)), 0, 255)
+
+and k slices, that is the top 2k bits of the code, reconstruct the middle of the bin they name:
+
+    w_k = s * ((floor(code / 4^(4-k)) + 1/2) / 4^(k-1) - z)
+
+Dropping slices is therefore requantizing: nothing is rounded twice and nothing is stored per
+slice but a gain and a bias per output channel. The recursive definition (MoBiQuant,
+arXiv 2602.20191, section 4.1, with its floor-aligned mapping from appendix B) is in
+`reference.py`; both give the same codes.
+
+Scale and zero are rounded to float16 BEFORE the codes are computed and travel as one int32 per
+group, because frameworks cast float buffers to the model's dtype and a bfloat16 zero is off by
+half an 8-bit step.
+
+Legend: N out_features, K in_features, G groups (K / group_size).
+"""
+
+import torch
+from torch import Tensor
+
+SLICE_BITS = 2
+MAX_SLICES = 4
+CODE_BITS = SLICE_BITS * MAX_SLICES
+
+# float16's smallest normal number: a scale below it would lose its mantissa.
+_SMALLEST_SCALE = 2.0**-14
+
+
+def group_bounds(weight_NK: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Smallest and largest weight of each group, widened to hold 0.0.
+
+    Returns two float32 tensors [N, G]. Holding 0.0 keeps the zero inside [0, 4], where float16
+    resolves a sixteenth of an 8-bit step.
+    """
+    weight_NGg = weight_NK.float().unflatten(1, (-1, group_size))
+    return weight_NGg.amin(2).clamp(max=0.0), weight_NGg.amax(2).clamp(min=0.0)
+
+
+def scale_and_zero(low_NG: Tensor, high_NG: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero of groups that span [low, high]: float32 tensors whose values are float16's.
+
+    Differentiable: the float16 rounding passes gradients straight through.
+    """
+    scale_NG = _round_to_half(((high_NG - low_NG) / 4).clamp(min=_SMALLEST_SCALE))
+    zero_NG = _round_to_half(-low_NG / scale_NG)
+    return scale_NG, zero_NG
+
+
+def quantize(weight_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor) -> Tensor:
+    """Floor codes of a weight: uint8 [N, K]."""
+    weight_NGg = weight_NK.float().unflatten(1, (scale_NG.shape[1], -1))
+    position_NGg = weight_NGg / scale_NG[..., None] + zero_NG[..., None]
+    code_NGg = (position_NGg * 64).floor().clamp(0, 255)
+    return code_NGg.to(torch.uint8).flatten(1)
+
+
+def dequantize(code_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor, slices: int) -> Tensor:
+    """Weight that the first `slices` slices of the codes stand for: float32 [N, K].
+
+    The bits below those slices are ignored, so codes whose lower bits were never loaded are fine.
+    """
+    bin_NGg = (code_NK >> (CODE_BITS - SLICE_BITS * slices)).unflatten(1, (scale_NG.shape[1], -1))
+    position_NGg = (bin_NGg.float() + 0.5) * 4.0 ** (1 - slices)
+    return ((position_NGg - zero_NG[..., None]) * scale_NG[..., None]).flatten(1)
+
+
+def pack_pair(first: Tensor, second: Tensor) -> Tensor:
+    """Two equally shaped tensors as float16 in one int32: `first` in the low half."""
+    return torch.stack((first, second), dim=-1).half().view(torch.int32).squeeze(-1)
+
+
+def unpack_pair(pair: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse of `pack_pair`: two float32 tensors."""
+    first, second = pair.unsqueeze(-1).view(torch.float16).float().unbind(-1)
+    return first, second
+
+
+def _round_to_half(value: Tensor) -> Tensor:
+    return value + (value.half().float() - value).detach()

@@ -1,0 +1,361 @@
+"""The command line: parse, import what the command needs, call one function, print.
+
+Heavy imports are inside the commands, so that `--help` answers at once. Flags win over MBQ_*
+variables, which win over defaults. Exit codes: 0 done, 1 the run failed, 2 wrong input, 3 not found.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mbq.artifacts.errors import MbqError, RunError
+
+if TYPE_CHECKING:
+    from mbq.artifacts.manifest import RunDocument
+    from mbq.artifacts.store import Store
+    from mbq.cluster.jobs import Jobs
+
+
+class _Commands(click.Group):
+    """Turns our errors into one line and their exit code."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except MbqError as error:
+            click.echo(f"mbq-cluster: {error}", err=True)
+            context.exit(error.exit_code)
+
+
+Command = Callable[..., Any]
+
+
+def _store_option(command: Command) -> Command:
+    return click.option(
+        "--store",
+        envvar="MBQ_STORE",
+        show_envvar=True,
+        help="Folder or file:// URI that holds the runs [default: ~/.mbq-cluster/store].",
+    )(command)
+
+
+def _address_option(command: Command) -> Command:
+    return click.option(
+        "--address",
+        envvar="MBQ_ADDRESS",
+        show_envvar=True,
+        help="Ray dashboard of the cluster, as http://host:8265 [default: a local Ray].",
+    )(command)
+
+
+def _json_option(command: Command) -> Command:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+def _set_option(command: Command) -> Command:
+    return click.option(
+        "--set", "settings", multiple=True, metavar="a.b=c", help="Change a field of the spec."
+    )(command)
+
+
+@click.group(cls=_Commands)
+@click.version_option(package_name="mbq-cluster")
+def main() -> None:
+    """One checkpoint of a causal LM that runs at 2 to 8 bits per weight (MoBiQuant)."""
+
+
+@main.command()
+@click.argument("spec", metavar="SPEC|PRESET")
+@_set_option
+@_store_option
+@_address_option
+@click.option("--watch", "watching", is_flag=True, help="Stay and show progress.")
+def submit(
+    spec: str,
+    settings: tuple[str, ...],
+    store: str | None,
+    address: str | None,
+    watching: bool,
+) -> None:
+    """Start a run and print its id. The same work again attaches to the run there is."""
+    from mbq.orchestrator import submit as submitting
+
+    name, parsed = submitting.read_spec(spec, settings)
+    prepared = submitting.prepare(name, parsed)
+    chosen = submitting.choose_store(store or parsed.store, address, prepared.document.source)
+    jobs = submitting.submit(prepared, chosen, address, _say)
+    click.echo(prepared.document.run)
+    if watching:
+        _watch(chosen, prepared.document, jobs, as_json=False, to_stderr=True)
+
+
+@main.command()
+@click.argument("spec", metavar="SPEC|PRESET")
+@_set_option
+@_store_option
+@_address_option
+@_json_option
+def check(
+    spec: str, settings: tuple[str, ...], store: str | None, address: str | None, as_json: bool
+) -> None:
+    """Say what a run would do and need, or why it cannot work. Starts and writes nothing."""
+    from mbq.orchestrator import display, estimate, submit as submitting
+
+    name, parsed = submitting.read_spec(spec, settings)
+    prepared = submitting.prepare(name, parsed)
+    submitting.choose_store(store or parsed.store, address, prepared.document.source)
+    found = estimate.estimate(prepared.document)
+    click.echo(display.to_json(found) if as_json else estimate.to_text(found))
+
+
+@main.command("list")
+@_store_option
+@_address_option
+@_json_option
+def list_runs(store: str | None, address: str | None, as_json: bool) -> None:
+    """List the runs of a store."""
+    from mbq.orchestrator import display, status
+
+    states = status.states(_open_store(store), _jobs(address))
+    if as_json:
+        click.echo(display.to_json([display.run_json(state) for state in states]))
+    else:
+        display.STDOUT.print(display.run_table(states))
+
+
+@main.command("status")
+@click.argument("run")
+@_store_option
+@_address_option
+@_json_option
+def show_status(run: str, store: str | None, address: str | None, as_json: bool) -> None:
+    """Show one run: its state, and its results when it is done."""
+    from mbq.orchestrator import display, status
+
+    chosen, document = status.locate(run, _store_uri(store))
+    jobs = _jobs(address)
+    state = status.state_of(chosen, document, jobs.latest(document.run) if jobs else None)
+    if as_json:
+        results = status.results_of(chosen, document)
+        found = display.run_json(state)
+        found["results"] = results.model_dump(mode="json") if results else None
+        click.echo(display.to_json(found))
+        return
+    display.STDOUT.print(display.run_table([state]))
+    if state.detail:
+        click.echo(state.detail)
+    if state.state == "done":
+        _print_results(chosen, document, to_stderr=False)
+
+
+@main.command()
+@click.argument("run")
+@_store_option
+@_address_option
+@_json_option
+def watch(run: str, store: str | None, address: str | None, as_json: bool) -> None:
+    """Follow a run to its end and print its results."""
+    from mbq.orchestrator import status
+
+    chosen, document = status.locate(run, _store_uri(store))
+    _watch(chosen, document, _jobs(address), as_json, to_stderr=False)
+
+
+@main.command()
+@click.argument("run")
+@_store_option
+@_address_option
+def logs(run: str, store: str | None, address: str | None) -> None:
+    """Print what the driver of a run and its tasks printed."""
+    from mbq.artifacts.errors import NotFoundError
+    from mbq.orchestrator import status
+
+    _, document = status.locate(run, _store_uri(store))
+    jobs = _jobs(address)
+    job = jobs.latest(document.run) if jobs else None
+    if jobs is None or job is None:
+        raise NotFoundError(f"no cluster that can be reached knows run {document.run}")
+    click.echo(jobs.logs(job), nl=False)
+
+
+@main.command()
+@click.argument("run")
+@_store_option
+@_address_option
+def stop(run: str, store: str | None, address: str | None) -> None:
+    """Stop a run. What is finished is kept; `resume` continues it."""
+    from mbq.artifacts.errors import NotFoundError
+    from mbq.orchestrator import status
+
+    chosen, document = status.locate(run, _store_uri(store))
+    jobs = _jobs(address)
+    job = jobs.latest(document.run) if jobs else None
+    if jobs is None or job is None or not job.alive:
+        state = status.state_of(chosen, document, job).state
+        raise NotFoundError(f"run {document.run} is {state}: there is nothing to stop")
+    jobs.stop(job)
+    _say(f"run {document.run} is stopping; `mbq-cluster resume {document.run}` continues it")
+
+
+@main.command()
+@click.argument("run")
+@_store_option
+@_address_option
+@click.option("--watch", "watching", is_flag=True, help="Stay and show progress.")
+def resume(run: str, store: str | None, address: str | None, watching: bool) -> None:
+    """Continue a run that failed, was stopped or lost its cluster."""
+    from mbq.orchestrator import status
+    from mbq.orchestrator import submit as submitting
+
+    chosen, document = status.locate(run, _store_uri(store))
+    submitting.choose_store(chosen.uri, address, document.source)
+    jobs = submitting.start(document, chosen, _jobs(address), _say)
+    click.echo(document.run)
+    if watching:
+        _watch(chosen, document, jobs, as_json=False, to_stderr=True)
+
+
+@main.command("eval")
+@click.argument("target", metavar="RUN|DIR")
+@click.option("--bits", default="2,4,6,8", show_default=True, help="Widths, separated by commas.")
+@click.option("--dataset", default=None, help="wikitext2, c4, ptb, text, jsonl or stdlib.")
+@click.option("--file", "files", multiple=True, help="A file of text or jsonl; may be repeated.")
+@click.option("--tokens", default=131_072, show_default=True, help="How many tokens at most.")
+@click.option("--sequence-length", default=2048, show_default=True, help="Tokens per sequence.")
+@_store_option
+@_json_option
+def evaluate(
+    target: str,
+    bits: str,
+    dataset: str | None,
+    files: tuple[str, ...],
+    tokens: int,
+    sequence_length: int,
+    store: str | None,
+    as_json: bool,
+) -> None:
+    """Perplexity of a packed checkpoint, loaded here. A run's own text is the default."""
+    from mbq.orchestrator import display
+    from mbq.orchestrator import evaluate as evaluating
+
+    text = {
+        "dataset": dataset,
+        "files": list(files),
+        "tokens": tokens,
+        "sequence_length": sequence_length,
+    }
+    rows = evaluating.evaluate(target, _store_uri(store), bits, text if dataset else None, _say)
+    if as_json:
+        click.echo(display.to_json(rows))
+        return
+    for row in rows:
+        click.echo(f"{row['bits']} bits: {row['perplexity']:.3f} ± {row['perplexity_error']:.3f}")
+
+
+@main.group()
+def head() -> None:
+    """The local Ray that runs are submitted to when no --address is given."""
+
+
+@head.command("start")
+def head_start() -> None:
+    """Start it, if it does not run, and print its dashboard's address."""
+    from mbq.cluster import head as heads
+    from mbq.orchestrator.submit import home
+
+    folder = home() / "head"
+    if heads.find_head(folder) is None:
+        _say("starting a local Ray (about 10 s)")
+    click.echo(heads.start_head(folder).address)
+
+
+@head.command("stop")
+def head_stop() -> None:
+    """Stop it, and every run on it."""
+    from mbq.artifacts.errors import NotFoundError
+    from mbq.cluster import head as heads
+    from mbq.cluster.jobs import Jobs
+    from mbq.orchestrator.submit import home
+
+    folder = home() / "head"
+    found = heads.find_head(folder)
+    if found is None:
+        raise NotFoundError("no local Ray is running")
+    # Drivers live in sessions of their own and would outlive the head.
+    jobs = Jobs(found.address, heads.client_environment(found))
+    for job in jobs.list():
+        if job.alive:
+            jobs.stop(job)
+    heads.stop_head(folder, found)
+
+
+@head.command("status")
+@_json_option
+def head_status(as_json: bool) -> None:
+    """Say whether it runs, where its dashboard is and where its token lies."""
+    from mbq.artifacts.errors import NotFoundError
+    from mbq.cluster import head as heads
+    from mbq.orchestrator import display
+    from mbq.orchestrator.submit import home
+
+    found = heads.find_head(home() / "head")
+    if found is None:
+        raise NotFoundError("no local Ray is running")
+    if as_json:
+        facts = {"address": found.address, "pid": found.pid, "token_file": found.token_file}
+        click.echo(display.to_json(facts))
+    else:
+        click.echo(f"dashboard {found.address}, token in {found.token_file}, pid {found.pid}")
+
+
+def _watch(
+    store: "Store", document: "RunDocument", jobs: "Jobs | None", as_json: bool, to_stderr: bool
+) -> None:
+    from mbq.orchestrator import display, status
+
+    with display.Watch() as live:
+        state = status.follow(store, document, jobs, live.show)
+    if as_json:
+        click.echo(display.to_json(display.run_json(state)))
+    if state.state != "done":
+        raise RunError(f"run {document.run} is {state.state}: {state.detail}")
+    if not as_json:
+        _print_results(store, document, to_stderr)
+
+
+def _print_results(store: "Store", document: "RunDocument", to_stderr: bool) -> None:
+    from mbq.orchestrator import display, status
+
+    console = display.STDERR if to_stderr else display.STDOUT
+    results = status.results_of(store, document)
+    if results is not None:
+        console.print(display.result_table(results))
+    console.print(f"checkpoint: {status.checkpoint_location(store, document)}", soft_wrap=True)
+
+
+def _jobs(address: str | None) -> "Jobs | None":
+    from mbq.orchestrator.submit import find_jobs
+
+    return find_jobs(address)
+
+
+def _store_uri(store: str | None) -> str:
+    from mbq.orchestrator.submit import home
+
+    return store or str(home() / "store")
+
+
+def _open_store(store: str | None) -> "Store":
+    from mbq.artifacts.store import open_store
+
+    return open_store(_store_uri(store))
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

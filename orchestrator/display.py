@@ -1,0 +1,141 @@
+"""How runs and results look on a terminal: rich tables and one live line per run."""
+
+import json
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from mbq.artifacts.manifest import Results
+from mbq.orchestrator.status import RunState
+
+STDERR = Console(stderr=True, highlight=False)
+STDOUT = Console(highlight=False)
+
+_VARIANTS = {"full": "full precision", "rtn": "round to nearest", "mbq": "elastic checkpoint"}
+
+
+class Watch:
+    """A live line: what runs, how much is done, how long it takes."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.fields[run]}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[what]}"),
+            console=STDERR,
+        )
+        self._line = self._progress.add_task("", total=1.0, run="", what="waiting for the cluster")
+        self._failures = 0
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def show(self, state: RunState) -> None:
+        status = state.status
+        if status is None or state.state == "pending":
+            what = state.detail.splitlines()[0] if state.detail else "waiting for the cluster"
+            self._progress.update(self._line, run=state.document.run, what=what)
+            return
+        for failure in status.failures[self._failures :]:
+            verdict = "given up" if failure.final else "trying again"
+            self._progress.console.print(
+                f"{failure.task}, attempt {failure.attempt}: {failure.error} ({verdict})"
+            )
+        self._failures = len(status.failures)
+        done = status.fraction if state.state != "done" else 1.0
+        self._progress.update(
+            self._line, completed=done, run=state.document.run, what=_activity(state)
+        )
+
+
+def run_table(states: Sequence[RunState]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("RUN", "MODEL", "STATE", "BLOCKS", "DONE", "LEFT"):
+        table.add_column(column)
+    for state in states:
+        status = state.status
+        table.add_row(
+            state.document.run,
+            state.document.name,
+            state.state,
+            f"{status.blocks_done}/{status.blocks_total}" if status else "-",
+            f"{status.fraction:.0%}" if status else "-",
+            _duration(status.seconds_left) if status and state.state == "running" else "-",
+        )
+    return table
+
+
+def run_json(state: RunState) -> dict[str, Any]:
+    status = state.status.model_dump(mode="json") if state.status else None
+    return {
+        "run": state.document.run,
+        "model": state.document.name,
+        "state": state.state,
+        "detail": state.detail,
+        "status": status,
+    }
+
+
+def result_table(results: Results) -> Table:
+    """Perplexity by width, each with its standard error, and what a width costs to fetch."""
+    table = Table(
+        title=f"perplexity on {results.tokens:,} held-out tokens (± standard error)",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    for column in ("BITS", "ELASTIC CHECKPOINT", "ROUND TO NEAREST", "GAP TO FULL PRECISION", "BYTES"):
+        table.add_column(column, justify="right")
+    rows = {row.variant: row for row in results.rows}
+    full = rows["full"]
+    table.add_row("full", f"{full.perplexity:.3f} ± {full.perplexity_error:.3f}", "", "", "")
+    size = results.base_bytes
+    for row in results.rows:
+        if not row.variant.startswith("mbq-"):
+            continue
+        rounded = rows[f"rtn-{row.bits}"]
+        size += results.slice_bytes[(row.bits or 0) // 2 - 1]
+        table.add_row(
+            str(row.bits),
+            f"{row.perplexity:.3f} ± {row.perplexity_error:.3f}",
+            f"{rounded.perplexity:.3f} ± {rounded.perplexity_error:.3f}",
+            f"{row.gap:+.4f} ± {row.gap_error:.4f}",
+            f"{size:,}",
+        )
+    return table
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(value, indent=2, sort_keys=True)
+
+
+def _activity(state: RunState) -> str:
+    status = state.status
+    assert status is not None
+    blocks = f"{status.blocks_done}/{status.blocks_total} blocks"
+    if state.state != "running":
+        return f"{state.state}, {blocks}"
+    running = ", ".join(f"{r.task} {r.fraction:.0%}" for r in status.running) or "starting"
+    return f"{blocks}, {_duration(status.seconds_left)} left: {running}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"

@@ -1,0 +1,114 @@
+"""What a run is doing: its last status in the store, corrected by what the cluster knows.
+
+A driver that was killed leaves the status `running` behind. Only the cluster can tell: if the job is
+gone, the run is `interrupted` and can be resumed.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from urllib.parse import urlparse
+
+from mbq.artifacts import keys
+from mbq.artifacts.errors import InputError, NotFoundError
+from mbq.artifacts.manifest import Results, RunDocument, Status, find_document, find_run
+from mbq.artifacts.store import Store, open_store
+from mbq.cluster.jobs import JobInfo, Jobs
+
+# A driver says something every second; a store may be slow.
+_SILENCE_SECONDS = 30.0
+_POLL_SECONDS = 0.5
+TERMINAL = ("done", "failed", "stopped", "interrupted")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """One run as a user sees it; `detail` says why when it is not running or done."""
+
+    document: RunDocument
+    state: str
+    status: Status | None
+    detail: str
+
+
+def locate(target: str, store_uri: str) -> tuple[Store, RunDocument]:
+    """A run by its id, a unique start of it, or its URI `<store>/runs/<id>`.
+
+    Raises:
+        NotFoundError: no run matches.
+        InputError: several do.
+    """
+    if "/" in target:
+        root, _, run = target.rstrip("/").rpartition("/")
+        root, _, folder = root.rpartition("/")
+        if folder != keys.RUNS:
+            raise InputError(f"{target} is not a run's URI; write <store>/runs/<id>")
+        store: Store = open_store(root)
+    else:
+        store, run = open_store(store_uri), target
+    runs = [known for known in store.children(keys.RUNS) if known.startswith(run)]
+    if not runs:
+        raise NotFoundError(
+            f"there is no run {run} in {store.uri}; `mbq-cluster list` shows the runs, --store "
+            "chooses another store"
+        )
+    if len(runs) > 1:
+        raise InputError(f"{run} is the start of {len(runs)} runs: {', '.join(runs)}; give more")
+    return store, find_run(store, runs[0])
+
+
+def state_of(store: Store, document: RunDocument, job: JobInfo | None) -> RunState:
+    """Join the store's and the cluster's view of a run.
+
+    Args:
+        job: the run's latest attempt on the cluster; None if the cluster is gone or knows none.
+    """
+    status = find_document(store, keys.status_key(document.run), Status)
+    current = job if job and (status is None or job.attempt >= status.attempt) else None
+    if current is not None and current.alive:
+        newer = status is None or current.attempt > status.attempt
+        return RunState(document, "pending" if newer else "running", status, current.message)
+    if status is None:
+        if current is None:
+            return RunState(document, "interrupted", None, "no driver has started")
+        return RunState(document, "failed", None, _last_line(current.message))
+    if status.state == "running":
+        if current is None and time.time() - status.updated_at < _SILENCE_SECONDS:
+            return RunState(document, "running", status, "the cluster was not asked")
+        return RunState(document, "interrupted", status, "its driver is gone; resume continues it")
+    final = "; ".join(f"{f.task}: {f.error}" for f in status.failures if f.final)
+    return RunState(document, status.state, status, final)
+
+
+def states(store: Store, jobs: Jobs | None) -> list[RunState]:
+    """Every run of a store."""
+    latest = {info.run: info for info in jobs.list()} if jobs else {}
+    documents = [find_run(store, run) for run in store.children(keys.RUNS)]
+    return [state_of(store, document, latest.get(document.run)) for document in documents]
+
+
+def follow(
+    store: Store, document: RunDocument, jobs: Jobs | None, show: Callable[[RunState], None]
+) -> RunState:
+    """Show a run's state until it is final, and return that."""
+    while True:
+        job = jobs.latest(document.run) if jobs else None
+        state = state_of(store, document, job)
+        show(state)
+        if state.state in TERMINAL:
+            return state
+        time.sleep(_POLL_SECONDS)
+
+
+def results_of(store: Store, document: RunDocument) -> Results | None:
+    return find_document(store, keys.results_key(document.run), Results)
+
+
+def checkpoint_location(store: Store, document: RunDocument) -> str:
+    """Where the packed checkpoint lies: a path for a local store, a URI otherwise."""
+    uri = f"{store.uri}/{keys.checkpoint_key(document.run, '')}".rstrip("/")
+    return urlparse(uri).path if uri.startswith("file://") else uri
+
+
+def _last_line(message: str) -> str:
+    return (message.strip().splitlines() or ["the driver ended without a word"])[-1]

@@ -1,0 +1,209 @@
+"""From a spec to a running driver: resolve, check, then write and start.
+
+Everything that can be wrong is found before anything is written or started; what is found wrong is
+one line. Resolving fixes what names stand for: the model's commit or digest, and the very tokens.
+"""
+
+import ipaddress
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from urllib.parse import urlparse
+
+import numpy as np
+
+from mbq.artifacts import keys
+from mbq.artifacts.errors import ClusterError, InputError
+from mbq.artifacts.manifest import (
+    BlobRef,
+    Manifest,
+    RunDocument,
+    Status,
+    find_document,
+    put_blob,
+    put_document,
+)
+from mbq.artifacts.source import Source, open_source
+from mbq.artifacts.spec import RunSpec, apply_settings, load_spec, run_id
+from mbq.artifacts.store import Store, open_store, probe
+from mbq.artifacts.tensors import Entry, digest_of, encode
+from mbq.cluster import head as heads
+from mbq.cluster.jobs import Jobs
+from mbq.orchestrator.plan import check_source
+from mbq.orchestrator.presets import preset
+from mbq.workers.data import Tokens, calibration_tokens, evaluation_tokens
+from mbq.workers.environment import ENVIRONMENT
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked run and the blobs that it needs in the store."""
+
+    document: RunDocument
+    blobs: Mapping[str, Sequence[bytes]]
+
+
+def home() -> Path:
+    """Where this user's head and default store live: MBQ_HOME, or ~/.mbq-cluster."""
+    return Path(os.environ.get("MBQ_HOME") or Path.home() / ".mbq-cluster").expanduser().resolve()
+
+
+def read_spec(name: str, settings: Sequence[str]) -> tuple[str, RunSpec]:
+    """A spec by file or preset, and a short name for the run."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        return path.stem, load_spec(path, settings)
+    chosen = preset(name)
+    if isinstance(chosen, Path):
+        return name, load_spec(chosen, settings)
+    return name, apply_settings(chosen, settings)
+
+
+def prepare(name: str, spec: RunSpec) -> Prepared:
+    """Resolve and check a spec. Reads the model's headers and the text; writes nothing.
+
+    Raises:
+        InputError: the run cannot work.
+    """
+    source = open_source(spec.model.source, spec.model.revision)
+    check_source(source, spec)
+    calibration = _token_file(calibration_tokens(spec.calibration, source))
+    evaluation = (
+        _token_file(evaluation_tokens(spec.evaluation, source)) if spec.evaluation else None
+    )
+    files = [calibration] if evaluation is None else [calibration, evaluation]
+    references = [_reference(file) for file in files]
+    document = RunDocument(
+        run=run_id(spec, source.digest, references[0].sha256),
+        name=name,
+        spec=spec,
+        model_location=source.location,
+        model_commit=source.revision,
+        model_digest=source.digest,
+        calibration_tokens=references[0],
+        evaluation_tokens=references[1] if evaluation else None,
+        code_version=version("mbq-cluster"),
+    )
+    blobs = {reference.sha256: file for reference, file in zip(references, files, strict=True)}
+    return Prepared(document, blobs)
+
+
+def choose_store(uri: str | None, address: str | None, source: Source | None) -> Store:
+    """The store of a run, refused when the cluster could not see it.
+
+    Raises:
+        InputError: an unknown scheme, or a path of this machine with a remote cluster.
+    """
+    store = open_store(uri or str(home() / "store"))
+    if address is not None and not _is_loopback(address):
+        if uri is None or "://" not in uri:
+            raise InputError(
+                f"store: {store.uri} is a path of this machine, the cluster at {address} is not on "
+                "it; write file:///path if every node mounts that path"
+            )
+        if source is not None and source.revision is None:
+            raise InputError(
+                f"model.source: {source.location} is a folder of this machine, the cluster at "
+                f"{address} is not on it; use a Hub repository"
+            )
+    return store
+
+
+def submit(prepared: Prepared, store: Store, address: str | None, say: Say) -> Jobs:
+    """Write a prepared run to the store and see that a driver runs it."""
+    jobs = Jobs(address) if address is not None else None
+    probe(store)
+    for chunks in prepared.blobs.values():
+        put_blob(store, chunks)
+    put_document(store, keys.spec_key(prepared.document.run), prepared.document)
+    return start(prepared.document, store, jobs, say)
+
+
+def start(document: RunDocument, store: Store, jobs: Jobs | None, say: Say) -> Jobs:
+    """See that a run which the store knows is finished or has a driver."""
+    jobs = jobs or local_jobs(say)
+    run = document.run
+    latest = jobs.latest(run)
+    if latest is not None and latest.alive:
+        say(f"run {run} is already running (attempt {latest.attempt})")
+        return jobs
+    status = find_document(store, keys.status_key(run), Status)
+    if is_finished(store, document):
+        say(f"run {run} is already finished")
+        return jobs
+    attempt = 1 + max(latest.attempt if latest else 0, status.attempt if status else 0)
+    python = sys.executable if _is_loopback(jobs.address) else "python"
+    jobs.submit(
+        run,
+        attempt,
+        [python, "-m", "mbq.orchestrator.run", store.uri, run, str(attempt)],
+        ENVIRONMENT,
+        {"model": document.name, "store": store.uri, "version": document.code_version},
+    )
+    return jobs
+
+
+def is_finished(store: Store, document: RunDocument) -> bool:
+    """Whether the checkpoint is complete and evaluated as this document asks."""
+    if find_document(store, keys.manifest_key(document.run), Manifest) is None:
+        return False
+    status = find_document(store, keys.status_key(document.run), Status)
+    evaluation = document.evaluation_tokens
+    return (
+        status is not None
+        and status.state == "done"
+        and (
+            evaluation is None
+            or store.size(keys.evaluation_key(document.run, evaluation.sha256, "full")) is not None
+        )
+    )
+
+
+def local_jobs(say: Say) -> Jobs:
+    """The Jobs API of this user's local head, which is started if it does not run."""
+    folder = home() / "head"
+    head = heads.find_head(folder)
+    if head is None:
+        say("starting a local Ray (about 10 s)")
+        head = heads.start_head(folder)
+    return Jobs(head.address, heads.client_environment(head))
+
+
+def find_jobs(address: str | None) -> Jobs | None:
+    """The cluster to ask about runs: the one given, the local head if it runs, or none."""
+    if address is not None:
+        return Jobs(address)
+    head = heads.find_head(home() / "head")
+    return Jobs(head.address, heads.client_environment(head)) if head else None
+
+
+def require_jobs(address: str | None) -> Jobs:
+    jobs = find_jobs(address)
+    if jobs is None:
+        raise ClusterError("no local Ray is running and no --address was given")
+    return jobs
+
+
+def _token_file(tokens: Tokens) -> list[bytes]:
+    entry = Entry("tokens", "I32", tokens.shape)
+    return list(encode([entry], [np.ascontiguousarray(tokens, dtype="<i4").tobytes()]))
+
+
+def _reference(chunks: Sequence[bytes]) -> BlobRef:
+    digest = digest_of(chunks)
+    return BlobRef(sha256=digest.sha256, size_bytes=digest.size_bytes)
+
+
+def _is_loopback(address: str) -> bool:
+    host = urlparse(address).hostname or ""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

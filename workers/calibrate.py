@@ -1,0 +1,268 @@
+"""Block-wise calibration: make one set of codes good at every slice count at once.
+
+A block's linears are replaced by trainable ones that quantize their weight as k slices would. The
+block must reproduce, at each trained slice count, what the full-precision block outputs:
+
+    loss_k = MSE(block_k(x_k), block(x)) / (running mean of that MSE) ^ balance
+
+Each step draws two of the trained slice counts and descends on both, one after the other, so that
+only one graph is alive. Trained are, per linear: the weight in units of its initial 2-bit step, the
+two ends of every group's range (sigmoid of a logit times the smallest and largest weight, as in
+OmniQuant's learnable weight clipping), and per trained slice count but the highest a gain and a bias
+per output channel.
+
+Method `joint` is that. Method `clip` is MoBiQuant's recipe (arXiv 2602.20191, algorithm 1): weights
+frozen, no gains, ranges trained first for one slice alone, then for all slice counts together.
+
+Legend: N out_features, K in_features, G groups, S slices, B sequences, T tokens, H hidden_size.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mbq.artifacts.spec import Optimisation
+from mbq.kernels.fake_linear import fake_linear
+from mbq.kernels.quantize import (
+    MAX_SLICES,
+    group_bounds,
+    pack_pair,
+    quantize,
+    scale_and_zero,
+)
+from mbq.workers.model import linears
+
+Run = Callable[[nn.Module, Tensor], Tensor]
+
+# sigmoid(4) = 0.982: ranges start almost unclipped (OmniQuant's initial value).
+_INITIAL_LOGIT = 4.0
+_FINAL_RATE = 0.05
+_RUNNING_MEAN_DECAY = 0.9
+# Errors before and after are a report, not a decision: a few sequences are enough.
+_SHOWN_SEQUENCES = 16
+
+
+@dataclass(frozen=True)
+class CalibratedLinear:
+    """What one linear becomes.
+
+    Attributes:
+        code_NK: uint8 [N, K].
+        scale_zero_NG: float16 pairs in int32 [N, G].
+        gain_bias_SN: float16 pairs in int32 [S, N]; row k-1 belongs to k slices.
+    """
+
+    code_NK: Tensor
+    scale_zero_NG: Tensor
+    gain_bias_SN: Tensor
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A calibrated block and its mean squared output error by slice count, before and after."""
+
+    linears: dict[str, CalibratedLinear]
+    loss_before: dict[int, float]
+    loss_after: dict[int, float]
+
+
+class TrainableLinear(nn.Module):
+    """Stands in for a linear during calibration; `slices` selects the width it shows."""
+
+    def __init__(self, linear: nn.Linear, group_size: int) -> None:
+        super().__init__()
+        weight_NK = linear.weight.detach().float()
+        self.low_NG, self.high_NG = group_bounds(weight_NK, group_size)
+        self.unit_NG, _ = scale_and_zero(self.low_NG, self.high_NG)
+        unit_NK = self.unit_NG.repeat_interleave(group_size, dim=1)
+        self.value = nn.Parameter(weight_NK / unit_NK)
+        self.low_logit = nn.Parameter(torch.full_like(self.low_NG, _INITIAL_LOGIT))
+        self.high_logit = nn.Parameter(torch.full_like(self.low_NG, _INITIAL_LOGIT))
+        rows = MAX_SLICES, linear.out_features
+        self.gain = nn.ParameterList(weight_NK.new_ones(rows).unbind())
+        self.bias = nn.ParameterList(weight_NK.new_zeros(rows).unbind())
+        self.original_bias = linear.bias
+        self.slices = MAX_SLICES
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero of every group under the present ranges."""
+        return scale_and_zero(
+            self.low_logit.sigmoid() * self.low_NG, self.high_logit.sigmoid() * self.high_NG
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale_NG, zero_NG = self.grid()
+        row = self.slices - 1
+        bias_N = self.bias[row]
+        if self.original_bias is not None:
+            bias_N = bias_N + self.original_bias.float()
+        return fake_linear(
+            x, self.value, self.unit_NG, scale_NG, zero_NG, self.gain[row], bias_N, self.slices
+        )
+
+    @torch.no_grad()
+    def finish(self) -> CalibratedLinear:
+        scale_NG, zero_NG = self.grid()
+        group_size = self.value.shape[1] // scale_NG.shape[1]
+        weight_NK = self.value * self.unit_NG.repeat_interleave(group_size, dim=1)
+        return CalibratedLinear(
+            quantize(weight_NK, scale_NG, zero_NG).cpu(),
+            pack_pair(scale_NG, zero_NG).cpu(),
+            pack_pair(torch.stack([*self.gain]), torch.stack([*self.bias])).cpu(),
+        )
+
+
+def calibrate_block(
+    block: nn.Module,
+    run: Run,
+    inputs: Mapping[int, Tensor],
+    target_inputs_BTH: Tensor,
+    settings: Optimisation,
+    group_size: int,
+    microbatch: int,
+    seed: int,
+    report: Callable[[float], None],
+) -> Calibration:
+    """Train one block and quantize it.
+
+    Args:
+        block: the full-precision block; its linears are replaced in place.
+        run: forward pass of the block.
+        inputs: hidden states [B, T, H] that enter the block, by slice count.
+        target_inputs_BTH: hidden states of the full-precision model; the block's output on them,
+            before any linear is replaced, is the target.
+        microbatch: sequences per forward pass.
+        seed: of the order of sequences and of the slice counts drawn.
+        report: called with the finished fraction after every step.
+
+    Raises:
+        FloatingPointError: a loss is not finite.
+    """
+    target_BTH = _forward(block, run, target_inputs_BTH, microbatch)
+    trainables = _replace_linears(block, group_size)
+    loss_before = _losses(block, trainables, run, inputs, target_BTH, microbatch)
+    running: dict[int, float] = {}
+    stages = _stages(settings)
+    steps_done = 0
+    batches = math.ceil(len(target_BTH) / settings.batch_size)
+    steps_total = batches * sum(passes for _, passes in stages)
+    for number, (widths, passes) in enumerate(stages):
+        generator = torch.Generator().manual_seed(seed + number)
+        optimiser = _optimiser(trainables, settings)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimiser, _cosine(passes * batches), last_epoch=-1
+        )
+        for batch in _batches(len(target_BTH), settings.batch_size, passes, generator):
+            optimiser.zero_grad(set_to_none=True)
+            for slices in _draw(widths, generator):
+                _set_slices(trainables, slices)
+                loss = 0.0
+                for part in batch.split(microbatch):
+                    error = _error(run(block, inputs[slices][part]), target_BTH[part])
+                    share = len(part) / len(batch)
+                    loss += error.item() * share
+                    scale = share / running.get(slices, loss) ** settings.balance
+                    (error * scale).backward()  # type: ignore[no-untyped-call]
+                if not math.isfinite(loss):
+                    raise FloatingPointError(
+                        f"the loss at {slices} slices is {loss}; lower the learning rates"
+                    )
+                running[slices] = _RUNNING_MEAN_DECAY * running.get(slices, loss) + (
+                    1 - _RUNNING_MEAN_DECAY
+                ) * loss
+            optimiser.step()
+            schedule.step()
+            steps_done += 1
+            report(steps_done / steps_total)
+    loss_after = _losses(block, trainables, run, inputs, target_BTH, microbatch)
+    finished = {name: linear.finish() for name, linear in trainables.items()}
+    return Calibration(finished, loss_before, loss_after)
+
+
+def _replace_linears(block: nn.Module, group_size: int) -> dict[str, TrainableLinear]:
+    trainables = {name: TrainableLinear(m, group_size) for name, m in linears(block).items()}
+    for name, trainable in trainables.items():
+        block.set_submodule(name, trainable)
+    return trainables
+
+
+def _stages(settings: Optimisation) -> list[tuple[tuple[int, ...], int]]:
+    """Slice counts and passes of each stage of training."""
+    if settings.method == "clip":
+        first = settings.passes // 2
+        return [((1,), first), (settings.slice_counts, settings.passes - first)]
+    return [(settings.slice_counts, settings.passes)]
+
+
+def _optimiser(
+    trainables: Mapping[str, TrainableLinear], settings: Optimisation
+) -> torch.optim.Optimizer:
+    modules = list(trainables.values())
+    clips = [p for m in modules for p in (m.low_logit, m.high_logit)]
+    groups: list[dict[str, Any]] = [{"params": clips, "lr": settings.clip_rate}]
+    if settings.method == "joint":
+        groups.append({"params": [m.value for m in modules], "lr": settings.weight_rate})
+        # At the highest width a row has nothing left to correct, and Adam's noise in it would be
+        # larger than the error of the codes.
+        corrected = sorted(settings.slice_counts)[:-1]
+        rows = [row[k - 1] for m in modules for row in (m.gain, m.bias) for k in corrected]
+        groups.append({"params": rows, "lr": settings.gain_rate})
+    trained = {id(p) for group in groups for p in group["params"]}
+    for module in modules:
+        for parameter in module.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+    return torch.optim.Adam(groups, betas=(0.9, 0.95))
+
+
+def _cosine(steps: int) -> Callable[[int], float]:
+    """Learning rate factor: cosine from 1 to `_FINAL_RATE`."""
+    return lambda step: _FINAL_RATE + (1 - _FINAL_RATE) * (
+        0.5 + 0.5 * math.cos(math.pi * min(step / steps, 1.0))
+    )
+
+
+def _batches(count: int, size: int, passes: int, generator: torch.Generator) -> Iterator[Tensor]:
+    for _ in range(passes):
+        yield from torch.randperm(count, generator=generator).split(size)
+
+
+def _draw(slice_counts: tuple[int, ...], generator: torch.Generator) -> list[int]:
+    order = torch.randperm(len(slice_counts), generator=generator)[:2]
+    return [slice_counts[i] for i in order.tolist()]
+
+
+def _set_slices(trainables: Mapping[str, TrainableLinear], slices: int) -> None:
+    for trainable in trainables.values():
+        trainable.slices = slices
+
+
+def _error(out: Tensor, target: Tensor) -> Tensor:
+    return (out.float() - target.float()).square().mean()
+
+
+@torch.no_grad()
+def _forward(block: nn.Module, run: Run, inputs_BTH: Tensor, microbatch: int) -> Tensor:
+    return torch.cat([run(block, part) for part in inputs_BTH.split(microbatch)])
+
+
+@torch.no_grad()
+def _losses(
+    block: nn.Module,
+    trainables: Mapping[str, TrainableLinear],
+    run: Run,
+    inputs: Mapping[int, Tensor],
+    target_BTH: Tensor,
+    microbatch: int,
+) -> dict[int, float]:
+    """Mean squared output error at every slice count, over the first sequences."""
+    shown = slice(0, _SHOWN_SEQUENCES)
+    losses = {}
+    for slices, inputs_BTH in sorted(inputs.items()):
+        _set_slices(trainables, slices)
+        out = _forward(block, run, inputs_BTH[shown], microbatch)
+        losses[slices] = _error(out, target_BTH[shown]).item()
+    return losses

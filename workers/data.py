@@ -1,0 +1,212 @@
+"""From a named text to token sequences: read documents, tokenize, cut windows.
+
+Runs once, where a run is submitted; the tokens then travel with the run, so that no worker needs
+the network or the text, and what was calibrated on is exactly known. Works without torch.
+
+A document is what its dataset calls one: WikiText-2 and PTB are one document each (lines joined by
+a blank line and by a space, the convention of GPTQ and OmniQuant), a file, a JSON line or a module
+of the standard library is one document. Every document begins with the model's BOS token if it has
+one. Calibration windows are drawn without replacement from the documents in a random order;
+evaluation windows follow each other from the first document on. Windows never overlap.
+"""
+
+import itertools
+import random
+import sysconfig
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mbq.artifacts.errors import InputError
+from mbq.artifacts.source import Source
+from mbq.artifacts.spec import CalibrationText, Evaluation, Text
+
+Tokens = NDArray[np.int32]
+
+# Calibration draws its windows from this many times the text it needs.
+_OVERSAMPLING = 8
+# Folders of the standard library that hold tests, tools or tables rather than code.
+_NOT_LIBRARY = {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings"}
+
+
+@dataclass(frozen=True)
+class _Load:
+    """How `datasets` finds a text: one reader, its rows, and what joins them into a document."""
+
+    path: str
+    name: str | None = None
+    revision: str | None = None
+    column: str = "text"
+    splits: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, list[str]] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    rows: int | None = None
+    joiner: str | None = None
+
+
+_SPLITS = {"calibration": "train", "evaluation": "test"}
+_LOADS = {
+    "text": _Load("text", options={"sample_by": "document"}),
+    "jsonl": _Load("json"),
+    "wikitext2": _Load(
+        "Salesforce/wikitext", "wikitext-2-raw-v1", splits=_SPLITS, joiner="\n\n"
+    ),
+    "ptb": _Load(
+        "ptb-text-only/ptb_text_only",
+        # The repository holds a loading script, which `datasets` no longer runs; the Hub keeps the
+        # same rows as Parquet on this branch.
+        revision="refs/convert/parquet",
+        column="sentence",
+        splits=_SPLITS,
+        joiner=" ",
+    ),
+    "c4": _Load(
+        "allenai/c4",
+        files={
+            "calibration": ["en/c4-train.00000-of-01024.json.gz"],
+            "evaluation": ["en/c4-validation.00000-of-00008.json.gz"],
+        },
+        rows=20_000,
+    ),
+}
+
+
+def calibration_tokens(text: CalibrationText, source: Source) -> Tokens:
+    """Token sequences [samples, sequence_length] to calibrate on.
+
+    Raises:
+        InputError: the text cannot be read or is too small.
+    """
+    wanted = text.samples
+    stream = _stream(
+        text,
+        source,
+        "calibration",
+        random.Random(text.seed),
+        _OVERSAMPLING * wanted * text.sequence_length,
+    )
+    windows = _windows(stream, text.sequence_length)
+    if len(windows) < wanted:
+        raise InputError(
+            f"calibration.samples: {wanted} sequences of {text.sequence_length} tokens need "
+            f"{wanted * text.sequence_length:,} tokens, {text.dataset} has {len(stream):,}; lower "
+            "samples or sequence_length, or add text"
+        )
+    order = np.random.default_rng(text.seed).permutation(len(windows))[:wanted]
+    return windows[order]
+
+
+def evaluation_tokens(text: Evaluation, source: Source) -> Tokens:
+    """Token sequences [n, sequence_length] to evaluate on: at least two, at most `tokens` tokens.
+
+    Raises:
+        InputError: the text cannot be read or is too small.
+    """
+    stream = _stream(text, source, "evaluation", None, text.tokens)
+    windows = _windows(stream, text.sequence_length)
+    if len(windows) < 2:
+        raise InputError(
+            f"evaluation.sequence_length: two sequences of {text.sequence_length} tokens are "
+            f"needed for a standard error, {text.dataset} has {len(stream):,} tokens; lower "
+            "sequence_length or add text"
+        )
+    return windows[: text.tokens // text.sequence_length]
+
+
+def _stream(
+    text: Text, source: Source, field: str, shuffle: random.Random | None, enough: int
+) -> Tokens:
+    """Tokens of the documents, one after the other, until there are `enough` of them."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(source.require("tokenizer.json")))
+    # Calibration wants whole documents: a tokenizer's own truncation and padding are for serving.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    bos = source.config.get("bos_token_id")
+    start = [bos] if isinstance(bos, int) else []
+    pieces: list[list[int]] = []
+    count = 0
+    for document in _documents(text, field, shuffle):
+        ids = start + tokenizer.encode(document, add_special_tokens=False).ids
+        pieces.append(ids)
+        count += len(ids)
+        if count >= enough:
+            break
+    return np.asarray([token for piece in pieces for token in piece], dtype=np.int32)
+
+
+def _windows(stream: Tokens, length: int) -> Tokens:
+    count = len(stream) // length
+    return stream[: count * length].reshape(count, length)
+
+
+def _documents(text: Text, field: str, shuffle: random.Random | None) -> Iterable[str]:
+    if text.dataset == "stdlib":
+        paths = _library_modules(text, field)
+        if shuffle is not None:
+            shuffle.shuffle(paths)
+        return (path.read_text(encoding="utf-8", errors="replace") for path in paths)
+    documents = list(_loaded(text, field))
+    if shuffle is not None:
+        shuffle.shuffle(documents)
+    return documents
+
+
+def _library_modules(text: Text, field: str) -> list[Path]:
+    """Modules of the standard library that `include` lists or `exclude` does not, sorted."""
+    root = Path(sysconfig.get_path("stdlib"))
+    modules = {
+        name: path
+        for path in root.rglob("*.py")
+        if not _NOT_LIBRARY & set((name := path.relative_to(root)).parts[:-1])
+    }
+    kept = {name.as_posix() for name in modules}
+    if text.include is not None:
+        kept &= _listed(text.include, f"{field}.include")
+    if text.exclude is not None:
+        kept -= _listed(text.exclude, f"{field}.exclude")
+    return [modules[name] for name in sorted(modules) if name.as_posix() in kept]
+
+
+def _listed(path: str, field: str) -> set[str]:
+    if not Path(path).is_file():
+        raise InputError(f"{field}: there is no file {path}; give a list of modules, one a line")
+    return set(Path(path).read_text(encoding="utf-8").split())
+
+
+def _loaded(text: Text, field: str) -> list[str]:
+    """Documents of a dataset that the `datasets` library reads."""
+    for file in text.files:
+        if not Path(file).is_file():
+            raise InputError(f"{field}.files: there is no file {file}; give paths that exist")
+    load = _LOADS[text.dataset]
+    files = list(text.files) or load.files.get(field)
+    from datasets import load_dataset
+    from datasets.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    try:
+        rows = load_dataset(
+            load.path,
+            load.name,
+            data_files=files,
+            revision=load.revision,
+            split="train" if files else load.splits[field],
+            streaming=True,
+            **load.options,
+        )
+        texts = [row[load.column] for row in itertools.islice(rows, load.rows)]
+    except Exception as error:  # datasets raises whatever its reader or its network raises
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(
+            f"{field}.dataset: cannot read {text.dataset} ({reason}); check the files and the "
+            "network, or use text files of your own"
+        ) from error
+    if not all(isinstance(value, str) for value in texts):
+        raise InputError(f'{field}.files: every line of {files} must hold a string "text"')
+    return texts if load.joiner is None else [load.joiner.join(texts)]

@@ -1,0 +1,131 @@
+"""A causal LM opened block by block: never the whole model, always exactly its own forward pass.
+
+Transformers builds the modules on the meta device; weights are read per block from safetensors.
+Calling `embed`, then `run` for every block, then `logits` gives what the full model gives.
+
+Supported are the dense decoders listed in `artifacts/architectures.py`.
+
+Legend: B sequences, T tokens, H hidden_size, V vocabulary.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from mbq.artifacts.source import Source
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model without weights, and where to read them.
+
+    Attributes:
+        skeleton: the causal LM on the meta device.
+        dtype: of the weights read and of the hidden states.
+        device: where blocks run.
+    """
+
+    source: Source
+    config: PretrainedConfig
+    skeleton: Any
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def block_count(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """Hidden states [B, T, H] that enter block 0."""
+        weight = self.read("model.embed_tokens.")["weight"]
+        return F.embedding(ids_BT.to(self.device), weight.to(self.device, self.dtype))
+
+    def block(self, index: int) -> nn.Module:
+        """Block `index` with its weights, in evaluation mode and without gradients."""
+        block: nn.Module = copy.deepcopy(self.skeleton.model.layers[index])
+        state = self.read(f"model.layers.{index}.")
+        state = {name: tensor.to(self.device, self.dtype) for name, tensor in state.items()}
+        block.load_state_dict(state, strict=True, assign=True)
+        return block.eval().requires_grad_(False)
+
+    def run(self, block: nn.Module, index: int, hidden_BTH: Tensor) -> Tensor:
+        """Hidden states [B, T, H] that leave block `index`, given those that enter it."""
+        position_1T = torch.arange(hidden_BTH.shape[1], device=hidden_BTH.device)[None]
+        kind = _layer_type(self.config, index)
+        make_mask = create_sliding_window_causal_mask if kind == "sliding_attention" else (
+            create_causal_mask
+        )
+        mask = make_mask(
+            config=self.config,
+            inputs_embeds=hidden_BTH,
+            attention_mask=None,
+            past_key_values=None,
+            position_ids=position_1T,
+        )
+        # inv_freq is a buffer that no checkpoint stores: on meta it has no data.
+        rotary = type(self.skeleton.model.rotary_emb)(config=self.config).to(hidden_BTH.device)
+        out = block(
+            hidden_BTH,
+            attention_mask=mask,
+            position_embeddings=rotary(hidden_BTH, position_1T),
+            position_ids=position_1T,
+            past_key_values=None,
+            use_cache=False,
+        )
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
+
+    def head(self) -> nn.Module:
+        """The final norm and the language model head as one module: [B, T, H] to [B, T, V]."""
+        norm = copy.deepcopy(self.skeleton.model.norm)
+        norm.load_state_dict(self._placed("model.norm."), strict=True, assign=True)
+        head = copy.deepcopy(self.skeleton.lm_head)
+        tied = "lm_head.weight" not in self.source.weight_map
+        state = self._placed("model.embed_tokens." if tied else "lm_head.")
+        head.load_state_dict(state, strict=True, assign=True)
+        return nn.Sequential(norm, head).eval().requires_grad_(False)
+
+    def read(self, prefix: str) -> dict[str, Tensor]:
+        """Tensors under a prefix as the checkpoint stores them, by the rest of their names."""
+        by_file: dict[str, list[str]] = {}
+        for name, file in self.source.weight_map.items():
+            if name.startswith(prefix):
+                by_file.setdefault(file, []).append(name)
+        tensors = {}
+        for file, names in by_file.items():
+            with safe_open(self.source.require(file), framework="pt") as opened:
+                for name in names:
+                    tensors[name.removeprefix(prefix)] = opened.get_tensor(name)
+        return tensors
+
+    def _placed(self, prefix: str) -> dict[str, Tensor]:
+        return {name: t.to(self.device, self.dtype) for name, t in self.read(prefix).items()}
+
+
+def open_model(source: Source, dtype: torch.dtype, device: torch.device) -> Model:
+    """Build the modules without weights. Nothing but config.json is read."""
+    config = AutoConfig.from_pretrained(str(source.require("config.json").parent))
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    return Model(source, config, skeleton, dtype, device)
+
+
+def linears(block: nn.Module) -> dict[str, nn.Linear]:
+    """The linears of a block by name, in the order the module defines them."""
+    return {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
+
+
+def _layer_type(config: PretrainedConfig, index: int) -> str:
+    types = getattr(config, "layer_types", None)
+    if types:
+        return str(types[index])
+    # Mistral lists no layer types: a sliding window, when set, holds for every block.
+    return "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"

@@ -1,0 +1,127 @@
+"""Between calibrated tensors and the bytes of the store.
+
+A block's blob holds, per linear, `<name>.code` U8 [N, K], `<name>.scale_zero` I32 [N, G] and
+`<name>.gain_bias` I32 [S, N]. A shard of the checkpoint is written tensor by tensor from such blobs
+and from the source; nothing but the tensor at hand is in memory.
+
+Legend: N out_features, K in_features, G groups, S slices.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mbq.artifacts.checkpoint import Linear, Shard
+from mbq.artifacts.loading import replace_linears
+from mbq.artifacts.tensors import Entry, TensorFile, encode
+from mbq.kernels.bitplanes import pack_planes
+from mbq.kernels.linear import ElasticLinear, Precision
+from mbq.kernels.quantize import SLICE_BITS
+from mbq.workers.calibrate import CalibratedLinear
+from mbq.workers.model import Model, linears
+
+_DTYPES = {
+    torch.uint8: "U8",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+}
+_TORCH = {name: dtype for dtype, name in _DTYPES.items()}
+
+
+def encode_block(block: Mapping[str, CalibratedLinear]) -> Iterator[bytes]:
+    """A block's blob in chunks; the same block always gives the same bytes."""
+    tensors = {}
+    for name in sorted(block):
+        tensors[f"{name}.code"] = block[name].code_NK
+        tensors[f"{name}.scale_zero"] = block[name].scale_zero_NG
+        tensors[f"{name}.gain_bias"] = block[name].gain_bias_SN
+    entries = [Entry(n, _DTYPES[t.dtype], tuple(t.shape)) for n, t in tensors.items()]
+    return encode(entries, map(tensor_bytes, tensors.values()))
+
+
+def read_linear(file: TensorFile, name: str) -> CalibratedLinear:
+    """One linear of a block's blob."""
+    return CalibratedLinear(
+        read_tensor(file, f"{name}.code"),
+        read_tensor(file, f"{name}.scale_zero"),
+        read_tensor(file, f"{name}.gain_bias"),
+    )
+
+
+def encode_shard(
+    shard: Shard, linears: Mapping[str, Linear], blobs: Mapping[int, TensorFile], model: Model
+) -> Iterator[bytes]:
+    """A file of the checkpoint in chunks.
+
+    Args:
+        linears: every quantized linear by its module name.
+        blobs: the blobs of the shard's blocks.
+    """
+    return encode(shard.entries, _shard_data(shard, linears, blobs, model))
+
+
+def elastic_block(
+    model: Model, index: int, tensors: Mapping[str, Tensor], group_size: int, precision: Precision
+) -> nn.Module:
+    """The block with elastic linears.
+
+    Args:
+        tensors: the elastic linears' buffers by their name inside the block.
+    """
+    block = model.block(index)
+    names = replace_linears(block, list(linears(block)), group_size, precision)
+    for name in names:
+        elastic = block.get_submodule(name)
+        assert isinstance(elastic, ElasticLinear)
+        for buffer, empty in elastic.named_buffers():
+            empty.copy_(tensors[f"{name}.{buffer}"])
+    return block
+
+
+def elastic_tensors(name: str, linear: CalibratedLinear) -> dict[str, Tensor]:
+    """A calibrated linear as the buffers of an elastic one, by name inside the block."""
+    tensors = {f"{name}.scale_zero": linear.scale_zero_NG}
+    for p, plane in enumerate(pack_planes(linear.code_NK)):
+        tensors[f"{name}.plane_{p}"] = plane
+    for k, row in enumerate(linear.gain_bias_SN, start=1):
+        tensors[f"{name}.gain_bias_{k}"] = row
+    return tensors
+
+
+def read_tensor(file: TensorFile, name: str) -> Tensor:
+    data = bytearray(file.read(name))
+    entry = file.entries[name]
+    return torch.frombuffer(data, dtype=_TORCH[entry.dtype]).view(entry.shape)
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    flat = tensor.contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().tobytes()
+
+
+def _shard_data(
+    shard: Shard, linears: Mapping[str, Linear], blobs: Mapping[int, TensorFile], model: Model
+) -> Iterator[bytes]:
+    planes: dict[int, Tensor] = {}
+    for entry in shard.entries:
+        module, _, kind = entry.name.rpartition(".")
+        if module not in linears or kind == "bias":
+            yield tensor_bytes(model.read(entry.name)[""])
+            continue
+        linear = linears[module]
+        blob, name = blobs[linear.block], linear.local_name
+        if kind == "scale_zero":
+            yield blob.read(f"{name}.scale_zero")
+        elif kind.startswith("gain_bias_"):
+            row = int(kind.removeprefix("gain_bias_")) - 1
+            yield tensor_bytes(read_tensor(blob, f"{name}.gain_bias")[row])
+        else:
+            plane = int(kind.removeprefix("plane_"))
+            if plane % SLICE_BITS == 0:
+                packed = pack_planes(read_tensor(blob, f"{name}.code"))
+                planes = dict(enumerate(packed))
+            yield tensor_bytes(planes[plane])
