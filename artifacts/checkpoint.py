@@ -3,8 +3,9 @@
     model-base-0000i-of-0000n.safetensors     what every width needs: embeddings, norms, head,
                                               biases (as the source stores them), and per linear
         <linear>.scale_zero     I32 [N, G]    float16 pair: scale in the low half, zero in the high
-    model-slice<e>-0000i-of-0000n.safetensors one set per slice e, most significant first; per linear
-        <linear>.plane_<p>      I32 [N, K/32] planes p = 2e and 2e + 1 (layout: kernels/bitplanes.py)
+    model-slice<e>-0000i-of-0000n.safetensors one set per slice e, most significant first; per
+                                              linear
+        <linear>.plane_<p>      I32 [N, K/32] p = 2e and 2e + 1 (layout: kernels/bitplanes.py)
         <linear>.gain_bias_<k>  I32 [N]       k = e + 1: float16 pair of gain and bias at k slices
 
 So the base and the first k slice sets are a complete model of 2k bits. Around them:
@@ -85,7 +86,9 @@ def plan_shards(
     linears = find_linears(tensors)
     quantized = {f"{linear.name}.weight" for linear in linears}
     kept = [entry for name, entry in tensors.items() if name not in quantized]
-    base = [(None, sorted(kept, key=lambda entry: entry.name))]
+    base: list[tuple[int | None, list[Entry]]] = [
+        (None, sorted(kept, key=lambda entry: entry.name))
+    ]
     base += [
         (linear.block, [Entry(f"{linear.name}.scale_zero", "I32", _groups(linear, group_size))])
         for linear in linears
@@ -104,7 +107,9 @@ def index_document(shards: Iterable[Shard]) -> bytes:
     return _json({"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def config_document(source: Source, slices: int, group_size: int, linears: Sequence[Linear]) -> bytes:
+def config_document(
+    source: Source, slices: int, group_size: int, linears: Sequence[Linear]
+) -> bytes:
     """The source's config.json with `quantization_config` added."""
     config = dict(source.config)
     config["quantization_config"] = {
@@ -120,9 +125,7 @@ def config_document(source: Source, slices: int, group_size: int, linears: Seque
 
 def slice_files(shards: Iterable[Shard], slices: int) -> tuple[tuple[str, ...], ...]:
     """Per slice, the files that hold it."""
-    return tuple(
-        tuple(shard.file for shard in shards if shard.slice == e) for e in range(slices)
-    )
+    return tuple(tuple(shard.file for shard in shards if shard.slice == e) for e in range(slices))
 
 
 def plane_name(linear: str, plane: int) -> str:

@@ -1,13 +1,13 @@
 """Where everything lies in a store.
 
-    runs/<run>/spec.json                            what was asked and what it resolved to
-    runs/<run>/status.json                          the driver's last word on its progress
-    runs/<run>/blocks/<00007>/record.json           a finished block; written after its blob
-    runs/<run>/shards/<file>/record.json            a finished file of the checkpoint
-    runs/<run>/evaluations/<tokens>/<variant>.json  losses of one model variant
-    runs/<run>/results.json                         the table of the run
-    runs/<run>/checkpoint/...                       the packed checkpoint; manifest.json comes last
-    blobs/sha256/<aa>/<sha256>                      immutable bytes, named by their digest
+runs/<run>/spec.json                            what was asked and what it resolved to
+runs/<run>/status.json                          the driver's last word on its progress
+runs/<run>/blocks/<00007>/record.json           a finished block; written after its blob
+runs/<run>/shards/<file>/record.json            a finished file of the checkpoint
+runs/<run>/evaluations/<tokens>/<variant>.json  losses of one model variant
+runs/<run>/results.json                         the table of the run
+runs/<run>/checkpoint/...                       the packed checkpoint; manifest.json comes last
+blobs/sha256/<aa>/<sha256>                      immutable bytes, named by their digest
 """
 
 RUNS = "runs"

@@ -16,7 +16,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mbq.artifacts.checkpoint import PACKING, QUANT_METHOD
@@ -45,11 +50,11 @@ def load_model(path: str | Path, bits: int | None = None, **kwargs: Any) -> PreT
         raise NotFoundError(f"{path} is not a checkpoint packed by mbq-cluster")
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, config=config, **kwargs)
     if bits is not None:
-        model.set_bits(bits)
+        set_bits(model, bits)
     return model
 
 
-class MbqConfig(QuantizationConfigMixin):  # type: ignore[misc, no-untyped-call]
+class MbqConfig(QuantizationConfigMixin):
     """`quantization_config` of a packed checkpoint; fields as `config_document` writes them."""
 
     def __init__(
@@ -61,7 +66,8 @@ class MbqConfig(QuantizationConfigMixin):  # type: ignore[misc, no-untyped-call]
         packing: str = PACKING,
         quant_method: str = QUANT_METHOD,
     ) -> None:
-        self.quant_method = quant_method
+        # Transformers' own methods are members of an enum; others are plain names.
+        self.quant_method = quant_method  # type: ignore[assignment]
         self.format_version = format_version
         self.max_bits = max_bits
         self.group_size = group_size
@@ -74,7 +80,7 @@ class MbqConfig(QuantizationConfigMixin):  # type: ignore[misc, no-untyped-call]
             )
 
 
-class MbqQuantizer(HfQuantizer):  # type: ignore[misc]
+class MbqQuantizer(HfQuantizer):
     """Swaps the block's linears for elastic ones before transformers fills in the weights."""
 
     requires_calibration = True
@@ -83,6 +89,7 @@ class MbqQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
+        assert isinstance(config, MbqConfig)
         precision = Precision(config.max_bits // SLICE_BITS)
         names = replace_linears(model, config.linears, config.group_size, precision)
         _require_tensors(model, names, checkpoint_files or [])
@@ -90,7 +97,7 @@ class MbqQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
-        model.set_bits = MethodType(_set_bits, model)
+        model.set_bits = MethodType(set_bits, model)  # type: ignore[assignment]
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:
@@ -104,7 +111,7 @@ class MbqQuantizer(HfQuantizer):  # type: ignore[misc]
 def replace_linears(
     model: nn.Module, endings: list[str], group_size: int, precision: Precision
 ) -> list[str]:
-    """Put an elastic linear without codes where a linear's name is, or ends in `.` and, one of `endings`.
+    """Put elastic linears, still without codes, where a linear's name ends in one of `endings`.
 
     Returns the names of the linears that were replaced.
     """
@@ -118,16 +125,18 @@ def replace_linears(
         old = model.get_submodule(name)
         assert isinstance(old, nn.Linear)
         with torch.device(old.weight.device):
-            new = ElasticLinear(
-                old.in_features, old.out_features, group_size, precision, old.bias
-            )
+            new = ElasticLinear(old.in_features, old.out_features, group_size, precision, old.bias)
         model.set_submodule(name, new)
     return names
 
 
-def _set_bits(self: PreTrainedModel, bits: int) -> None:
-    """Run at `bits` bits per weight from the next forward pass on."""
-    elastic = next(module for module in self.modules() if isinstance(module, ElasticLinear))
+def set_bits(model: PreTrainedModel, bits: int) -> None:
+    """Run at `bits` bits per weight from the next forward pass on; also `model.set_bits(bits)`.
+
+    Raises:
+        InputError: `bits` is not a stored width.
+    """
+    elastic = next(module for module in model.modules() if isinstance(module, ElasticLinear))
     try:
         elastic.precision.set_bits(bits)
     except ValueError as error:
@@ -153,8 +162,6 @@ def _require_tensors(model: nn.Module, names: list[str], files: list[str]) -> No
 
 
 def _register() -> None:
-    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-
     # Registering a name twice is an error, and modules are imported anew in some workers.
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(QUANT_METHOD)(MbqConfig)

@@ -42,7 +42,7 @@ class Source:
     revision: str | None = None
 
     def path(self, name: str) -> Path | None:
-        """Local path of one file, downloaded if need be; None when the checkpoint has no such file."""
+        """Local path of one file, downloaded if need be; None when there is no such file."""
         if self.revision is None:
             path = Path(self.location) / name
             return path if path.is_file() else None

@@ -78,8 +78,8 @@ class Optimisation(Document):
     slice_counts: tuple[int, ...] = (1, 2, 4)
     weight_rate: Positive = 5e-3
     clip_rate: Positive = 1e-2
-    gain_rate: Positive = 1e-3
-    balance: Annotated[float, Field(ge=0, le=1)] = 0.25
+    gain_rate: Positive = 1e-2
+    balance: Annotated[float, Field(ge=0, le=1)] = 0.5
 
 
 class Resources(Document):
@@ -151,7 +151,9 @@ def load_spec(path: Path, settings: Sequence[str] = ()) -> RunSpec:
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise NotFoundError(f"there is no spec file {path}; give a YAML file or a preset") from error
+        raise NotFoundError(
+            f"there is no spec file {path}; give a YAML file or a preset"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is not YAML: {reason}") from error
@@ -271,7 +273,11 @@ def _resolve_paths(document: dict[str, Any], folder: Path) -> None:
         return str((folder / Path(value).expanduser()).resolve())
 
     model = document.get("model")
-    if isinstance(model, dict) and isinstance(source := model.get("source"), str) and is_path(source):
+    if (
+        isinstance(model, dict)
+        and isinstance(source := model.get("source"), str)
+        and is_path(source)
+    ):
         model["source"] = absolute(source)
     for section in (document.get("calibration"), document.get("evaluation")):
         if not isinstance(section, dict):

@@ -11,7 +11,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from mbq.artifacts.errors import ClusterError, NotFoundError
 
@@ -77,7 +77,9 @@ class Jobs:
                 metadata={"run": run, **metadata},
             )
         except Exception as error:
-            raise ClusterError(f"cluster: {self.address} refused the job: {_reason(error)}") from error
+            raise ClusterError(
+                f"cluster: {self.address} refused the job: {_reason(error)}"
+            ) from error
 
     def list(self) -> list[JobInfo]:
         """Every attempt of every run the cluster knows, oldest first."""
@@ -93,9 +95,11 @@ class Jobs:
 
     def logs(self, info: JobInfo) -> str:
         try:
-            return cast(str, self._client.get_job_logs(f"mbq-{info.run}-a{info.attempt}"))
+            return self._client.get_job_logs(f"mbq-{info.run}-a{info.attempt}")
         except Exception as error:
-            raise NotFoundError(f"the cluster has no logs of run {info.run}: {_reason(error)}") from error
+            raise NotFoundError(
+                f"the cluster has no logs of run {info.run}: {_reason(error)}"
+            ) from error
 
 
 def _info(job: Any) -> JobInfo | None:

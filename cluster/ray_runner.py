@@ -37,7 +37,7 @@ _CRASHED = (
 _NODE_TIMEOUT_SECONDS = 120.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RayHandle:
     name: str
     value: Any
@@ -71,7 +71,8 @@ class RayRunner:
 
     def __init__(self) -> None:
         ray.init(ignore_reinit_error=True)
-        self._board = ray.remote(num_cpus=0)(_ProgressBoard).remote()
+        board: Any = ray.remote(num_cpus=0)(_ProgressBoard)
+        self._board = board.remote()
         self._task = ray.remote(max_retries=0, num_returns=2)(_run)
         self._gauges: dict[str, Gauge] = {}
         self._read: Any = None

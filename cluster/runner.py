@@ -70,7 +70,7 @@ class Runner(Protocol):
         """Show numbers to whoever watches the cluster."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LocalHandle:
     name: str
     value: Any

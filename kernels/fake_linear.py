@@ -47,7 +47,7 @@ def fake_linear(
     `x_TK` may have any number of leading dimensions and any float dtype; the product is computed
     in that dtype, the quantization in float32.
     """
-    out: Tensor = _FakeLinear.apply(
+    out: Tensor = _FakeLinear.apply(  # type: ignore[no-untyped-call]
         x_TK, value_NK, unit_NG, scale_NG, zero_NG, gain_N, bias_N, slices
     )
     return out
@@ -96,4 +96,13 @@ class _FakeLinear(torch.autograd.Function):
         grad_scale = (grad_weight * (quantized - zero[..., None])).sum(2)
         grad_scale -= (grad_inside * (exact - zero[..., None])).sum(2)
         grad_value = grad_inside.mul_(unit[..., None]).flatten(1)
-        return grad_x, grad_value, None, grad_scale, grad_zero, grad_gain, grad_TN.float().sum(0), None
+        return (
+            grad_x,
+            grad_value,
+            None,
+            grad_scale,
+            grad_zero,
+            grad_gain,
+            grad_TN.float().sum(0),
+            None,
+        )

@@ -11,6 +11,9 @@ input: on a CPU, unpacking a weight costs far more than multiplying by it.
 Legend: N out_features, K in_features, G groups, S slices, W words (K / 32).
 """
 
+from collections.abc import Callable
+from typing import Any, Self
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -83,14 +86,15 @@ class ElasticLinear(nn.Module):
             bias_N = bias_N + self.bias.float()
         return F.linear(x, self._weights[key], bias_N.to(x.dtype))
 
-    def _apply(self, *args: object, **kwargs: object) -> "ElasticLinear":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Moving or loading the module makes every remembered weight wrong.
         self._weights = {}
-        return super()._apply(*args, **kwargs)  # type: ignore[arg-type]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
-    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._weights = {}
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         return (

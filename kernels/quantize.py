@@ -57,7 +57,8 @@ def quantize(weight_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor) -> Tensor:
     weight_NGg = weight_NK.float().unflatten(1, (scale_NG.shape[1], -1))
     position_NGg = weight_NGg / scale_NG[..., None] + zero_NG[..., None]
     code_NGg = (position_NGg * 64).floor().clamp(0, 255)
-    return code_NGg.to(torch.uint8).flatten(1)
+    code_NK: Tensor = code_NGg.to(torch.uint8).flatten(1)
+    return code_NK
 
 
 def dequantize(code_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor, slices: int) -> Tensor:
@@ -67,7 +68,8 @@ def dequantize(code_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor, slices: int) 
     """
     bin_NGg = (code_NK >> (CODE_BITS - SLICE_BITS * slices)).unflatten(1, (scale_NG.shape[1], -1))
     position_NGg = (bin_NGg.float() + 0.5) * 4.0 ** (1 - slices)
-    return ((position_NGg - zero_NG[..., None]) * scale_NG[..., None]).flatten(1)
+    weight_NK: Tensor = ((position_NGg - zero_NG[..., None]) * scale_NG[..., None]).flatten(1)
+    return weight_NK
 
 
 def pack_pair(first: Tensor, second: Tensor) -> Tensor:

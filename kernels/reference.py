@@ -13,7 +13,9 @@ from torch import Tensor
 from mbq.kernels.quantize import MAX_SLICES
 
 
-def slice_recursively(weight_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor) -> tuple[Tensor, Tensor]:
+def slice_recursively(
+    weight_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor
+) -> tuple[Tensor, Tensor]:
     """Quantize the weight, then its residual, then the residual of that.
 
     Returns:
@@ -46,4 +48,5 @@ def round_to_nearest(weight_NK: Tensor, bits: int, group_size: int) -> Tensor:
     scale = ((high - low) / (2**bits - 1)).clamp(min=1e-8)
     zero = (-low / scale).round()
     code = (weight_NGg / scale + zero).round().clamp(0, 2**bits - 1)
-    return ((code - zero) * scale).flatten(1)
+    rounded_NK: Tensor = ((code - zero) * scale).flatten(1)
+    return rounded_NK

@@ -1,7 +1,8 @@
 """The command line: parse, import what the command needs, call one function, print.
 
 Heavy imports are inside the commands, so that `--help` answers at once. Flags win over MBQ_*
-variables, which win over defaults. Exit codes: 0 done, 1 the run failed, 2 wrong input, 3 not found.
+variables, which win over defaults. Exit codes: 0 done, 1 the run failed, 2 wrong input, 3 not
+found.
 """
 
 import sys
@@ -101,7 +102,8 @@ def check(
     spec: str, settings: tuple[str, ...], store: str | None, address: str | None, as_json: bool
 ) -> None:
     """Say what a run would do and need, or why it cannot work. Starts and writes nothing."""
-    from mbq.orchestrator import display, estimate, submit as submitting
+    from mbq.orchestrator import display, estimate
+    from mbq.orchestrator import submit as submitting
 
     name, parsed = submitting.read_spec(spec, settings)
     prepared = submitting.prepare(name, parsed)

@@ -98,7 +98,13 @@ def result_table(results: Results) -> Table:
         box=None,
         pad_edge=False,
     )
-    for column in ("BITS", "ELASTIC CHECKPOINT", "ROUND TO NEAREST", "GAP TO FULL PRECISION", "BYTES"):
+    for column in (
+        "BITS",
+        "ELASTIC CHECKPOINT",
+        "ROUND TO NEAREST",
+        "GAP TO FULL PRECISION",
+        "BYTES",
+    ):
         table.add_column(column, justify="right")
     rows = {row.variant: row for row in results.rows}
     full = rows["full"]

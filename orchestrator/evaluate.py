@@ -48,7 +48,8 @@ def evaluate(
     from mbq.workers.determinism import attention
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = load_model(folder).to(device).eval()
+    model: Any = load_model(folder).eval()
+    model.to(device)
     rows = []
     for width in widths:
         model.set_bits(width)

@@ -111,7 +111,11 @@ def build_plan(document: RunDocument) -> Plan:
     evaluated = evaluation.tokens * (2.0 * sum(weights) + head) if evaluation else 0.0
     return Plan(
         captures=tuple(
-            Task("capture", f"{b:03d}", 2.0 * calibration_tokens * streams * weights[b - 1] if b else 0)
+            Task(
+                "capture",
+                f"{b:03d}",
+                2.0 * calibration_tokens * streams * weights[b - 1] if b else 0,
+            )
             for b in range(blocks)
         ),
         calibrations=tuple(

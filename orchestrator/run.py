@@ -95,8 +95,9 @@ class Driver:
 
     @property
     def job(self) -> tasks.Job:
-        device = "cuda" if self.resources.gpus else "cpu"
-        return tasks.Job(self.store.uri, self.document.run, device)
+        return tasks.Job(
+            self.store.uri, self.document.run, "cuda" if self.resources.gpus else "cpu"
+        )
 
     @property
     def progress(self) -> Progress:
@@ -207,22 +208,24 @@ def _check_cluster(driver: Driver) -> None:
 
 def _loop(driver: Driver) -> None:
     said = 0.0
+    plan = driver.plan
     while True:
         if driver.stopping:
             raise Stopped(f"run {driver.document.run} was stopped; resume continues it")
-        if not driver.published and all(task in driver.done for task in driver.plan.packs):
+        # Packed files may outlive a damaged block: a checkpoint needs both.
+        if not driver.published and driver.done >= {*plan.calibrations, *plan.packs}:
             _publish(driver)
         _submit(driver)
         if not driver.running:
             break
         for handle in driver.runner.wait(list(driver.running), _TICK_SECONDS):
             _collect(driver, handle)
-        for block in releasable(driver.plan, driver.progress):
+        for block in releasable(plan, driver.progress):
             del driver.held[block]
         if time.monotonic() - said >= _TICK_SECONDS:
             _say(driver, "running")
             said = time.monotonic()
-    if driver.published and len(driver.losses) == len(driver.plan.evaluations):
+    if driver.published and len(driver.losses) == len(plan.evaluations):
         _write_results(driver)
 
 
@@ -347,9 +350,7 @@ def _say(driver: Driver, state: str) -> None:
     if latest is not None and latest.attempt > driver.attempt:
         raise Superseded(f"attempt {latest.attempt} drives run {driver.document.run} now")
     reported = driver.runner.progress()
-    fractions = {
-        task: reported.get(handle.name, 0.0) for handle, task in driver.running.items()
-    }
+    fractions = {task: reported.get(handle.name, 0.0) for handle, task in driver.running.items()}
     now = time.time()
     remaining = remaining_flops(driver.plan, driver.done, fractions)
     total = sum(task.flops for task in driver.plan.tasks)

@@ -1,7 +1,7 @@
 """What a run is doing: its last status in the store, corrected by what the cluster knows.
 
-A driver that was killed leaves the status `running` behind. Only the cluster can tell: if the job is
-gone, the run is `interrupted` and can be resumed.
+A driver that was killed leaves the status `running` behind. Only the cluster can tell: if the job
+is gone, the run is `interrupted` and can be resumed.
 """
 
 import time

@@ -8,8 +8,8 @@ block must reproduce, at each trained slice count, what the full-precision block
 Each step draws two of the trained slice counts and descends on both, one after the other, so that
 only one graph is alive. Trained are, per linear: the weight in units of its initial 2-bit step, the
 two ends of every group's range (sigmoid of a logit times the smallest and largest weight, as in
-OmniQuant's learnable weight clipping), and per trained slice count but the highest a gain and a bias
-per output channel.
+OmniQuant's learnable weight clipping), and a gain and a bias per output channel at every trained
+slice count but the highest.
 
 Method `joint` is that. Method `clip` is MoBiQuant's recipe (arXiv 2602.20191, algorithm 1): weights
 frozen, no gains, ranges trained first for one slice alone, then for all slice counts together.
@@ -166,14 +166,15 @@ def calibrate_block(
                     share = len(part) / len(batch)
                     loss += error.item() * share
                     scale = share / running.get(slices, loss) ** settings.balance
-                    (error * scale).backward()  # type: ignore[no-untyped-call]
+                    (error * scale).backward()
                 if not math.isfinite(loss):
                     raise FloatingPointError(
                         f"the loss at {slices} slices is {loss}; lower the learning rates"
                     )
-                running[slices] = _RUNNING_MEAN_DECAY * running.get(slices, loss) + (
-                    1 - _RUNNING_MEAN_DECAY
-                ) * loss
+                running[slices] = (
+                    _RUNNING_MEAN_DECAY * running.get(slices, loss)
+                    + (1 - _RUNNING_MEAN_DECAY) * loss
+                )
             optimiser.step()
             schedule.step()
             steps_done += 1
@@ -220,8 +221,8 @@ def _optimiser(
 
 def _cosine(steps: int) -> Callable[[int], float]:
     """Learning rate factor: cosine from 1 to `_FINAL_RATE`."""
-    return lambda step: _FINAL_RATE + (1 - _FINAL_RATE) * (
-        0.5 + 0.5 * math.cos(math.pi * min(step / steps, 1.0))
+    return lambda step: (
+        _FINAL_RATE + (1 - _FINAL_RATE) * (0.5 + 0.5 * math.cos(math.pi * min(step / steps, 1.0)))
     )
 
 

@@ -52,9 +52,7 @@ _SPLITS = {"calibration": "train", "evaluation": "test"}
 _LOADS = {
     "text": _Load("text", options={"sample_by": "document"}),
     "jsonl": _Load("json"),
-    "wikitext2": _Load(
-        "Salesforce/wikitext", "wikitext-2-raw-v1", splits=_SPLITS, joiner="\n\n"
-    ),
+    "wikitext2": _Load("Salesforce/wikitext", "wikitext-2-raw-v1", splits=_SPLITS, joiner="\n\n"),
     "ptb": _Load(
         "ptb-text-only/ptb_text_only",
         # The repository holds a loading script, which `datasets` no longer runs; the Hub keeps the

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+
 def pin(threads: int) -> None:
     """Fix what can be fixed in a running process. `threads` is the run's, never the machine's."""
     torch.set_num_threads(threads)

@@ -59,8 +59,10 @@ class Model:
         """Hidden states [B, T, H] that leave block `index`, given those that enter it."""
         position_1T = torch.arange(hidden_BTH.shape[1], device=hidden_BTH.device)[None]
         kind = _layer_type(self.config, index)
-        make_mask = create_sliding_window_causal_mask if kind == "sliding_attention" else (
-            create_causal_mask
+        make_mask = (
+            create_sliding_window_causal_mask
+            if kind == "sliding_attention"
+            else (create_causal_mask)
         )
         mask = make_mask(
             config=self.config,

@@ -12,7 +12,6 @@ bytes under the same keys. The last argument of each is `report`, called with th
 """
 
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -111,9 +110,7 @@ class _Opened:
         return read_tensor(open_tensors(self.store, keys.blob_key(blob.sha256)), "tokens")
 
     def blob(self, block: int) -> TensorFile:
-        record = get_document(
-            self.store, keys.block_key(self.document.run, block), BlockRecord
-        )
+        record = get_document(self.store, keys.block_key(self.document.run, block), BlockRecord)
         return open_tensors(self.store, keys.blob_key(record.blob.sha256))
 
     def calibrated_block(self, block: int) -> tuple[nn.Module, Precision]:

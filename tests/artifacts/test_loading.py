@@ -1,0 +1,175 @@
+"""Packed checkpoints as transformers loads them."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+
+from mbq.artifacts import keys
+from mbq.artifacts.errors import CorruptError, InputError, NotFoundError
+from mbq.artifacts.loading import load_model
+from mbq.artifacts.manifest import BlockRecord, get_document
+from mbq.artifacts.tensors import open_tensors
+from mbq.kernels.linear import ElasticLinear
+from mbq.kernels.quantize import dequantize, unpack_pair
+from mbq.workers.pack import read_linear
+
+IDS = torch.arange(2 * 20).view(2, 20) * 7 % 320
+
+
+@pytest.fixture
+def copy(finished_run: Any, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished_run.checkpoint, tmp_path / "copy"))
+
+
+@torch.no_grad()
+def _logits(model: Any) -> torch.Tensor:
+    out: torch.Tensor = model(IDS).logits
+    return out
+
+
+def test_holds_the_calibrated_weights_at_every_width(finished_run: Any) -> None:
+    model = load_model(finished_run.checkpoint)
+    run = finished_run.document.run
+    for block in range(3):
+        record = get_document(finished_run.store, keys.block_key(run, block), BlockRecord)
+        blob = open_tensors(finished_run.store, keys.blob_key(record.blob.sha256))
+        for name in ("self_attn.k_proj", "mlp.down_proj"):
+            linear = read_linear(blob, name)
+            loaded = model.get_submodule(f"model.layers.{block}.{name}")
+            assert isinstance(loaded, ElasticLinear)
+            scale, zero = unpack_pair(linear.scale_zero_NG)
+            gain, _ = unpack_pair(linear.gain_bias_SN)
+            for k in range(1, 5):
+                expected = dequantize(linear.code_NK, scale, zero, k) * gain[k - 1][:, None]
+                assert torch.equal(loaded.weight(k), expected)
+
+
+def test_changes_width_while_running(finished_run: Any) -> None:
+    model: Any = load_model(finished_run.checkpoint, bits=2)
+    at_two = _logits(model)
+    model.set_bits(8)
+    at_eight = _logits(model)
+    assert not torch.allclose(at_two, at_eight)
+    assert torch.equal(_logits(load_model(finished_run.checkpoint)), at_eight)
+    model.set_bits(2)
+    assert torch.equal(_logits(model), at_two)
+
+
+def test_eight_bits_are_close_to_the_source_and_two_are_not(
+    finished_run: Any, tiny_model: Path
+) -> None:
+    source = _logits(AutoModelForCausalLM.from_pretrained(tiny_model))
+    model: Any = load_model(finished_run.checkpoint)
+    errors = []
+    for bits in (2, 4, 6, 8):
+        model.set_bits(bits)
+        errors.append(((_logits(model) - source).norm() / source.norm()).item())
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.05
+
+
+def test_a_new_process_computes_the_same_logits(finished_run: Any, tmp_path: Path) -> None:
+    model = load_model(finished_run.checkpoint, bits=4)
+    script = (
+        "import sys, torch\n"
+        "from mbq.artifacts.loading import load_model\n"
+        "torch.set_num_threads(int(sys.argv[3]))\n"
+        "ids = torch.arange(40).view(2, 20) * 7 % 320\n"
+        "with torch.no_grad(): logits = load_model(sys.argv[1], bits=4)(ids).logits\n"
+        "from safetensors.torch import save_file\n"
+        "save_file({'logits': logits.contiguous()}, sys.argv[2])\n"
+    )
+    out = tmp_path / "logits.safetensors"
+    threads = str(torch.get_num_threads())
+    command = [sys.executable, "-c", script, str(finished_run.checkpoint), str(out), threads]
+    subprocess.run(command, check=True)
+    from safetensors.torch import load_file
+
+    assert torch.equal(load_file(out)["logits"], _logits(model))
+
+
+def test_generates_text(finished_run: Any) -> None:
+    model: Any = load_model(finished_run.checkpoint, bits=2)
+    tokenizer = AutoTokenizer.from_pretrained(finished_run.checkpoint)
+    ids = tokenizer("Item 5: the", return_tensors="pt").input_ids
+    out = model.generate(ids, max_new_tokens=5, do_sample=False)
+    assert out.shape == (1, ids.shape[1] + 5)
+    assert tokenizer.decode(out[0]).startswith("Item 5: the")
+
+
+def test_loads_with_plain_transformers_once_imported(finished_run: Any) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(finished_run.checkpoint)
+    assert torch.equal(_logits(plain), _logits(load_model(finished_run.checkpoint)))
+
+
+def test_saved_again_it_is_the_same_model(finished_run: Any, tmp_path: Path) -> None:
+    model = load_model(finished_run.checkpoint)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(_logits(load_model(tmp_path / "again")), _logits(model))
+
+
+def test_keeps_the_biases_of_the_source(
+    finish_run: Callable[..., Any], make_model: Callable[..., Path], tiny_document: Any
+) -> None:
+    folder = make_model(Qwen2Config)
+    run = finish_run(tiny_document(model={"source": str(folder)}, evaluation=None))
+    source = AutoModelForCausalLM.from_pretrained(folder)
+    model = load_model(run.checkpoint)
+    for block in range(3):
+        name = f"model.layers.{block}.self_attn.q_proj.bias"
+        assert torch.equal(model.get_parameter(name), source.get_parameter(name))
+    assert (_logits(model) - _logits(source)).norm() / _logits(source).norm() < 0.1
+
+
+@pytest.mark.parametrize("bits", [3, 0, 10])
+def test_refuses_widths_that_are_not_stored(finished_run: Any, bits: int) -> None:
+    with pytest.raises(InputError, match=f"bits {bits} must be one of"):
+        load_model(finished_run.checkpoint, bits=bits)
+
+
+def test_a_missing_plane_is_an_error(copy: Path) -> None:
+    index_path = copy / "model.safetensors.index.json"
+    index = json.loads(index_path.read_text())
+    gone = "model-slice2-00001-of-00001.safetensors"
+    index["weight_map"] = {n: f for n, f in index["weight_map"].items() if f != gone}
+    index_path.write_text(json.dumps(index))
+    with pytest.raises(CorruptError, match=r"has no model\.layers\.0\..*plane_4"):
+        load_model(copy)
+
+
+def test_a_missing_file_is_an_error(copy: Path) -> None:
+    (copy / "model-slice2-00001-of-00001.safetensors").unlink()
+    with pytest.raises(OSError, match="model-slice2"):
+        load_model(copy)
+
+
+def test_a_truncated_file_is_an_error(copy: Path) -> None:
+    path = copy / "model-slice0-00001-of-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CorruptError, match="is damaged"):
+        load_model(copy)
+
+
+@pytest.mark.parametrize("change", [{"format_version": 99}, {"packing": "other"}])
+def test_another_format_is_refused(copy: Path, change: dict[str, Any]) -> None:
+    path = copy / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= change
+    path.write_text(json.dumps(config))
+    with pytest.raises(CorruptError, match="install the version that wrote it"):
+        load_model(copy)
+
+
+def test_other_folders_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match=r"holds no config\.json"):
+        load_model(tmp_path)
+    with pytest.raises(NotFoundError, match="not a checkpoint packed by mbq-cluster"):
+        load_model(tiny_model)

@@ -1,0 +1,145 @@
+"""The spec: what it refuses and how it says so, and what decides a run's id."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from mbq.artifacts.errors import InputError, NotFoundError
+from mbq.artifacts.spec import RunSpec, load_spec, parse_spec, run_id
+
+Make = Callable[..., dict[str, Any]]
+
+
+def _with(document: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    *parents, last = path.split(".")
+    inner = document
+    for parent in parents:
+        inner[parent] = dict(inner.get(parent, {}))
+        inner = inner[parent]
+    inner[last] = value
+    return document
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("calibration.sampels", 5, r"calibration\.sampels: unknown key; did you mean samples\?"),
+        ("nonsense", 5, "nonsense: unknown key; known keys are model, calibration"),
+        ("calibration.samples", 0, r"calibration\.samples: 0 must be greater than or equal to 1"),
+        ("calibration.samples", 10**9, "must be less than or equal to 65536"),
+        ("calibration.samples", "many", r"calibration\.samples: 'many' must be a valid integer"),
+        ("calibration.sequence_length", 4, "must be greater than or equal to 8"),
+        ("calibration.dataset", "pile", "calibration.dataset: 'pile' must be 'wikitext2'"),
+        ("calibration.files", [], "dataset text needs at least one file"),
+        ("calibration.include", "list.txt", "include and exclude belong to stdlib, not to text"),
+        ("group_size", 48, "group_size 48 is not a multiple of 32"),
+        ("group_size", 16, "must be greater than or equal to 32"),
+        ("slices", 5, "must be less than or equal to 4"),
+        ("optimisation.slice_counts", [1, 5], r"\[1, 5\] must be distinct numbers of slices"),
+        ("optimisation.slice_counts", [2, 2], r"\[2, 2\] must be distinct numbers of slices"),
+        ("optimisation.slice_counts", [], r"\[\] must be distinct numbers of slices"),
+        ("optimisation.method", "magic", "must be 'joint' or 'clip'"),
+        ("optimisation.weight_rate", -1, "must be greater than 0"),
+        ("propagation", "both", "must be 'full_precision' or 'sequential'"),
+        ("dtype", "int8", "must be 'float32' or 'bfloat16'"),
+        ("threads", 0, "must be greater than or equal to 1"),
+        ("evaluation.tokens", 300, "must hold at least two sequences of 200"),
+        ("model.source", "", "must be a valid string|at least 1 character"),
+    ],
+)
+def test_refuses_with_field_value_and_remedy(
+    tiny_document: Make, path: str, value: Any, message: str
+) -> None:
+    document = tiny_document()
+    if path == "evaluation.tokens":
+        document = _with(document, "evaluation.sequence_length", 200)
+    with pytest.raises(InputError, match=message) as caught:
+        parse_spec(_with(document, path, value))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_section_is_named(tiny_document: Make) -> None:
+    document = tiny_document()
+    del document["calibration"]
+    with pytest.raises(InputError, match="calibration: missing"):
+        parse_spec(document)
+
+
+def test_is_frozen(tiny_document: Make) -> None:
+    spec = parse_spec(tiny_document())
+    with pytest.raises(ValidationError):
+        spec.group_size = 64  # type: ignore[misc]
+
+
+def test_round_trips_through_json(tiny_document: Make) -> None:
+    spec = parse_spec(tiny_document())
+    assert RunSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+def test_settings_win_and_paths_follow_their_origin(
+    tmp_path: Path, tiny_document: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "specs"
+    folder.mkdir()
+    document = tiny_document(model={"source": "./model"}, store="../store")
+    document["calibration"] |= {"files": ["a.txt"]}
+    (folder / "spec.yaml").write_text(yaml.safe_dump(document))
+    monkeypatch.chdir(tmp_path)
+    settings = ["calibration.samples=7", "optimisation.weight_rate=1e-3", "evaluation.files=[b.txt]"]
+    spec = load_spec(folder / "spec.yaml", settings)
+    assert spec.calibration.samples == 7
+    assert spec.optimisation.weight_rate == 1e-3
+    assert spec.optimisation.passes == document["optimisation"]["passes"]
+    assert spec.model.source == str(folder / "model")
+    assert spec.calibration.files == (str(folder / "a.txt"),)
+    assert spec.evaluation is not None
+    assert spec.evaluation.files == (str(tmp_path / "b.txt"),)
+    assert spec.store == str(tmp_path / "store")
+
+
+@pytest.mark.parametrize("setting", ["samples", "=5", "calibration..samples=5", "a.b=[1"])
+def test_malformed_settings(tmp_path: Path, tiny_document: Make, setting: str) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump(tiny_document()))
+    with pytest.raises(InputError, match="--set"):
+        load_spec(path, [setting])
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2", "\x00"])
+def test_files_that_hold_no_spec(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"spec\.yaml"):
+        load_spec(path)
+    with pytest.raises(NotFoundError, match="no spec file"):
+        load_spec(tmp_path / "other.yaml")
+
+
+def test_run_id_is_that_of_what_decides_the_bytes(tiny_document: Make) -> None:
+    base = parse_spec(tiny_document())
+    known = run_id(base, "model", "tokens")
+    assert len(known) == 12
+    same = [
+        tiny_document(store="/elsewhere"),
+        tiny_document(resources={"workers": 7}),
+        tiny_document(evaluation=None),
+    ]
+    assert {run_id(parse_spec(document), "model", "tokens") for document in same} == {known}
+    different = [
+        tiny_document(group_size=64),
+        tiny_document(slices=2, optimisation={"slice_counts": [1, 2]}),
+        tiny_document(optimisation={"passes": 3}),
+        tiny_document(propagation="sequential"),
+        tiny_document(dtype="bfloat16"),
+        tiny_document(threads=2),
+        tiny_document(microbatch=2),
+        _with(tiny_document(), "calibration.seed", 1),
+    ]
+    ids = {run_id(parse_spec(document), "model", "tokens") for document in different}
+    ids |= {run_id(base, "other model", "tokens"), run_id(base, "model", "other tokens")}
+    assert len(ids) == len(different) + 2
+    assert known not in ids

@@ -1,0 +1,154 @@
+"""Small real models and texts that tests share. Nothing here stands in for the thing under test."""
+
+import os
+
+# Before torch or ray are imported: what a run's processes have, and no accidental cluster.
+os.environ.update({"MKL_CBWR": "AUTO", "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"})
+for name in ("RAY_ADDRESS", "MBQ_STORE", "MBQ_ADDRESS", "MBQ_HOME"):
+    os.environ.pop(name, None)
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from mbq.artifacts import keys
+from mbq.artifacts.manifest import RunDocument, put_blob, put_document
+from mbq.artifacts.spec import parse_spec
+from mbq.artifacts.store import LocalStore
+from mbq.cluster.runner import LocalRunner
+from mbq.orchestrator.run import drive
+from mbq.orchestrator.submit import prepare
+
+TEXT = "".join(
+    f"Item {n}: the {('red', 'green', 'blue')[n % 3]} box number {n * 7919 % 1000} holds "
+    f"{n * n % 97} things, of which {n % 13} are broken.\n"
+    for n in range(800)
+)
+
+TINY: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Save a small random model of any configuration class, with a tokenizer of its own."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+    def make(kind: type = LlamaConfig, **changes: Any) -> Path:
+        folder = tmp_path_factory.mktemp("model")
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(kind(**(TINY | changes)))
+        # Random biases too: transformers starts them at zero, where losing one goes unseen.
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.1)
+        model.save_pretrained(folder)
+        fast.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(make_model: Callable[..., Path]) -> Path:
+    return make_model()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    return LocalStore(tmp_path / "store")
+
+
+@pytest.fixture(scope="session")
+def tiny_document(tiny_model: Path, text_file: Path) -> Callable[..., dict[str, Any]]:
+    """A spec's document for the tiny model; keyword arguments replace whole sections."""
+
+    def make(**changes: Any) -> dict[str, Any]:
+        text = {"dataset": "text", "files": [str(text_file)], "sequence_length": 32}
+        return {
+            "model": {"source": str(tiny_model)},
+            "calibration": {**text, "samples": 12},
+            "evaluation": {**text, "tokens": 512},
+            "group_size": 32,
+            "optimisation": {"passes": 2, "batch_size": 4},
+        } | changes
+
+    return make
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run of the tiny model that went through every stage in this process."""
+
+    store: LocalStore
+    document: RunDocument
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.store.path(keys.manifest_key(self.document.run)).parent
+
+
+@pytest.fixture(scope="session")
+def write_run() -> Callable[[LocalStore, dict[str, Any]], RunDocument]:
+    """Prepare a run and put into the store what a driver expects there."""
+
+    def write(store: LocalStore, document: dict[str, Any]) -> RunDocument:
+        prepared = prepare("tiny", parse_spec(document))
+        for chunks in prepared.blobs.values():
+            put_blob(store, chunks)
+        put_document(store, keys.spec_key(prepared.document.run), prepared.document)
+        return prepared.document
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def finish_run(
+    tmp_path_factory: pytest.TempPathFactory,
+    write_run: Callable[[LocalStore, dict[str, Any]], RunDocument],
+) -> Callable[..., FinishedRun]:
+    def finish(document: dict[str, Any]) -> FinishedRun:
+        store = LocalStore(tmp_path_factory.mktemp("finished") / "store")
+        run = write_run(store, document)
+        drive(store, run, LocalRunner(), attempt=1)
+        return FinishedRun(store, run)
+
+    return finish
+
+
+@pytest.fixture(scope="session")
+def finished_run(
+    finish_run: Callable[..., FinishedRun], tiny_document: Callable[..., dict[str, Any]]
+) -> FinishedRun:
+    return finish_run(tiny_document())

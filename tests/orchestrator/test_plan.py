@@ -1,0 +1,192 @@
+"""What can start when, without a cluster."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import GemmaConfig, LlamaConfig, MixtralConfig
+
+from mbq.artifacts.errors import InputError
+from mbq.artifacts.manifest import BlobRef, RunDocument
+from mbq.artifacts.source import open_source
+from mbq.artifacts.spec import parse_spec
+from mbq.orchestrator.plan import (
+    Plan,
+    Progress,
+    build_plan,
+    check_source,
+    needed_captures,
+    ready,
+    releasable,
+    remaining_flops,
+    task_memory_bytes,
+    variants,
+)
+
+Make = Callable[..., dict[str, Any]]
+
+
+def _plan(tiny_document: Make, **changes: Any) -> Plan:
+    spec = parse_spec(tiny_document(**changes))
+    blob = BlobRef(sha256="0" * 64, size_bytes=0)
+    return build_plan(
+        RunDocument(
+            run="0" * 12,
+            name="tiny",
+            spec=spec,
+            model_location=spec.model.source,
+            model_commit=None,
+            model_digest="sha256:0",
+            calibration_tokens=blob,
+            evaluation_tokens=blob,
+            code_version="0",
+        )
+    )
+
+
+def _names(tasks: list[Any]) -> list[str]:
+    return [task.name for task in tasks]
+
+
+def _progress(**fields: Any) -> Progress:
+    empty = Progress(done=frozenset(), held=frozenset(), busy=frozenset(), published=False)
+    return replace(empty, **fields)
+
+
+SOURCE_EVALUATIONS = ["evaluate full", *(f"evaluate rtn-{bits}" for bits in (2, 4, 6, 8))]
+
+
+def test_only_the_chain_and_the_source_can_start(tiny_document: Make) -> None:
+    plan = _plan(tiny_document)
+    assert _names(ready(plan, _progress(), 2)) == ["capture 000", *SOURCE_EVALUATIONS]
+
+
+def test_a_captured_block_calibrates_while_the_chain_goes_on(tiny_document: Make) -> None:
+    plan = _plan(tiny_document)
+    progress = _progress(done={plan.captures[0]}, held={0})
+    assert _names(ready(plan, progress, 2))[:2] == ["capture 001", "calibrate 000"]
+    busy = replace(progress, busy={plan.captures[1], plan.calibrations[0]})
+    assert _names(ready(plan, busy, 2)) == SOURCE_EVALUATIONS
+
+
+def test_sequential_waits_for_the_block_before(tiny_document: Make) -> None:
+    plan = _plan(tiny_document, propagation="sequential")
+    progress = _progress(done={plan.captures[0]}, held={0})
+    assert "capture 001" not in _names(ready(plan, progress, 2))
+    calibrated = replace(progress, done={plan.captures[0], plan.calibrations[0]})
+    assert "capture 001" in _names(ready(plan, calibrated, 2))
+
+
+def test_the_chain_stays_within_its_look_ahead(
+    make_model: Callable[..., Path], tiny_document: Make
+) -> None:
+    deep = make_model(num_hidden_layers=8)
+    plan = _plan(tiny_document, model={"source": str(deep)})
+    for held in range(8):
+        progress = _progress(done=set(plan.captures[:held]), held=set(range(held)))
+        goes_on = f"capture {held:03d}" in _names(ready(plan, progress, 1))
+        assert goes_on == (held < 3)
+
+
+def test_a_resumed_chain_ends_at_the_last_missing_block(tiny_document: Make) -> None:
+    plan = _plan(tiny_document)
+    assert needed_captures(plan, {plan.calibrations[2]}) == 2
+    done = {plan.calibrations[1], plan.calibrations[2], plan.captures[0]}
+    assert needed_captures(plan, done) == 1
+    names = _names(ready(plan, _progress(done=done, held={0}), 2))
+    assert names[0] == "calibrate 000"
+    assert needed_captures(plan, set(plan.calibrations)) == 0
+
+
+def test_hidden_states_are_released_when_both_users_are_done(tiny_document: Make) -> None:
+    plan = _plan(tiny_document)
+    first = plan.captures[0]
+    held = _progress(done={first, plan.calibrations[0]}, held={0})
+    assert releasable(plan, held) == set()
+    moved_on = replace(held, done={first, plan.calibrations[0], plan.captures[1]}, held={0, 1})
+    assert releasable(plan, moved_on) == {0}
+    last = replace(held, done=set(plan.calibrations) | {first}, held={0})
+    assert releasable(plan, last) == {0}
+
+
+def test_files_are_packed_when_their_blocks_exist_and_evaluated_when_published(
+    tiny_document: Make,
+) -> None:
+    plan = _plan(tiny_document)
+    done = set(plan.calibrations[:2])
+    assert not [n for n in _names(ready(plan, _progress(done=done), 2)) if n.startswith("pack")]
+    done = set(plan.calibrations)
+    packs = [n for n in _names(ready(plan, _progress(done=done), 2)) if n.startswith("pack")]
+    assert len(packs) == len(plan.packs) == 5
+    done |= set(plan.packs)
+    assert _names(ready(plan, _progress(done=done), 2)) == SOURCE_EVALUATIONS
+    published = _names(ready(plan, _progress(done=done, published=True), 2))
+    assert published == [*SOURCE_EVALUATIONS, *(f"evaluate mbq-{b}" for b in (2, 4, 6, 8))]
+
+
+def test_remaining_work_falls_to_nothing(tiny_document: Make) -> None:
+    plan = _plan(tiny_document)
+    whole = remaining_flops(plan, set(), {})
+    assert whole == pytest.approx(sum(task.flops for task in plan.tasks))
+    half = {plan.calibrations[0]: 0.5}
+    assert whole - remaining_flops(plan, set(), half) == plan.calibrations[0].flops / 2
+    # Captures that nobody needs are no work.
+    done = set(plan.calibrations) | set(plan.packs) | set(plan.evaluations)
+    assert remaining_flops(plan, done, {}) == 0
+
+
+def test_fewer_slices_make_fewer_files_and_variants(tiny_document: Make) -> None:
+    document = tiny_document(slices=2, optimisation={"slice_counts": [1, 2]})
+    assert variants(parse_spec(document)) == ["full", "rtn-2", "rtn-4", "mbq-2", "mbq-4"]
+    plan = _plan(lambda: document)
+    assert [task.target.partition("-0")[0] for task in plan.packs] == [
+        "model-base",
+        "model-slice0",
+        "model-slice1",
+    ]
+    assert variants(parse_spec(tiny_document(evaluation=None))) == []
+
+
+def test_memory_grows_with_what_a_task_holds(tiny_document: Make) -> None:
+    small = parse_spec(tiny_document())
+    text = tiny_document()["calibration"] | {"samples": 24}
+    large = parse_spec(tiny_document(calibration=text))
+    plan = _plan(tiny_document)
+    difference = task_memory_bytes(plan, large, 64) - task_memory_bytes(plan, small, 64)
+    assert difference == 2 * 12 * 32 * 64 * 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "model_changes", "spec_changes", "message"),
+    [
+        (MixtralConfig, {"num_local_experts": 2}, {}, "mixture of experts"),
+        (GemmaConfig, {"head_dim": 16}, {}, "model_type gemma is not supported; use one of llama"),
+        (
+            LlamaConfig,
+            {},
+            {"group_size": 64},
+            r"64 does not divide the 96 inputs of model\.layers\.0\.mlp\.down_proj; use 32",
+        ),
+    ],
+    ids=["experts", "gemma", "group"],
+)
+def test_models_that_cannot_be_quantized(
+    make_model: Callable[..., Path],
+    tiny_document: Make,
+    kind: type,
+    model_changes: dict[str, Any],
+    spec_changes: dict[str, Any],
+    message: str,
+) -> None:
+    source = open_source(str(make_model(kind, **model_changes)), "main")
+    with pytest.raises(InputError, match=message):
+        check_source(source, parse_spec(tiny_document(**spec_changes)))
+
+
+def test_sequences_longer_than_the_model(tiny_model: Path, tiny_document: Make) -> None:
+    text = tiny_document()["calibration"] | {"sequence_length": 129}
+    spec = parse_spec(tiny_document(calibration=text))
+    with pytest.raises(InputError, match=r"calibration\.sequence_length: 129 .* use at most 128"):
+        check_source(open_source(str(tiny_model), "main"), spec)

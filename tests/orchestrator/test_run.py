@@ -1,0 +1,287 @@
+"""The driver with a runner that runs everything here, and with one that fails on purpose."""
+
+import hashlib
+import pickle
+import signal
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mbq.artifacts import keys
+from mbq.artifacts.errors import ClusterError, MbqError, RunError, StoreError
+from mbq.artifacts.manifest import Manifest, Results, RunDocument, Status, find_document, get_document
+from mbq.artifacts.store import LocalStore
+from mbq.cluster.runner import (
+    Call,
+    Handle,
+    InputLost,
+    LocalHandle,
+    LocalRunner,
+    TaskCrashed,
+    TaskResources,
+)
+from mbq.orchestrator.run import Stopped, Superseded, drive
+
+Make = Callable[..., dict[str, Any]]
+
+
+class FaultyRunner(LocalRunner):
+    """Fails chosen submissions: `faults[(task name, n-th submission)]` is raised instead."""
+
+    def __init__(self, faults: dict[tuple[str, int], BaseException] | None = None) -> None:
+        super().__init__()
+        self.faults = faults or {}
+        self.submitted: Counter[str] = Counter()
+        self.before: Callable[[str], None] = lambda name: None
+
+    def submit(self, call: Call, resources: TaskResources) -> LocalHandle:
+        name = call.name.rpartition(": ")[2]
+        self.before(name)
+        self.submitted[name] += 1
+        # What a real cluster would do: everything that goes in or out is pickled.
+        call = pickle.loads(pickle.dumps(call))
+        error = self.faults.get((name, self.submitted[name]))
+        if error is not None:
+            return LocalHandle(call.name, None, error)
+        return super().submit(call, resources)
+
+
+class WideRunner(FaultyRunner):
+    """Finishes tasks in another order than they were submitted, two at a time."""
+
+    def slots(self, resources: TaskResources) -> int:
+        return 0 if resources.gpus else 3
+
+    def wait(self, handles: Sequence[Handle], timeout_seconds: float) -> list[Handle]:
+        return list(handles)[-1:] if len(handles) < 3 else list(handles)[1:]
+
+
+@pytest.fixture
+def write(store: LocalStore, write_run: Callable[..., RunDocument]) -> Callable[[dict[str, Any]], Any]:
+    return lambda document: write_run(store, document)
+
+
+def _manifest_digest(store: LocalStore, run: str) -> str:
+    return hashlib.sha256(store.read(keys.manifest_key(run))).hexdigest()
+
+
+def _status(store: LocalStore, run: str) -> Status:
+    return get_document(store, keys.status_key(run), Status)
+
+
+def test_leaves_everything_the_readme_promises(finished_run: Any) -> None:
+    store, run = finished_run.store, finished_run.document.run
+    assert store.children(f"runs/{run}") == [
+        "blocks",
+        "checkpoint",
+        "evaluations",
+        "results.json",
+        "shards",
+        "spec.json",
+        "status.json",
+    ]
+    assert store.children(f"runs/{run}/blocks") == ["00000", "00001", "00002"]
+    manifest = get_document(store, keys.manifest_key(run), Manifest)
+    on_disk = set(store.children(f"runs/{run}/checkpoint")) - {"manifest.json"}
+    assert set(manifest.files) == on_disk
+    for name, record in manifest.files.items():
+        data = store.read(keys.checkpoint_key(run, name))
+        assert hashlib.sha256(data).hexdigest() == record.sha256
+        assert len(data) == record.size_bytes
+    assert _status(store, run).state == "done"
+    assert _status(store, run).fraction == 1.0
+
+
+def test_results_compare_every_width_with_rounding(finished_run: Any) -> None:
+    run = finished_run.document.run
+    results = get_document(finished_run.store, keys.results_key(run), Results)
+    names = ["full", *(f"{kind}-{b}" for kind in ("rtn", "mbq") for b in (2, 4, 6, 8))]
+    assert [row.variant for row in results.rows] == names
+    gaps = {row.variant: row.gap for row in results.rows}
+    assert gaps["full"] == 0
+    assert abs(gaps["mbq-8"]) < abs(gaps["rtn-2"])
+    assert len(set(results.slice_bytes)) == 1
+
+
+def test_order_and_number_of_workers_change_no_byte(
+    finished_run: Any, store: LocalStore, write: Any, tiny_document: Make
+) -> None:
+    document = write(tiny_document())
+    drive(store, document, WideRunner(), attempt=1)
+    run = document.run
+    assert run == finished_run.document.run
+    assert _manifest_digest(store, run) == _manifest_digest(finished_run.store, run)
+
+
+def test_finished_work_is_never_done_again(store: LocalStore, write: Any, tiny_document: Make) -> None:
+    document = write(tiny_document())
+    stopping = FaultyRunner()
+
+    def stop_at(name: str) -> None:
+        if name == "calibrate 001":
+            raise KeyboardInterrupt
+
+    stopping.before = stop_at
+    with pytest.raises(KeyboardInterrupt):
+        drive(store, document, stopping, attempt=1)
+    first = store.read(keys.block_key(document.run, 0))
+    again = FaultyRunner()
+    drive(store, document, again, attempt=2)
+    assert again.submitted["calibrate 000"] == 0
+    assert again.submitted["calibrate 001"] == again.submitted["calibrate 002"] == 1
+    assert store.read(keys.block_key(document.run, 0)) == first
+    idle = FaultyRunner()
+    drive(store, document, idle, attempt=3)
+    assert set(idle.submitted) == {"inspect"}
+
+
+@pytest.mark.parametrize("error", [TaskCrashed("killed"), StoreError("503"), OSError("disk")])
+def test_what_may_pass_is_tried_three_times(
+    finished_run: Any, store: LocalStore, write: Any, tiny_document: Make, error: MbqError
+) -> None:
+    document = write(tiny_document())
+    faults: dict[tuple[str, int], BaseException] = {
+        ("calibrate 001", 1): error,
+        ("calibrate 001", 2): error,
+        ("capture 002", 1): error,
+        ("pack model-base-00001-of-00001.safetensors", 1): error,
+    }
+    drive(store, document, FaultyRunner(faults), attempt=1)
+    assert _manifest_digest(store, document.run) == _manifest_digest(
+        finished_run.store, document.run
+    )
+    failures = [f for f in _status(store, document.run).failures if f.task == "calibrate 001"]
+    assert [(f.attempt, f.final) for f in failures] == [(1, False), (2, False)]
+
+
+def test_lost_hidden_states_are_made_again(
+    finished_run: Any, store: LocalStore, write: Any, tiny_document: Make
+) -> None:
+    document = write(tiny_document())
+    runner = FaultyRunner({("calibrate 002", 1): InputLost("node gone")})
+    drive(store, document, runner, attempt=1)
+    assert runner.submitted["capture 000"] == 2
+    assert runner.submitted["calibrate 000"] == 1
+    assert _manifest_digest(store, document.run) == _manifest_digest(
+        finished_run.store, document.run
+    )
+
+
+def test_a_block_that_fails_fails_the_run_at_its_end(
+    store: LocalStore, write: Any, tiny_document: Make
+) -> None:
+    document = write(tiny_document())
+    faults: dict[tuple[str, int], BaseException] = {
+        ("calibrate 001", n): TaskCrashed("out of memory") for n in (1, 2, 3)
+    }
+    runner = FaultyRunner(faults)
+    with pytest.raises(RunError, match=r"calibrate 001 \(attempt 3\).*out of memory.*resume"):
+        drive(store, document, runner, attempt=1)
+    assert runner.submitted["calibrate 001"] == 3
+    # The other blocks are finished, and nothing pretends to be a checkpoint.
+    assert store.children(f"runs/{document.run}/blocks") == ["00000", "00002"]
+    assert find_document(store, keys.manifest_key(document.run), Manifest) is None
+    assert _status(store, document.run).state == "failed"
+    drive(store, document, FaultyRunner(), attempt=2)
+    assert _status(store, document.run).state == "done"
+
+
+def test_an_error_that_would_come_again_is_not_repeated(
+    store: LocalStore, write: Any, tiny_document: Make
+) -> None:
+    document = write(tiny_document())
+    runner = FaultyRunner({("calibrate 000", 1): FloatingPointError("the loss is nan")})
+    with pytest.raises(RunError, match="the loss is nan"):
+        drive(store, document, runner, attempt=1)
+    assert runner.submitted["calibrate 000"] == 1
+
+
+def test_a_damaged_blob_is_calibrated_again(
+    finished_run: Any, store: LocalStore, write: Any, tiny_document: Make
+) -> None:
+    document = write(tiny_document(evaluation=None))
+    drive(store, document, FaultyRunner(), attempt=1)
+    before = _manifest_digest(store, document.run)
+    record = get_document(store, keys.manifest_key(document.run), Manifest)
+    store.put(keys.blob_key(record.blocks[1]), [b"truncated"])
+    store.delete(keys.manifest_key(document.run))
+    runner = FaultyRunner()
+    drive(store, document, runner, attempt=2)
+    assert runner.submitted["calibrate 001"] == 1
+    assert runner.submitted["calibrate 000"] == 0
+    assert _manifest_digest(store, document.run) == before
+
+
+def test_stops_when_asked_and_goes_on_later(
+    store: LocalStore, write: Any, tiny_document: Make
+) -> None:
+    document = write(tiny_document())
+    runner = FaultyRunner()
+
+    def terminate(name: str) -> None:
+        if name == "calibrate 000":
+            signal.raise_signal(signal.SIGTERM)
+
+    runner.before = terminate
+    with pytest.raises(Stopped):
+        drive(store, document, runner, attempt=1)
+    assert _status(store, document.run).state == "stopped"
+    drive(store, document, FaultyRunner(), attempt=2)
+    assert _status(store, document.run).state == "done"
+
+
+def test_an_older_driver_gives_way(store: LocalStore, write: Any, tiny_document: Make) -> None:
+    document = write(tiny_document())
+    drive(store, document, FaultyRunner(), attempt=2)
+    store.delete(keys.results_key(document.run))
+    with pytest.raises(Superseded, match="attempt 2 drives"):
+        drive(store, document, FaultyRunner(), attempt=1)
+    assert _status(store, document.run).attempt == 2
+
+
+def test_a_cluster_without_what_the_spec_asks(
+    store: LocalStore, write: Any, tiny_document: Make
+) -> None:
+    document = write(tiny_document(resources={"device": "cuda"}))
+    with pytest.raises(ClusterError, match="a GPU for one task"):
+        drive(store, document, FaultyRunner(), attempt=1)
+
+
+def test_sequential_propagation_calibrates_on_quantized_inputs(
+    finished_run: Any, store: LocalStore, write: Any, tiny_document: Make
+) -> None:
+    document = write(tiny_document(propagation="sequential"))
+    assert document.run != finished_run.document.run
+    drive(store, document, FaultyRunner(), attempt=1)
+    ours = get_document(store, keys.manifest_key(document.run), Manifest)
+    theirs = get_document(
+        finished_run.store, keys.manifest_key(finished_run.document.run), Manifest
+    )
+    # The first block sees the same inputs either way, the later ones do not.
+    assert ours.blocks[0] == theirs.blocks[0]
+    assert ours.blocks[1] != theirs.blocks[1]
+    assert ours.blocks[2] != theirs.blocks[2]
+
+
+def test_bfloat16_and_sharded_sources_run_too(
+    store: LocalStore, write: Any, tiny_document: Make, make_model: Callable[..., Path]
+) -> None:
+    from transformers import Qwen3Config
+
+    folder = make_model(Qwen3Config, head_dim=32, tie_word_embeddings=True)
+    document = write(tiny_document(model={"source": str(folder)}, dtype="bfloat16"))
+    drive(store, document, FaultyRunner(), attempt=1)
+    results = get_document(store, keys.results_key(document.run), Results)
+    assert results.rows[-1].perplexity == pytest.approx(results.rows[0].perplexity, rel=0.05)
+
+
+def test_metrics_tell_how_far_it_is(store: LocalStore, write: Any, tiny_document: Make) -> None:
+    runner = FaultyRunner()
+    drive(store, write(tiny_document(evaluation=None)), runner, attempt=1)
+    assert runner.published["mbq_blocks_done"] == 3
+    assert runner.published["mbq_bytes_stored"] > 0
+    assert runner.published["mbq_block_seconds"] > 0
+    assert runner.published["mbq_block_loss"] > 0

@@ -1,0 +1,116 @@
+"""Calibration: that it helps where it should, harms nothing, and repeats exactly."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mbq.artifacts.source import open_source
+from mbq.artifacts.spec import Optimisation
+from mbq.kernels.quantize import unpack_pair
+from mbq.workers.calibrate import Calibration, calibrate_block
+from mbq.workers.model import open_model
+
+
+def _calibrate(folder: Path, microbatch: int = 4, **settings: Any) -> Calibration:
+    model = open_model(open_source(str(folder), "main"), torch.float32, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(16, 24, 64, generator=generator)
+    fractions: list[float] = []
+    result = calibrate_block(
+        model.block(0),
+        lambda block, x: model.run(block, 0, x),
+        dict.fromkeys(range(1, 5), hidden),
+        hidden,
+        Optimisation(**({"passes": 6, "batch_size": 4} | settings)),
+        group_size=32,
+        microbatch=microbatch,
+        seed=3,
+        report=fractions.append,
+    )
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1.0
+    return result
+
+
+def _equal(a: Calibration, b: Calibration) -> bool:
+    return a.loss_after == b.loss_after and all(
+        torch.equal(a.linears[name].code_NK, b.linears[name].code_NK)
+        and torch.equal(a.linears[name].scale_zero_NG, b.linears[name].scale_zero_NG)
+        and torch.equal(a.linears[name].gain_bias_SN, b.linears[name].gain_bias_SN)
+        for name in a.linears
+    )
+
+
+@pytest.mark.parametrize(("method", "kept"), [("joint", 0.65), ("clip", 0.8)])
+def test_reduces_the_error_at_two_bits_and_keeps_the_order_of_widths(
+    method: str, kept: float
+) -> None:
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(128, 64))
+    # Heavy tails, as trained weights have: a Gaussian has next to nothing to clip.
+    weight = torch.distributions.StudentT(3.0).sample((64, 128))
+    block[0].weight = nn.Parameter(weight, requires_grad=False)
+    x = torch.randn(32, 8, 128)
+    result = calibrate_block(
+        block,
+        lambda module, x: module(x),
+        dict.fromkeys(range(1, 5), x),
+        x,
+        Optimisation(method=method, passes=30, batch_size=4, clip_rate=0.05),
+        group_size=128,
+        microbatch=4,
+        seed=3,
+        report=lambda fraction: None,
+    )
+    assert result.loss_after[1] < kept * result.loss_before[1]
+    errors = [result.loss_after[k] for k in (1, 2, 3, 4)]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_same_seed_same_bytes_other_seed_others(tiny_model: Path) -> None:
+    first = _calibrate(tiny_model)
+    assert _equal(first, _calibrate(tiny_model))
+    assert not _equal(first, _calibrate(tiny_model, passes=7))
+
+
+def test_clip_freezes_weights_and_has_no_gains(tiny_model: Path) -> None:
+    result = _calibrate(tiny_model, method="clip")
+    for linear in result.linears.values():
+        gain, bias = unpack_pair(linear.gain_bias_SN)
+        assert torch.equal(gain, torch.ones_like(gain))
+        assert not bias.any()
+
+
+def test_joint_corrects_every_trained_width_but_the_highest(tiny_model: Path) -> None:
+    result = _calibrate(tiny_model, slice_counts=(1, 2, 4))
+    for linear in result.linears.values():
+        gain, _ = unpack_pair(linear.gain_bias_SN)
+        moved = [(row != 1).any().item() for row in gain]
+        assert moved == [True, True, False, False]
+
+
+def test_microbatches_add_up_to_the_batch(tiny_model: Path) -> None:
+    whole, parts = _calibrate(tiny_model, microbatch=4), _calibrate(tiny_model, microbatch=3)
+    for k in range(1, 5):
+        assert parts.loss_after[k] == pytest.approx(whole.loss_after[k], rel=0.05)
+
+
+def test_a_loss_that_is_not_finite_is_an_error(tiny_model: Path) -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.linear(x) * float("nan")
+            return out
+
+    hidden = torch.randn(2, 4, 32)
+    with pytest.raises(FloatingPointError, match="lower the learning rates"):
+        calibrate_block(
+            Broken(), lambda block, x: block(x), {1: hidden, 2: hidden, 4: hidden}, hidden,
+            Optimisation(passes=2), 32, 2, 0, lambda fraction: None,
+        )

@@ -1,0 +1,46 @@
+"""Losses against the full model's own, and the arithmetic of the table."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mbq.artifacts.source import open_source
+from mbq.kernels.reference import round_to_nearest
+from mbq.workers.evaluate import rounded_block, sequence_losses, table
+from mbq.workers.model import linears, open_model
+
+
+def test_losses_are_those_of_the_full_model(tiny_model: Path) -> None:
+    model = open_model(open_source(str(tiny_model), "main"), torch.float32, torch.device("cpu"))
+    ids = (torch.arange(5 * 17).view(5, 17) * 13 % 320).int()
+    blocks = (model.block(index) for index in range(model.block_count))
+    losses = sequence_losses(model, blocks, ids, 2, lambda fraction: None)
+    full = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    for row, loss in zip(ids.long(), losses, strict=True):
+        with torch.no_grad():
+            expected = full(row[None], labels=row[None]).loss.item()
+        assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_rounded_blocks_hold_rounded_weights(tiny_model: Path) -> None:
+    model = open_model(open_source(str(tiny_model), "main"), torch.float32, torch.device("cpu"))
+    original = linears(model.block(0))
+    for name, linear in linears(rounded_block(model.block(0), 4, 32)).items():
+        assert torch.equal(linear.weight, round_to_nearest(original[name].weight, 4, 32))
+
+
+def test_table_of_known_losses() -> None:
+    rows = table({"full": [1.0, 3.0], "rtn-2": [2.0, 4.0], "mbq-2": [1.5, 3.1]})
+    full, rounded, packed = rows
+    assert full.perplexity == pytest.approx(math.e**2)
+    # Two sequences one apart from their mean: standard deviation sqrt(2), error 1.
+    assert full.perplexity_error == pytest.approx(math.e**2)
+    assert (full.gap, full.gap_error) == (0.0, 0.0)
+    # Paired: the difference is the same in both sequences, so its error is zero.
+    assert (rounded.gap, rounded.gap_error) == (1.0, 0.0)
+    assert packed.bits == 2
+    assert packed.gap == pytest.approx(0.3)
+    assert packed.gap_error == pytest.approx(0.2)
