@@ -6,6 +6,7 @@ between two runs of the same id: no times, attempts, stores or paths.
 """
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Literal, TypeVar
 
 from pydantic import ValidationError
@@ -41,7 +42,7 @@ class RunDocument(Document):
     evaluation_tokens: BlobRef | None
     code_version: str
 
-    @property
+    @cached_property
     def source(self) -> Source:
         return Source(self.model_location, self.model_commit)
 
@@ -70,6 +71,13 @@ class FileRecord(Document):
         return cls(
             size_bytes=digest.size_bytes, sha256=digest.sha256, part_sha256=digest.part_sha256
         )
+
+
+class ShardRecord(Document):
+    """A finished file of the checkpoint, and the blobs it was made from."""
+
+    file: FileRecord
+    blobs: tuple[str, ...]
 
 
 class Manifest(Document):
@@ -122,9 +130,14 @@ class Status(Document):
 
 
 class VariantLosses(Document):
-    """Mean negative log likelihood per predicted token (nats) of every sequence, in order."""
+    """Mean negative log likelihood per predicted token (nats) of every sequence, in order.
+
+    Attributes:
+        manifest_sha256: of the checkpoint that was evaluated; None for variants of the source.
+    """
 
     variant: str
+    manifest_sha256: str | None
     losses: tuple[float, ...]
 
 
@@ -148,6 +161,7 @@ class Results(Document):
     """What validation measured. Outside the manifest: evaluating differently changes no bytes."""
 
     run: str
+    tokens_sha256: str
     tokens: int
     sequence_length: int
     rows: tuple[Row, ...]
@@ -185,10 +199,10 @@ def put_blob(store: Store, chunks: Iterable[bytes]) -> BlobRef:
     digester = Digester()
     data = list(digester.through(chunks))
     digest = digester.digest()
-    key = keys.blob_key(digest.sha256)
-    if store.size(key) != digest.size_bytes:
-        store.put(key, data)
-    return BlobRef(sha256=digest.sha256, size_bytes=digest.size_bytes)
+    blob = BlobRef(sha256=digest.sha256, size_bytes=digest.size_bytes)
+    if not is_stored(store, blob):
+        store.put(keys.blob_key(blob.sha256), data)
+    return blob
 
 
 def find_run(store: Store, run: str) -> RunDocument:
@@ -207,8 +221,11 @@ def block_records(store: Store, run: str, blocks: int) -> dict[int, BlockRecord]
     found = {}
     for block in range(blocks):
         record = find_document(store, keys.block_key(run, block), BlockRecord)
-        if record is not None:
-            size = store.size(keys.blob_key(record.blob.sha256))
-            if size == record.blob.size_bytes:
-                found[block] = record
+        if record is not None and is_stored(store, record.blob):
+            found[block] = record
     return found
+
+
+def is_stored(store: Store, blob: BlobRef) -> bool:
+    """Whether a blob is there in full."""
+    return store.size(keys.blob_key(blob.sha256)) == blob.size_bytes

@@ -2,11 +2,14 @@
 
 Knows names, shapes and digests, never tensors: everything here works without torch, so a wrong
 model is refused before any heavy import. Only safetensors files are read; pickled weights are not.
+
+What the Hub answers becomes one of our errors: InputError for what the user must change,
+StoreError for what may pass.
 """
 
+import contextlib
 import hashlib
 import json
-import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,8 +17,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mbq.artifacts.errors import InputError
-from mbq.artifacts.tensors import Entry
+from mbq.artifacts.errors import CorruptError, InputError, StoreError
+from mbq.artifacts.spec import is_path
+from mbq.artifacts.store import LocalStore
+from mbq.artifacts.tensors import Entry, open_tensors
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -26,7 +31,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-_MAX_HEADER_BYTES = 100_000_000
+# Early LLaMA checkpoints store this buffer, which every model computes for itself.
+_COMPUTED = "rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
@@ -47,12 +53,16 @@ class Source:
             path = Path(self.location) / name
             return path if path.is_file() else None
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-        try:
-            return Path(hf_hub_download(self.location, name, revision=self.revision))
-        except EntryNotFoundError:
-            return None
+        with _hub_errors(self.location):
+            try:
+                return Path(hf_hub_download(self.location, name, revision=self.revision))
+            except LocalEntryNotFoundError as error:
+                # A subclass of EntryNotFoundError that says the opposite: nobody was asked.
+                raise StoreError(f"cannot reach the Hub for {self.location}/{name}") from error
+            except EntryNotFoundError:
+                return None
 
     def require(self, name: str) -> Path:
         path = self.path(name)
@@ -66,42 +76,42 @@ class Source:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The parsed config.json."""
-        path = self.require("config.json")
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"model.source: {path} is not JSON ({error})") from error
-        if not isinstance(config, dict) or "model_type" not in config:
-            raise InputError(f"model.source: {path} names no model_type")
+        config = _read_json(self.require("config.json"))
+        sizes = ("hidden_size", "num_hidden_layers", "vocab_size")
+        missing = [key for key in sizes if not isinstance(config.get(key), int)]
+        if not isinstance(config.get("model_type"), str) or missing:
+            what = ", ".join(missing) or "model_type"
+            raise InputError(f"model.source: config.json of {self.location} names no {what}")
         return config
 
     @cached_property
     def weight_map(self) -> dict[str, str]:
         """Name of every tensor and the file that holds it."""
         index = self.path(_INDEX)
-        if index is not None:
-            return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        return dict.fromkeys(read_header(self.require(_SINGLE)), _SINGLE)
+        if index is None:
+            names = dict.fromkeys(_read_header(self.require(_SINGLE)), _SINGLE)
+        else:
+            names = _read_json(index).get("weight_map", {})
+            if not all(isinstance(file, str) and "/" not in file for file in names.values()):
+                raise InputError(f"model.source: {index} names files outside its folder")
+        return {name: file for name, file in names.items() if not name.endswith(_COMPUTED)}
 
     @cached_property
     def tensors(self) -> dict[str, Entry]:
         """Every tensor by name. Reads the headers of the weight files, nothing else."""
+        entries: dict[str, Entry] = {}
         if self.revision is None:
-            files = sorted(set(self.weight_map.values()))
-            headers = [read_header(self.require(name)) for name in files]
-            return {
-                name: Entry(name, fields["dtype"], tuple(fields["shape"]))
-                for header in headers
-                for name, fields in header.items()
-            }
-        from huggingface_hub import get_safetensors_metadata
+            for file in sorted(set(self.weight_map.values())):
+                entries |= _read_header(self.require(file))
+        else:
+            from huggingface_hub import get_safetensors_metadata
 
-        metadata = get_safetensors_metadata(self.location, revision=self.revision)
-        return {
-            name: Entry(name, info.dtype, tuple(info.shape))
-            for file in metadata.files_metadata.values()
-            for name, info in file.tensors.items()
-        }
+            with _hub_errors(self.location):
+                metadata = get_safetensors_metadata(self.location, revision=self.revision)
+            for header in metadata.files_metadata.values():
+                for name, info in header.tensors.items():
+                    entries[name] = Entry(name, info.dtype, tuple(info.shape))
+        return {name: entry for name, entry in entries.items() if not name.endswith(_COMPUTED)}
 
     @cached_property
     def digest(self) -> str:
@@ -124,7 +134,7 @@ def open_source(location: str, revision: str) -> Source:
     """
     if Path(location).is_dir():
         return Source(str(Path(location).resolve()))
-    if location.startswith((".", "/", "~")) or location.count("/") != 1:
+    if is_path(location) or location.count("/") != 1:
         raise InputError(
             f"model.source: there is no folder {location}; give a folder that exists or a "
             "repository id such as meta-llama/Llama-2-13b-hf"
@@ -132,53 +142,69 @@ def open_source(location: str, revision: str) -> Source:
     return Source(location, _resolve_commit(location, revision))
 
 
-def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Tensors of a safetensors file: name to {dtype, shape, data_offsets}.
-
-    Raises:
-        InputError: the file is not safetensors.
-    """
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= _MAX_HEADER_BYTES:
-            raise InputError(f"model.source: {path} is not a safetensors file")
-        try:
-            header: dict[str, dict[str, Any]] = json.loads(file.read(length))
-        except ValueError as error:
-            raise InputError(f"model.source: {path} has a broken header ({error})") from error
-    header.pop("__metadata__", None)
-    return header
-
-
 def _resolve_commit(repository: str, revision: str) -> str:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-    try:
+    with _hub_errors(repository):
         commit = HfApi().model_info(repository, revision=revision, timeout=15).sha
-    except GatedRepoError as error:
-        raise InputError(
-            f"model.source: {repository} is gated; accept its licence on huggingface.co, then run "
-            "`hf auth login` here and on the cluster's nodes (or set HF_TOKEN there)"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise InputError(
-            f"model.source: the Hub has no repository {repository} that you may read; check the "
-            "name, or log in with `hf auth login` if it is private"
-        ) from error
-    except (HfHubHTTPError, OSError, RuntimeError) as error:
-        raise InputError(
-            f"model.source: cannot look up {repository} (revision {revision}) on the Hub: "
-            f"{_first_line(error)}; check the revision and the network, or give a local folder"
-        ) from error
     if commit is None:
         raise InputError(f"model.source: the Hub names no commit for {repository}@{revision}")
     return commit
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+@contextlib.contextmanager
+def _hub_errors(repository: str) -> Iterator[None]:
+    """Say in our words what the Hub said."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        NotASafetensorsRepoError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
+    except GatedRepoError as error:
+        raise InputError(
+            f"model.source: {repository} is gated; accept its licence on huggingface.co, then run "
+            "`hf auth login` here and on the cluster's nodes (or set HF_TOKEN there)"
+        ) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        raise InputError(
+            f"model.source: the Hub has no {repository} that you may read at that revision; check "
+            "both names, or log in with `hf auth login` if it is private"
+        ) from error
+    except NotASafetensorsRepoError as error:
+        raise InputError(
+            f"model.source: {repository} holds no safetensors weights; pickled weights are not "
+            "read, use a repository that was converted"
+        ) from error
+    except (OfflineModeIsEnabled, HfHubHTTPError, OSError, RuntimeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(
+            f"model.source: cannot read {repository} from the Hub ({reason}); check the network, "
+            "or give a local folder"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"model.source: {path} is not JSON ({error}); fetch it again") from error
+    if not isinstance(document, dict):
+        raise InputError(f"model.source: {path} holds no JSON object; fetch it again")
+    return document
+
+
+def _read_header(path: Path) -> dict[str, Entry]:
+    try:
+        return open_tensors(LocalStore(path.parent), path.name).entries
+    except (CorruptError, StoreError) as error:
+        raise InputError(f"model.source: {path}: {error}; fetch it again") from error
 
 
 def _sha256_file(path: Path) -> str:

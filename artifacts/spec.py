@@ -10,9 +10,11 @@ those below it (store, resources, evaluation) do not. Imports neither torch nor 
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from types import NoneType
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -30,7 +32,7 @@ Positive = Annotated[float, Field(gt=0)]
 class Document(BaseModel):
     """Frozen, and nothing in it that we do not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelChoice(Document):
@@ -75,7 +77,7 @@ class Optimisation(Document):
     method: Literal["joint", "clip"] = "joint"
     passes: Annotated[int, Field(ge=2, le=1000)] = 6
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 8
-    slice_counts: tuple[int, ...] = (1, 2, 4)
+    slice_counts: tuple[int, ...] = (1, 2)
     weight_rate: Positive = 5e-3
     clip_rate: Positive = 1e-2
     gain_rate: Positive = 1e-2
@@ -154,7 +156,7 @@ def load_spec(path: Path, settings: Sequence[str] = ()) -> RunSpec:
         raise NotFoundError(
             f"there is no spec file {path}; give a YAML file or a preset"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is not YAML: {reason}") from error
     if not isinstance(document, dict):
@@ -232,7 +234,9 @@ def is_path(location: str) -> bool:
 def _suggest(location: tuple[int | str, ...]) -> str:
     model: Any = RunSpec
     for part in location[:-1]:
-        model = model.model_fields[str(part)].annotation
+        kind = model.model_fields[str(part)].annotation
+        # An optional section is a union with None.
+        model = next((k for k in get_args(kind) if k is not NoneType), kind)
     known = list(model.model_fields)
     close = difflib.get_close_matches(str(location[-1]), known, n=1)
     return f"; did you mean {close[0]}?" if close else f"; known keys are {', '.join(known)}"
@@ -244,8 +248,8 @@ def _apply(document: dict[str, Any], setting: str) -> None:
         raise InputError(f"--set {setting}: write it as field=value, as in calibration.samples=64")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {setting}: the value is not YAML") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"--set {setting}: the value is not YAML; quote it") from error
     *parents, last = name.split(".")
     for parent in parents:
         document = document.setdefault(parent, {})
@@ -270,7 +274,7 @@ def _resolve_paths(document: dict[str, Any], folder: Path) -> None:
     def absolute(value: object) -> object:
         if not isinstance(value, str) or "://" in value:
             return value
-        return str((folder / Path(value).expanduser()).resolve())
+        return os.path.abspath(folder / os.path.expanduser(value))
 
     model = document.get("model")
     if (

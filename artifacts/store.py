@@ -14,7 +14,7 @@ they are pickled into tasks.
 import contextlib
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -57,50 +57,42 @@ class LocalStore:
         path = self.path(key)
         partial = path.with_name(f"{_PARTIAL}{secrets.token_hex(8)}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                for chunk in chunks:
-                    file.write(chunk)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-            _sync_folder(path.parent)
-        except OSError as error:
-            raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+            with _errors("write", path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with partial.open("wb") as file:
+                    for chunk in chunks:
+                        file.write(chunk)
+                    file.flush()
+                    os.fsync(file.fileno())
+                partial.replace(path)
+                _sync_folder(path.parent)
         finally:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
 
     def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
-        path = self.path(key)
-        try:
-            with path.open("rb") as file:
+        with _errors("read", self.path(key)) as path:
+            try:
+                file = path.open("rb")
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise NotFoundError(f"the store {self.root} has no {key}") from error
+            with file:
                 file.seek(start)
                 return file.read(-1 if length is None else length)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise NotFoundError(f"the store {self.root} has no {key}") from error
-        except OSError as error:
-            raise StoreError(f"cannot read {path}: {error.strerror or error}") from error
 
     def size(self, key: str) -> int | None:
-        path = self.path(key)
-        return path.stat().st_size if path.is_file() else None
+        with _errors("read", self.path(key)) as path:
+            return path.stat().st_size if path.is_file() else None
 
     def children(self, prefix: str) -> list[str]:
-        folder = self.path(prefix)
-        if not folder.is_dir():
-            return []
-        return sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+        with _errors("list", self.path(prefix)) as folder:
+            if not folder.is_dir():
+                return []
+            return sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
 
     def delete(self, key: str) -> None:
-        path = self.path(key)
-        path.unlink(missing_ok=True)
-        # An object store has no empty folders; neither has this one.
-        with contextlib.suppress(OSError):
-            for folder in path.parents:
-                if folder == self.root:
-                    break
-                folder.rmdir()
+        with _errors("delete", self.path(key)) as path:
+            path.unlink(missing_ok=True)
 
     def path(self, key: str) -> Path:
         """The file that holds an object."""
@@ -143,6 +135,14 @@ def probe(store: Store) -> None:
         raise InputError(
             f"store: {store.uri} cannot be used ({error}); give a folder you may write to"
         ) from error
+
+
+@contextlib.contextmanager
+def _errors(what: str, path: Path) -> Iterator[Path]:
+    try:
+        yield path
+    except OSError as error:
+        raise StoreError(f"cannot {what} {path}: {error.strerror or error}") from error
 
 
 def _sync_folder(folder: Path) -> None:

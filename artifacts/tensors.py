@@ -22,6 +22,7 @@ from mbq.artifacts.store import Store
 ALIGNMENT_BYTES = 4096
 PART_BYTES = 16 * 1024 * 1024
 _MAX_HEADER_BYTES = 100_000_000
+# Those that a checkpoint we quantize or write may hold.
 _DTYPE_BYTES = {"U8": 1, "I32": 4, "I64": 8, "F16": 2, "BF16": 2, "F32": 4}
 
 

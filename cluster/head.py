@@ -10,6 +10,7 @@ recorded, after checking that this pid still is the process we started.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import secrets
@@ -22,7 +23,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -52,7 +53,7 @@ class Head:
 
 
 def find_head(state_folder: Path) -> Head | None:
-    """The head that is running, if any; forgets one that is not."""
+    """The head that is running, if any."""
     path = state_folder / "head.json"
     try:
         head = Head(**json.loads(path.read_text(encoding="utf-8")))
@@ -79,8 +80,7 @@ def stop_head(state_folder: Path, head: Head) -> None:
     deadline = time.monotonic() + _STOP_SECONDS
     while _start_time(head.pid) == head.started and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(head.pid, signal.SIGKILL)
+    _kill_group(head.pid)
     (state_folder / "head.json").unlink(missing_ok=True)
     shutil.rmtree(head.session_folder, ignore_errors=True)
 
@@ -118,10 +118,16 @@ def _start(state_folder: Path, cpus: int | None) -> Head:
         )
     address = f"http://127.0.0.1:{port}"
     head = Head(address, process.pid, _start_time(process.pid), session_folder, str(token))
-    _await_jobs_api(head, process, log)
-    partial = state_folder / "head.json.partial"
-    partial.write_text(json.dumps(asdict(head)), encoding="utf-8")
-    partial.replace(state_folder / "head.json")
+    try:
+        _await_jobs_api(head, process, log)
+        partial = state_folder / "head.json.partial"
+        partial.write_text(json.dumps(asdict(head)), encoding="utf-8")
+        partial.replace(state_folder / "head.json")
+    except BaseException:
+        # Also when interrupted: a head that nobody knows of would run for ever.
+        _kill_group(process.pid)
+        shutil.rmtree(session_folder, ignore_errors=True)
+        raise
     return head
 
 
@@ -150,12 +156,15 @@ def _await_jobs_api(head: Head, process: "subprocess.Popen[bytes]", log: Path) -
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(_POLL_SECONDS)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     raise ClusterError(
         f"the local Ray did not start: {lines[-1] if lines else 'it printed nothing'}; see {log}"
     )
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 def _start_time(pid: int) -> str:
@@ -184,9 +193,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def _locked(path: Path):  # type: ignore[no-untyped-def]
-    import fcntl
-
+def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,7 +1,9 @@
 """Drivers as Ray jobs: submit, look up, stop, read logs. One way to run, local or remote.
 
 A job's id is `mbq-<run>-a<attempt>`: the run is found from the job and the job from the run, with
-no database. Metadata carries what a listing shows. Nothing secret may go into a job: its
+no database. The same run may be made in several stores, so its store, in the metadata, belongs to a
+job's identity, and attempts are counted over all of them. Metadata also carries what a listing
+shows. Nothing secret may go into a job: its
 environment and entrypoint can be read back by everyone who may use the cluster.
 """
 
@@ -13,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mbq.artifacts.errors import ClusterError, NotFoundError
+from mbq.artifacts.errors import ClusterError, InputError, NotFoundError
 
 _JOB = re.compile(r"mbq-([0-9a-f]{12})-a(\d+)")
 
@@ -44,7 +46,7 @@ class Jobs:
             environment: set before ray is imported; ray reads its authentication there.
 
         Raises:
-            ClusterError: nothing answers at the address, or it refuses us.
+            InputError: nothing answers at the address, or it refuses us.
         """
         os.environ.update(environment or {})
         from ray.job_submission import JobSubmissionClient
@@ -55,7 +57,7 @@ class Jobs:
         try:
             self._client = JobSubmissionClient(address)
         except Exception as error:  # ray raises RuntimeError, ConnectionError and its own kinds
-            raise ClusterError(
+            raise InputError(
                 f"cluster: cannot reach {address} ({_reason(error)}); check --address, or leave it "
                 "out to use a local Ray"
             ) from error
@@ -83,15 +85,31 @@ class Jobs:
 
     def list(self) -> list[JobInfo]:
         """Every attempt of every run the cluster knows, oldest first."""
-        infos = [info for job in self._client.list_jobs() if (info := _info(job)) is not None]
+        try:
+            jobs = self._client.list_jobs()
+        except Exception as error:
+            raise ClusterError(
+                f"cluster: {self.address} does not answer: {_reason(error)}"
+            ) from error
+        infos = [info for job in jobs if (info := _info(job)) is not None]
         return sorted(infos, key=lambda info: (info.run, info.attempt))
 
-    def latest(self, run: str) -> JobInfo | None:
-        attempts = [info for info in self.list() if info.run == run]
+    def latest(self, run: str, store: str) -> JobInfo | None:
+        """The last attempt of a run in a store."""
+        attempts = [info for info in self.list() if (info.run, info.store) == (run, store)]
         return attempts[-1] if attempts else None
 
+    def attempts(self, run: str) -> int:
+        """How many attempts of a run there were, in whatever store."""
+        return max((info.attempt for info in self.list() if info.run == run), default=0)
+
     def stop(self, info: JobInfo) -> None:
-        self._client.stop_job(f"mbq-{info.run}-a{info.attempt}")
+        try:
+            self._client.stop_job(f"mbq-{info.run}-a{info.attempt}")
+        except Exception as error:
+            raise ClusterError(
+                f"cluster: {self.address} did not stop run {info.run}: {_reason(error)}"
+            ) from error
 
     def logs(self, info: JobInfo) -> str:
         try:

@@ -71,8 +71,10 @@ class RayRunner:
 
     def __init__(self) -> None:
         ray.init(ignore_reinit_error=True)
+        # On the driver's node, so that it lives as long as the driver does.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         board: Any = ray.remote(num_cpus=0)(_ProgressBoard)
-        self._board = board.remote()
+        self._board = board.options(scheduling_strategy=here).remote()
         self._task = ray.remote(max_retries=0, num_returns=2)(_run)
         self._gauges: dict[str, Gauge] = {}
         self._read: Any = None
@@ -115,8 +117,8 @@ class RayRunner:
                 f"{call.name}: a node did not answer within {_NODE_TIMEOUT_SECONDS:.0f} s; check "
                 "the nodes in the Ray dashboard"
             ) from error
-        except exceptions.RayTaskError as error:
-            raise ClusterError(f"{call.name} failed on a node: {error.cause}") from error
+        except exceptions.RayError as error:
+            raise ClusterError(f"{call.name} failed on a node: {_first_line(error)}") from error
 
     def wait(self, handles: Sequence[Handle], timeout_seconds: float) -> list[Handle]:
         marks = {handle.mark: handle for handle in handles if isinstance(handle, RayHandle)}
@@ -135,11 +137,15 @@ class RayRunner:
 
     def progress(self) -> Mapping[str, float]:
         """What the board said last; never waits for it."""
-        if self._read is not None and ray.wait([self._read], timeout=0)[0]:
-            self._progress = _get(self._read)
+        try:
+            if self._read is not None and ray.wait([self._read], timeout=0)[0]:
+                self._progress = ray.get(self._read)
+                self._read = None
+            if self._read is None:
+                self._read = self._board.read.remote()
+        except exceptions.RayError:
+            # Without the board a run goes on; only its display stands still.
             self._read = None
-        if self._read is None:
-            self._read = self._board.read.remote()
         return self._progress
 
     def publish(self, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:

@@ -10,6 +10,8 @@ code[1] = 128 and code[2] = 64: plane 0 is [0b010], plane 1 is [0b100], all othe
 Legend: N out_features, K in_features, P planes, W words (K / 32).
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -18,8 +20,8 @@ from mbq.kernels.quantize import CODE_BITS
 WORD_BITS = 32
 
 
-def pack_planes(code_NK: Tensor) -> Tensor:
-    """Codes uint8 [N, K] to planes int32 [8, N, K / 32].
+def pack_planes(code_NK: Tensor, wanted: Iterable[int] = range(CODE_BITS)) -> Tensor:
+    """Codes uint8 [N, K] to the wanted planes, int32 [P, N, K / 32].
 
     Raises:
         ValueError: K is not a multiple of 32.
@@ -33,7 +35,7 @@ def pack_planes(code_NK: Tensor) -> Tensor:
     bits_NB8 = code_NK.unflatten(1, (-1, 8))
     place_8 = 1 << torch.arange(8, dtype=torch.uint8, device=code_NK.device)
     planes = []
-    for p in range(CODE_BITS):
+    for p in wanted:
         plane_NB = (((bits_NB8 >> (CODE_BITS - 1 - p)) & 1) * place_8).sum(2, dtype=torch.uint8)
         planes.append(plane_NB.view(torch.int32))
     return torch.stack(planes)

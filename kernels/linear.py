@@ -5,8 +5,9 @@ It holds the published bit planes and, per slice count, a gain and a bias per ou
     y = gain_k * (x @ w_k.T) + bias_k + bias
 
 All elastic linears of a model share one `Precision`, so changing the width of the whole model is
-one assignment. The dequantized weight of every slice count used so far is kept in the dtype of its
-input: on a CPU, unpacking a weight costs far more than multiplying by it.
+one assignment. Unpacking a weight costs more than multiplying by it, so the dequantized weight is
+kept in the dtype of its input: on a CPU for every slice count used so far, on a GPU, where memory
+is short, for the last one only.
 
 Legend: N out_features, K in_features, G groups, S slices, W words (K / 32).
 """
@@ -80,7 +81,11 @@ class ElasticLinear(nn.Module):
         slices = self.precision.slices
         key = (slices, x.dtype)
         if key not in self._weights:
-            self._weights[key] = self.weight(slices).to(x.dtype)
+            if x.is_cuda:
+                self._weights = {}
+            # Made as an ordinary tensor, so that it also serves calls that record gradients.
+            with torch.inference_mode(False), torch.no_grad():
+                self._weights[key] = self.weight(slices).to(x.dtype)
         _, bias_N = unpack_pair(self.get_buffer(f"gain_bias_{slices}"))
         if self.bias is not None:
             bias_N = bias_N + self.bias.float()

@@ -138,7 +138,9 @@ def show_status(run: str, store: str | None, address: str | None, as_json: bool)
 
     chosen, document = status.locate(run, _store_uri(store))
     jobs = _jobs(address)
-    state = status.state_of(chosen, document, jobs.latest(document.run) if jobs else None)
+    state = status.state_of(
+        chosen, document, jobs.latest(document.run, chosen.uri) if jobs else None
+    )
     if as_json:
         results = status.results_of(chosen, document)
         found = display.run_json(state)
@@ -174,9 +176,9 @@ def logs(run: str, store: str | None, address: str | None) -> None:
     from mbq.artifacts.errors import NotFoundError
     from mbq.orchestrator import status
 
-    _, document = status.locate(run, _store_uri(store))
+    chosen, document = status.locate(run, _store_uri(store))
     jobs = _jobs(address)
-    job = jobs.latest(document.run) if jobs else None
+    job = jobs.latest(document.run, chosen.uri) if jobs else None
     if jobs is None or job is None:
         raise NotFoundError(f"no cluster that can be reached knows run {document.run}")
     click.echo(jobs.logs(job), nl=False)
@@ -193,7 +195,7 @@ def stop(run: str, store: str | None, address: str | None) -> None:
 
     chosen, document = status.locate(run, _store_uri(store))
     jobs = _jobs(address)
-    job = jobs.latest(document.run) if jobs else None
+    job = jobs.latest(document.run, chosen.uri) if jobs else None
     if jobs is None or job is None or not job.alive:
         state = status.state_of(chosen, document, job).state
         raise NotFoundError(f"run {document.run} is {state}: there is nothing to stop")
@@ -212,8 +214,7 @@ def resume(run: str, store: str | None, address: str | None, watching: bool) -> 
     from mbq.orchestrator import submit as submitting
 
     chosen, document = status.locate(run, _store_uri(store))
-    submitting.choose_store(chosen.uri, address, document.source)
-    jobs = submitting.start(document, chosen, _jobs(address), _say)
+    jobs = submitting.resume(document, chosen, address, _say)
     click.echo(document.run)
     if watching:
         _watch(chosen, document, jobs, as_json=False, to_stderr=True)
@@ -286,10 +287,13 @@ def head_stop() -> None:
     if found is None:
         raise NotFoundError("no local Ray is running")
     # Drivers live in sessions of their own and would outlive the head.
-    jobs = Jobs(found.address, heads.client_environment(found))
-    for job in jobs.list():
-        if job.alive:
-            jobs.stop(job)
+    try:
+        jobs = Jobs(found.address, heads.client_environment(found))
+        for job in jobs.list():
+            if job.alive:
+                jobs.stop(job)
+    except MbqError as error:
+        _say(f"its drivers could not be asked to stop: {error}")
     heads.stop_head(folder, found)
 
 
@@ -340,7 +344,14 @@ def _print_results(store: "Store", document: "RunDocument", to_stderr: bool) -> 
 def _jobs(address: str | None) -> "Jobs | None":
     from mbq.orchestrator.submit import find_jobs
 
-    return find_jobs(address)
+    try:
+        return find_jobs(address)
+    except MbqError as error:
+        if address is not None:
+            raise
+        # The store still knows what the local Ray can not say.
+        _say(str(error))
+        return None
 
 
 def _store_uri(store: str | None) -> str:

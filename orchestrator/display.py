@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
@@ -23,10 +24,10 @@ class Watch:
 
     def __init__(self) -> None:
         self._progress = Progress(
-            TextColumn("{task.fields[run]}"),
+            TextColumn("{task.fields[run]}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[what]}"),
+            TextColumn("{task.fields[what]}", markup=False),
             console=STDERR,
         )
         self._line = self._progress.add_task("", total=1.0, run="", what="waiting for the cluster")
@@ -53,7 +54,8 @@ class Watch:
         for failure in status.failures[self._failures :]:
             verdict = "given up" if failure.final else "trying again"
             self._progress.console.print(
-                f"{failure.task}, attempt {failure.attempt}: {failure.error} ({verdict})"
+                f"{failure.task}, attempt {failure.attempt}: {failure.error} ({verdict})",
+                markup=False,
             )
         self._failures = len(status.failures)
         done = status.fraction if state.state != "done" else 1.0
@@ -70,7 +72,7 @@ def run_table(states: Sequence[RunState]) -> Table:
         status = state.status
         table.add_row(
             state.document.run,
-            state.document.name,
+            escape(state.document.name),
             state.state,
             f"{status.blocks_done}/{status.blocks_total}" if status else "-",
             f"{status.fraction:.0%}" if status else "-",

@@ -19,8 +19,6 @@ from mbq.artifacts.spec import Evaluation, explain
 from mbq.orchestrator.status import checkpoint_location, locate
 from mbq.workers.data import Tokens, evaluation_tokens
 
-_SEQUENCES_AT_ONCE = 8
-
 
 def evaluate(
     target: str,
@@ -46,22 +44,19 @@ def evaluate(
 
     from mbq.artifacts.loading import load_model
     from mbq.workers.determinism import attention
+    from mbq.workers.evaluate import losses_of_logits, sequences_at_once
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = load_model(folder).eval()
     model.to(device)
+    size = sequences_at_once(tokens.shape[1], model.config.vocab_size)
     rows = []
     for width in widths:
         model.set_bits(width)
         losses: list[float] = []
         with torch.inference_mode(), attention():
-            for part in torch.from_numpy(tokens).long().split(_SEQUENCES_AT_ONCE):
-                logits = model(part.to(device)).logits[:, :-1].float()
-                target_ids = part[:, 1:].to(device)
-                loss = torch.nn.functional.cross_entropy(
-                    logits.flatten(0, 1), target_ids.flatten(), reduction="none"
-                )
-                losses += loss.view(target_ids.shape).mean(1).tolist()
+            for part in torch.from_numpy(tokens).long().split(size):
+                losses += losses_of_logits(model(part.to(device)).logits, part)
         perplexity = math.exp(statistics.fmean(losses))
         error = statistics.stdev(losses) / math.sqrt(len(losses))
         say(f"evaluated {tokens.size:,} tokens at {width} bits")

@@ -14,7 +14,7 @@ With sequential propagation capture i + 1 also needs calibrate i. Hidden states 
 chain runs at most `workers + 2` blocks ahead of calibration.
 """
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,13 +23,11 @@ from mbq.artifacts.errors import InputError
 from mbq.artifacts.manifest import RunDocument
 from mbq.artifacts.source import Source
 from mbq.artifacts.spec import SLICE_BITS, RunSpec
+from mbq.workers.variants import FULL, PACKED, ROUNDED
 
 # Dense decoders whose block is attention and an MLP of linears, with rotary positions.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 BITS = (2, 4, 6, 8)
-FULL = "full"
-PACKED = "mbq"
-ROUNDED = "rtn"
 
 Kind = Literal["capture", "calibrate", "pack", "evaluate"]
 # Evaluations of the source model need nothing and fill whatever is left idle, so they come last.
@@ -82,13 +80,20 @@ class Progress:
     Attributes:
         done: finished tasks; a finished capture's hidden states may be gone again.
         held: blocks whose hidden states exist.
-        busy: tasks that are running, waiting for their next attempt, or failed for good.
+        busy: tasks that are running or wait for their next attempt.
+        failed: tasks that are given up.
     """
 
     done: Set[Task]
     held: Set[int]
     busy: Set[Task]
+    failed: Set[Task]
     published: bool
+
+    @property
+    def settled(self) -> Set[Task]:
+        """Tasks that will not run again."""
+        return self.done | self.failed
 
 
 def build_plan(document: RunDocument) -> Plan:
@@ -145,26 +150,25 @@ def ready(plan: Plan, progress: Progress, workers: int) -> list[Task]:
     tasks = [
         task
         for task in plan.tasks
-        if task not in progress.done
+        if task not in progress.settled
         and task not in progress.busy
         and _is_ready(task, plan, progress, workers)
     ]
     return sorted(tasks, key=lambda task: _PRIORITY[task.kind])
 
 
-def needed_captures(plan: Plan, done: Iterable[Task]) -> int:
-    """How long the chain of hidden states must be: up to the last block without a record."""
-    finished = set(done)
-    return max((t.block + 1 for t in plan.calibrations if t not in finished), default=0)
+def needed_captures(plan: Plan, settled: Set[Task]) -> int:
+    """How long the chain of hidden states must be: up to the last block to calibrate."""
+    return max((t.block + 1 for t in plan.calibrations if t not in settled), default=0)
 
 
 def releasable(plan: Plan, progress: Progress) -> set[int]:
     """Blocks whose hidden states nobody needs any more."""
-    last = needed_captures(plan, progress.done) - 1
+    last = needed_captures(plan, progress.settled) - 1
     return {
         block
         for block in progress.held
-        if plan.calibrations[block] in progress.done
+        if plan.calibrations[block] in progress.settled
         and (block >= last or plan.captures[block + 1] in progress.done)
     }
 
@@ -191,6 +195,10 @@ def check_source(source: Source, spec: RunSpec) -> None:
         InputError: an unsupported architecture, a mixture of experts, or a group size that does
             not divide a layer.
     """
+    if "quantization_config" in source.config:
+        raise InputError(
+            f"model.source: {source.location} is quantized already; give the original weights"
+        )
     kind = source.config["model_type"]
     experts = [key for key in source.config if "expert" in key]
     if experts or "moe" in kind or kind == "mixtral":
@@ -249,7 +257,10 @@ def _is_ready(task: Task, plan: Plan, progress: Progress, workers: int) -> bool:
     done = progress.done
     if task.kind == "capture":
         block = task.block
-        if block >= needed_captures(plan, done) or len(progress.held) >= workers + _LOOK_AHEAD:
+        if (
+            block >= needed_captures(plan, progress.settled)
+            or len(progress.held) >= workers + _LOOK_AHEAD
+        ):
             return False
         if block == 0:
             return True

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from urllib.parse import urlparse
 
 from mbq.artifacts import keys
-from mbq.artifacts.errors import InputError, NotFoundError
+from mbq.artifacts.errors import ClusterError, InputError, NotFoundError
 from mbq.artifacts.manifest import Results, RunDocument, Status, find_document, find_run
 from mbq.artifacts.store import Store, open_store
 from mbq.cluster.jobs import JobInfo, Jobs
@@ -82,9 +82,13 @@ def state_of(store: Store, document: RunDocument, job: JobInfo | None) -> RunSta
 
 def states(store: Store, jobs: Jobs | None) -> list[RunState]:
     """Every run of a store."""
-    latest = {info.run: info for info in jobs.list()} if jobs else {}
-    documents = [find_run(store, run) for run in store.children(keys.RUNS)]
-    return [state_of(store, document, latest.get(document.run)) for document in documents]
+    latest = {j.run: j for j in jobs.list() if j.store == store.uri} if jobs else {}
+    return [
+        state_of(store, find_run(store, run), latest.get(run))
+        for run in store.children(keys.RUNS)
+        # A submit that was interrupted leaves a folder without a document.
+        if store.size(keys.spec_key(run)) is not None
+    ]
 
 
 def follow(
@@ -92,7 +96,11 @@ def follow(
 ) -> RunState:
     """Show a run's state until it is final, and return that."""
     while True:
-        job = jobs.latest(document.run) if jobs else None
+        try:
+            job = jobs.latest(document.run, store.uri) if jobs else None
+        except ClusterError:
+            # The cluster is gone while we watch; the store says what became of the run.
+            jobs = job = None
         state = state_of(store, document, job)
         show(state)
         if state.state in TERMINAL:

@@ -16,10 +16,11 @@ from urllib.parse import urlparse
 import numpy as np
 
 from mbq.artifacts import keys
-from mbq.artifacts.errors import ClusterError, InputError
+from mbq.artifacts.errors import InputError
 from mbq.artifacts.manifest import (
     BlobRef,
     Manifest,
+    Results,
     RunDocument,
     Status,
     find_document,
@@ -118,25 +119,40 @@ def submit(prepared: Prepared, store: Store, address: str | None, say: Say) -> J
     """Write a prepared run to the store and see that a driver runs it."""
     jobs = Jobs(address) if address is not None else None
     probe(store)
-    for chunks in prepared.blobs.values():
-        put_blob(store, chunks)
-    put_document(store, keys.spec_key(prepared.document.run), prepared.document)
-    return start(prepared.document, store, jobs, say)
-
-
-def start(document: RunDocument, store: Store, jobs: Jobs | None, say: Say) -> Jobs:
-    """See that a run which the store knows is finished or has a driver."""
     jobs = jobs or local_jobs(say)
+    # A running driver keeps the document it was started with.
+    if not _is_running(prepared.document.run, store, jobs, say):
+        for chunks in prepared.blobs.values():
+            put_blob(store, chunks)
+        put_document(store, keys.spec_key(prepared.document.run), prepared.document)
+        _start(prepared.document, store, jobs, say)
+    return jobs
+
+
+def resume(document: RunDocument, store: Store, address: str | None, say: Say) -> Jobs:
+    """See that a run which the store knows is finished or has a driver."""
+    jobs = Jobs(address) if address is not None else local_jobs(say)
+    if not _is_running(document.run, store, jobs, say):
+        _start(document, store, jobs, say)
+    return jobs
+
+
+def _is_running(run: str, store: Store, jobs: Jobs, say: Say) -> bool:
+    latest = jobs.latest(run, store.uri)
+    if latest is None or not latest.alive:
+        return False
+    say(f"run {run} is already running (attempt {latest.attempt})")
+    return True
+
+
+def _start(document: RunDocument, store: Store, jobs: Jobs, say: Say) -> None:
+    """Start a driver, unless there is nothing left to do."""
     run = document.run
-    latest = jobs.latest(run)
-    if latest is not None and latest.alive:
-        say(f"run {run} is already running (attempt {latest.attempt})")
-        return jobs
     status = find_document(store, keys.status_key(run), Status)
-    if is_finished(store, document):
+    if _is_finished(store, document, status):
         say(f"run {run} is already finished")
-        return jobs
-    attempt = 1 + max(latest.attempt if latest else 0, status.attempt if status else 0)
+        return
+    attempt = 1 + max(jobs.attempts(run), status.attempt if status else 0)
     python = sys.executable if _is_loopback(jobs.address) else "python"
     jobs.submit(
         run,
@@ -145,23 +161,18 @@ def start(document: RunDocument, store: Store, jobs: Jobs | None, say: Say) -> J
         ENVIRONMENT,
         {"model": document.name, "store": store.uri, "version": document.code_version},
     )
-    return jobs
 
 
-def is_finished(store: Store, document: RunDocument) -> bool:
-    """Whether the checkpoint is complete and evaluated as this document asks."""
+def _is_finished(store: Store, document: RunDocument, status: Status | None) -> bool:
+    """Whether the checkpoint is complete and the results are those this document asks for."""
+    if status is None or status.state != "done":
+        return False
     if find_document(store, keys.manifest_key(document.run), Manifest) is None:
         return False
-    status = find_document(store, keys.status_key(document.run), Status)
-    evaluation = document.evaluation_tokens
-    return (
-        status is not None
-        and status.state == "done"
-        and (
-            evaluation is None
-            or store.size(keys.evaluation_key(document.run, evaluation.sha256, "full")) is not None
-        )
-    )
+    if document.evaluation_tokens is None:
+        return True
+    results = find_document(store, keys.results_key(document.run), Results)
+    return results is not None and results.tokens_sha256 == document.evaluation_tokens.sha256
 
 
 def local_jobs(say: Say) -> Jobs:
@@ -180,13 +191,6 @@ def find_jobs(address: str | None) -> Jobs | None:
         return Jobs(address)
     head = heads.find_head(home() / "head")
     return Jobs(head.address, heads.client_environment(head)) if head else None
-
-
-def require_jobs(address: str | None) -> Jobs:
-    jobs = find_jobs(address)
-    if jobs is None:
-        raise ClusterError("no local Ray is running and no --address was given")
-    return jobs
 
 
 def _token_file(tokens: Tokens) -> list[bytes]:

@@ -11,6 +11,11 @@ two ends of every group's range (sigmoid of a logit times the smallest and large
 OmniQuant's learnable weight clipping), and a gain and a bias per output channel at every trained
 slice count but the highest.
 
+What training changes for the sake of low widths it also changes, without need, in the digits that
+only high widths show. So in the end the digits of the trained low widths are kept, and the digits
+below them come back as close to the source weight as the kept bins allow: low widths stay as they
+were trained, high ones lose nothing but what the kept digits cost.
+
 Method `joint` is that. Method `clip` is MoBiQuant's recipe (arXiv 2602.20191, algorithm 1): weights
 frozen, no gains, ranges trained first for one slice alone, then for all slice counts together.
 
@@ -29,6 +34,7 @@ from mbq.artifacts.spec import Optimisation
 from mbq.kernels.fake_linear import fake_linear
 from mbq.kernels.quantize import (
     MAX_SLICES,
+    dequantize,
     group_bounds,
     pack_pair,
     quantize,
@@ -42,6 +48,8 @@ Run = Callable[[nn.Module, Tensor], Tensor]
 _INITIAL_LOGIT = 4.0
 _FINAL_RATE = 0.05
 _RUNNING_MEAN_DECAY = 0.9
+# A block that outputs zeros is reproduced exactly; nothing is divided by its loss.
+_SMALLEST_LOSS = 1e-30
 # Errors before and after are a report, not a decision: a few sequences are enough.
 _SHOWN_SEQUENCES = 16
 
@@ -86,6 +94,7 @@ class TrainableLinear(nn.Module):
         self.gain = nn.ParameterList(weight_NK.new_ones(rows).unbind())
         self.bias = nn.ParameterList(weight_NK.new_zeros(rows).unbind())
         self.original_bias = linear.bias
+        self.source = linear.weight
         self.slices = MAX_SLICES
 
     def grid(self) -> tuple[Tensor, Tensor]:
@@ -105,12 +114,22 @@ class TrainableLinear(nn.Module):
         )
 
     @torch.no_grad()
-    def finish(self) -> CalibratedLinear:
+    def finish(self, kept_slices: int) -> CalibratedLinear:
+        """The codes: `kept_slices` digits as trained, those below as near the source as can be.
+
+        The module itself then shows exactly these codes at every width.
+        """
         scale_NG, zero_NG = self.grid()
         group_size = self.value.shape[1] // scale_NG.shape[1]
-        weight_NK = self.value * self.unit_NG.repeat_interleave(group_size, dim=1)
+        unit_NK = self.unit_NG.repeat_interleave(group_size, dim=1)
+        trained_NK = quantize(self.value * unit_NK, scale_NG, zero_NG).short()
+        codes_per_bin = 4 ** (MAX_SLICES - kept_slices)
+        first_NK = trained_NK // codes_per_bin * codes_per_bin
+        source_NK = quantize(self.source, scale_NG, zero_NG).short()
+        code_NK = source_NK.clamp(first_NK, first_NK + codes_per_bin - 1).to(torch.uint8)
+        self.value.copy_(dequantize(code_NK, scale_NG, zero_NG, MAX_SLICES) / unit_NK)
         return CalibratedLinear(
-            quantize(weight_NK, scale_NG, zero_NG).cpu(),
+            code_NK.cpu(),
             pack_pair(scale_NG, zero_NG).cpu(),
             pack_pair(torch.stack([*self.gain]), torch.stack([*self.bias])).cpu(),
         )
@@ -165,22 +184,21 @@ def calibrate_block(
                     error = _error(run(block, inputs[slices][part]), target_BTH[part])
                     share = len(part) / len(batch)
                     loss += error.item() * share
-                    scale = share / running.get(slices, loss) ** settings.balance
-                    (error * scale).backward()
+                    usual = running.setdefault(slices, max(error.item(), _SMALLEST_LOSS))
+                    (error * (share / usual**settings.balance)).backward()
                 if not math.isfinite(loss):
                     raise FloatingPointError(
                         f"the loss at {slices} slices is {loss}; lower the learning rates"
                     )
-                running[slices] = (
-                    _RUNNING_MEAN_DECAY * running.get(slices, loss)
-                    + (1 - _RUNNING_MEAN_DECAY) * loss
-                )
+                usual = _RUNNING_MEAN_DECAY * usual + (1 - _RUNNING_MEAN_DECAY) * loss
+                running[slices] = max(usual, _SMALLEST_LOSS)
             optimiser.step()
             schedule.step()
             steps_done += 1
             report(steps_done / steps_total)
+    kept_slices = max((k for k in settings.slice_counts if k < MAX_SLICES), default=MAX_SLICES)
+    finished = {name: linear.finish(kept_slices) for name, linear in trainables.items()}
     loss_after = _losses(block, trainables, run, inputs, target_BTH, microbatch)
-    finished = {name: linear.finish() for name, linear in trainables.items()}
     return Calibration(finished, loss_before, loss_after)
 
 

@@ -121,7 +121,13 @@ def _stream(
     """Tokens of the documents, one after the other, until there are `enough` of them."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(source.require("tokenizer.json")))
+    path = source.require("tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise InputError(
+            f"model.source: {path} is no tokenizer ({error}); fetch it again"
+        ) from error
     # Calibration wants whole documents: a tokenizer's own truncation and padding are for serving.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -145,7 +151,7 @@ def _windows(stream: Tokens, length: int) -> Tokens:
 
 def _documents(text: Text, field: str, shuffle: random.Random | None) -> Iterable[str]:
     if text.dataset == "stdlib":
-        paths = _library_modules(text, field)
+        paths = library_modules(text, field)
         if shuffle is not None:
             shuffle.shuffle(paths)
         return (path.read_text(encoding="utf-8", errors="replace") for path in paths)
@@ -155,7 +161,7 @@ def _documents(text: Text, field: str, shuffle: random.Random | None) -> Iterabl
     return documents
 
 
-def _library_modules(text: Text, field: str) -> list[Path]:
+def library_modules(text: Text, field: str) -> list[Path]:
     """Modules of the standard library that `include` lists or `exclude` does not, sorted."""
     root = Path(sysconfig.get_path("stdlib"))
     modules = {

@@ -1,10 +1,6 @@
 """Perplexity of a model variant, block by block, and the table made of several.
 
-A variant is one set of weights for the same model:
-
-    full          the weights as they are
-    rtn-<bits>    asymmetric round-to-nearest at one static width
-    mbq-<bits>    the packed checkpoint at that width, read back from the store
+A variant is one set of weights for the same model; `variants.py` names them.
 
 Every predicted token counts once: a sequence of T tokens predicts T - 1. Standard errors are over
 sequences; differences to full precision are paired, sequence by sequence, which removes most of
@@ -24,8 +20,10 @@ from torch.nn import functional as F
 from mbq.artifacts.manifest import Row
 from mbq.kernels.reference import round_to_nearest
 from mbq.workers.model import Model, linears
+from mbq.workers.variants import FULL
 
-FULL = "full"
+# Logits of a large vocabulary are the largest tensor of all: at most this many at once.
+_MAX_LOGITS = 2**24
 
 
 @torch.no_grad()
@@ -49,13 +47,26 @@ def sequence_losses(
             part.copy_(model.run(block, index, part))
         report((index + 1) / (model.block_count + 1))
     head = model.head()
+    size = sequences_at_once(ids_BT.shape[1], int(model.config.vocab_size))
     losses: list[float] = []
-    for part_BTH, ids in zip(hidden_BTH.split(microbatch), ids_BT.split(microbatch), strict=True):
-        logits_BTV = head(part_BTH)[:, :-1].float()
-        target_BT = ids[:, 1:].to(logits_BTV.device, torch.int64)
-        loss = F.cross_entropy(logits_BTV.flatten(0, 1), target_BT.flatten(), reduction="none")
-        losses += loss.view(target_BT.shape).mean(1).tolist()
+    for part_BTH, ids in zip(hidden_BTH.split(size), ids_BT.split(size), strict=True):
+        losses += losses_of_logits(head(part_BTH), ids)
     return losses
+
+
+def sequences_at_once(length: int, vocabulary: int) -> int:
+    """How many sequences may have their logits in memory."""
+    return max(1, _MAX_LOGITS // (length * vocabulary))
+
+
+def losses_of_logits(logits_BTV: Tensor, ids_BT: Tensor) -> list[float]:
+    """Mean negative log likelihood per predicted token (nats) of each sequence."""
+    target_BT = ids_BT[:, 1:].to(logits_BTV.device, torch.int64)
+    loss = F.cross_entropy(
+        logits_BTV[:, :-1].float().flatten(0, 1), target_BT.flatten(), reduction="none"
+    )
+    means: list[float] = loss.view(target_BT.shape).mean(1).tolist()
+    return means
 
 
 def rounded_block(block: nn.Module, bits: int, group_size: int) -> nn.Module:

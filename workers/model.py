@@ -3,8 +3,6 @@
 Transformers builds the modules on the meta device; weights are read per block from safetensors.
 Calling `embed`, then `run` for every block, then `logits` gives what the full model gives.
 
-Supported are the dense decoders listed in `artifacts/architectures.py`.
-
 Legend: B sequences, T tokens, H hidden_size, V vocabulary.
 """
 

@@ -122,6 +122,7 @@ def _shard_data(
         else:
             plane = int(kind.removeprefix("plane_"))
             if plane % SLICE_BITS == 0:
-                packed = pack_planes(read_tensor(blob, f"{name}.code"))
-                planes = dict(enumerate(packed))
+                wanted = range(plane, plane + SLICE_BITS)
+                code = read_tensor(blob, f"{name}.code")
+                planes = dict(zip(wanted, pack_planes(code, wanted), strict=True))
             yield tensor_bytes(planes[plane])

@@ -7,11 +7,10 @@ bytes under the same keys. The last argument of each is `report`, called with th
     capture     hidden states that enter a block       -> hidden states
     calibrate   one block                              -> its record, after its blob
     pack        one file of the checkpoint             -> its record, after the file is read back
-    evaluate    one variant over the evaluation text   -> its losses
-    inspect     where am I running                     -> versions, devices, can I see the store
+    evaluate    one variant over one text              -> its losses
+    inspect     what a node is                         -> its version, can it see the store
 """
 
-import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,10 +29,12 @@ from mbq.artifacts.manifest import (
     BlockRecord,
     FileRecord,
     RunDocument,
+    ShardRecord,
     VariantLosses,
     find_document,
     find_run,
     get_document,
+    is_stored,
     put_blob,
     put_document,
 )
@@ -45,7 +46,7 @@ from mbq.workers import capture as capturing
 from mbq.workers.calibrate import calibrate_block
 from mbq.workers.capture import Hidden
 from mbq.workers.determinism import attention, hardware_kind, pin, seed_of
-from mbq.workers.evaluate import FULL, rounded_block, sequence_losses
+from mbq.workers.evaluate import rounded_block, sequence_losses
 from mbq.workers.model import Model, open_model
 from mbq.workers.pack import (
     elastic_block,
@@ -55,6 +56,7 @@ from mbq.workers.pack import (
     read_linear,
     read_tensor,
 )
+from mbq.workers.variants import FULL, PACKED
 
 Report = Callable[[float], None]
 
@@ -72,10 +74,7 @@ class Job:
 class Host:
     """What a node says of itself."""
 
-    python: str
     code_version: str
-    ray_version: str
-    torch_version: str
     sees_store: bool
 
 
@@ -110,8 +109,10 @@ class _Opened:
         return read_tensor(open_tensors(self.store, keys.blob_key(blob.sha256)), "tokens")
 
     def blob(self, block: int) -> TensorFile:
-        record = get_document(self.store, keys.block_key(self.document.run, block), BlockRecord)
-        return open_tensors(self.store, keys.blob_key(record.blob.sha256))
+        return open_tensors(self.store, keys.blob_key(self.record(block).blob.sha256))
+
+    def record(self, block: int) -> BlockRecord:
+        return get_document(self.store, keys.block_key(self.document.run, block), BlockRecord)
 
     def calibrated_block(self, block: int) -> tuple[nn.Module, Precision]:
         """A finished block as it will run."""
@@ -146,7 +147,7 @@ def calibrate(job: Job, block: int, attempt: int, hidden: Hidden, report: Report
     opened = _Opened(job)
     key = keys.block_key(job.run, block)
     done = find_document(opened.store, key, BlockRecord)
-    if done is not None and opened.store.size(keys.blob_key(done.blob.sha256)):
+    if done is not None and is_stored(opened.store, done.blob):
         return done
     started = time.monotonic()
     spec, model = opened.spec, opened.model
@@ -183,7 +184,7 @@ def calibrate(job: Job, block: int, attempt: int, hidden: Hidden, report: Report
     return record
 
 
-def pack(job: Job, file: str, report: Report) -> FileRecord:
+def pack(job: Job, file: str, report: Report) -> ShardRecord:
     """Write one file of the checkpoint and read it back.
 
     Raises:
@@ -200,27 +201,31 @@ def pack(job: Job, file: str, report: Report) -> FileRecord:
     digest = digester.digest()
     if digest_of(read_chunks(opened.store, key)) != digest:
         raise CorruptError(f"{key} reads back differently than it was written; check the store")
-    record = FileRecord.of(digest)
+    record = ShardRecord(
+        file=FileRecord.of(digest),
+        blobs=tuple(opened.record(block).blob.sha256 for block in shard.blocks),
+    )
     put_document(opened.store, keys.shard_key(job.run, file), record)
     report(1.0)
     return record
 
 
-def evaluate(job: Job, variant: str, report: Report) -> VariantLosses:
-    """Losses of one variant over the run's evaluation text; packed variants come from the store."""
+def evaluate(job: Job, variant: str, text: BlobRef, report: Report) -> VariantLosses:
+    """Losses of one variant over a token file; packed variants are read back from the store."""
     opened = _Opened(job)
-    blob = opened.document.evaluation_tokens
-    assert blob is not None, "the plan holds no evaluation without an evaluation text"
     with attention():
         losses = sequence_losses(
             opened.model,
             _variant_blocks(opened, variant),
-            opened.tokens(blob),
+            opened.tokens(text),
             opened.spec.microbatch,
             report,
         )
-    document = VariantLosses(variant=variant, losses=tuple(losses))
-    put_document(opened.store, keys.evaluation_key(job.run, blob.sha256, variant), document)
+    manifest = None
+    if variant.startswith(PACKED):
+        manifest = digest_of(read_chunks(opened.store, keys.manifest_key(job.run))).sha256
+    document = VariantLosses(variant=variant, manifest_sha256=manifest, losses=tuple(losses))
+    put_document(opened.store, keys.evaluation_key(job.run, text.sha256, variant), document)
     return document
 
 
@@ -228,10 +233,7 @@ def inspect(job: Job, probe_key: str, report: Report) -> Host:
     """What this node runs, and whether it sees an object that the driver wrote."""
     report(1.0)
     return Host(
-        python=platform.python_version(),
         code_version=version("mbq-cluster"),
-        ray_version=version("ray"),
-        torch_version=torch.__version__,
         sees_store=open_store(job.store_uri).size(probe_key) is not None,
     )
 
@@ -239,7 +241,7 @@ def inspect(job: Job, probe_key: str, report: Report) -> Host:
 def _variant_blocks(opened: _Opened, variant: str) -> Iterator[nn.Module]:
     kind, _, bits = variant.partition("-")
     for index in range(opened.model.block_count):
-        if kind == "mbq":
+        if kind == PACKED:
             yield _packed_block(opened, index, int(bits) // SLICE_BITS)
         elif variant == FULL:
             yield opened.model.block(index)

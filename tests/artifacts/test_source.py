@@ -56,7 +56,7 @@ def test_damaged_or_foreign_checkpoints(copy: Path) -> None:
     with pytest.raises(InputError, match="is not JSON"):
         _ = open_source(str(copy), "main").config
     (copy / "config.json").write_text(json.dumps({"hidden_size": 1}))
-    with pytest.raises(InputError, match="names no model_type"):
+    with pytest.raises(InputError, match="names no num_hidden_layers, vocab_size"):
         _ = open_source(str(copy), "main").config
     (copy / "model.safetensors").write_bytes(b"PK\x03\x04 a pickle in disguise")
     with pytest.raises(InputError, match="not a safetensors file"):

@@ -89,7 +89,11 @@ def test_settings_win_and_paths_follow_their_origin(
     document["calibration"] |= {"files": ["a.txt"]}
     (folder / "spec.yaml").write_text(yaml.safe_dump(document))
     monkeypatch.chdir(tmp_path)
-    settings = ["calibration.samples=7", "optimisation.weight_rate=1e-3", "evaluation.files=[b.txt]"]
+    settings = [
+        "calibration.samples=7",
+        "optimisation.weight_rate=1e-3",
+        "evaluation.files=[b.txt]",
+    ]
     spec = load_spec(folder / "spec.yaml", settings)
     assert spec.calibration.samples == 7
     assert spec.optimisation.weight_rate == 1e-3

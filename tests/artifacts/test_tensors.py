@@ -28,9 +28,10 @@ DATA = [bytes(range(24)), b"hello", b""]
 
 def test_the_library_reads_our_files() -> None:
     tensors = load(b"".join(encode(ENTRIES, DATA)))
-    assert tensors["z"].tolist() == torch.frombuffer(bytearray(DATA[0]), dtype=torch.int32).view(
-        2, 3
-    ).tolist()
+    assert (
+        tensors["z"].tolist()
+        == torch.frombuffer(bytearray(DATA[0]), dtype=torch.int32).view(2, 3).tolist()
+    )
     assert bytes(tensors["a"].tolist()) == b"hello"
     assert tensors["empty"].shape == (0, 4)
 

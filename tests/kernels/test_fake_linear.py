@@ -19,8 +19,14 @@ def _setup(clip: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _plain(
-    x: Tensor, value: Tensor, unit: Tensor, scale: Tensor, zero: Tensor, gain: Tensor,
-    bias: Tensor, slices: int,
+    x: Tensor,
+    value: Tensor,
+    unit: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    slices: int,
 ) -> Tensor:
     """The definition with a straight-through floor, left to autograd."""
     weight = value.unflatten(1, (-1, GROUP)) * unit[..., None]

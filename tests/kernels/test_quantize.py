@@ -67,9 +67,7 @@ def quantize_in_double(
 
 
 @given(
-    npst.arrays(
-        "float32", (3, 64), elements=st.floats(-8, 8, width=32, allow_subnormal=False)
-    ),
+    npst.arrays("float32", (3, 64), elements=st.floats(-8, 8, width=32, allow_subnormal=False)),
 )
 def test_error_is_at_most_half_a_step_of_every_width(array: object) -> None:
     weight = torch.tensor(array)

@@ -51,7 +51,8 @@ def _names(tasks: list[Any]) -> list[str]:
 
 
 def _progress(**fields: Any) -> Progress:
-    empty = Progress(done=frozenset(), held=frozenset(), busy=frozenset(), published=False)
+    nothing: frozenset[Any] = frozenset()
+    empty = Progress(nothing, nothing, nothing, nothing, published=False)
     return replace(empty, **fields)
 
 

@@ -12,7 +12,14 @@ import pytest
 
 from mbq.artifacts import keys
 from mbq.artifacts.errors import ClusterError, MbqError, RunError, StoreError
-from mbq.artifacts.manifest import Manifest, Results, RunDocument, Status, find_document, get_document
+from mbq.artifacts.manifest import (
+    Manifest,
+    Results,
+    RunDocument,
+    Status,
+    find_document,
+    get_document,
+)
 from mbq.artifacts.store import LocalStore
 from mbq.cluster.runner import (
     Call,
@@ -23,7 +30,8 @@ from mbq.cluster.runner import (
     TaskCrashed,
     TaskResources,
 )
-from mbq.orchestrator.run import Stopped, Superseded, drive
+from mbq.orchestrator.run import Stopped, Superseded
+from mbq.orchestrator.run import drive as drive_patiently
 
 Make = Callable[..., dict[str, Any]]
 
@@ -59,8 +67,14 @@ class WideRunner(FaultyRunner):
         return list(handles)[-1:] if len(handles) < 3 else list(handles)[1:]
 
 
+def drive(store: LocalStore, document: RunDocument, runner: LocalRunner, attempt: int) -> None:
+    drive_patiently(store, document, runner, attempt, retry_seconds=0.0)
+
+
 @pytest.fixture
-def write(store: LocalStore, write_run: Callable[..., RunDocument]) -> Callable[[dict[str, Any]], Any]:
+def write(
+    store: LocalStore, write_run: Callable[..., RunDocument]
+) -> Callable[[dict[str, Any]], Any]:
     return lambda document: write_run(store, document)
 
 
@@ -116,7 +130,9 @@ def test_order_and_number_of_workers_change_no_byte(
     assert _manifest_digest(store, run) == _manifest_digest(finished_run.store, run)
 
 
-def test_finished_work_is_never_done_again(store: LocalStore, write: Any, tiny_document: Make) -> None:
+def test_finished_work_is_never_done_again(
+    store: LocalStore, write: Any, tiny_document: Make
+) -> None:
     document = write(tiny_document())
     stopping = FaultyRunner()
 

@@ -69,9 +69,7 @@ def test_standard_library_by_list(source: Source, tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_file(str(source.require("tokenizer.json")))
     text = tokenizer.decode(only[0].tolist())
     assert text.startswith("# Copyright 2007")
-    rest = evaluation_tokens(
-        _evaluation(dataset="stdlib", exclude=str(chosen), tokens=256), source
-    )
+    rest = evaluation_tokens(_evaluation(dataset="stdlib", exclude=str(chosen), tokens=256), source)
     assert not np.array_equal(rest[0], only[0])
 
 

@@ -1,0 +1,63 @@
+"""The demo: submit the demo run, watch it, and let its checkpoint write at two widths.
+
+    python examples/demo/run.py
+
+A local Ray is started if none runs, and stopped again in the end. Run a second time, it finds the
+finished run and shows it at once.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from mbq.artifacts.loading import load_model
+from mbq.cluster.head import find_head
+from mbq.orchestrator.display import STDOUT
+from mbq.orchestrator.status import checkpoint_location, locate
+from mbq.orchestrator.submit import home
+
+PROMPT = "import os\n\n\nclass "
+NEW_TOKENS = 60
+
+
+def main() -> int:
+    started_here = find_head(home() / "head") is None
+    try:
+        submitted = _command("submit", "demo", capture=True)
+        run = submitted.stdout.strip()
+        if submitted.returncode:
+            return submitted.returncode
+        watched = _command("watch", run)
+        if watched.returncode:
+            return watched.returncode
+    finally:
+        if started_here and find_head(home() / "head") is not None:
+            _command("head", "stop")
+    store, document = locate(run, str(home() / "store"))
+    _write(checkpoint_location(store, document))
+    return 0
+
+
+def _command(*arguments: str, capture: bool = False) -> "subprocess.CompletedProcess[str]":
+    program = str(Path(sys.executable).with_name("mbq-cluster"))
+    return subprocess.run(
+        [program, *arguments], stdout=subprocess.PIPE if capture else None, text=True, check=False
+    )
+
+
+def _write(folder: str) -> None:
+    """What the model writes, greedily, at the lowest and at the highest width."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = load_model(folder)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    for bits in (2, 8):
+        model.set_bits(bits)
+        out = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
+        STDOUT.rule(f"written at {bits} bits", align="left")
+        STDOUT.print(tokenizer.decode(out[0]), markup=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

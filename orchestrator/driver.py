@@ -1,0 +1,165 @@
+"""A run in progress: what is done, what runs, what failed; and how it begins from a store.
+
+All of it can be rebuilt: `begin` reads the records that exist, and nothing here is needed to go on
+after a crash.
+"""
+
+import collections
+import time
+from dataclasses import dataclass, field
+
+from mbq.artifacts import keys
+from mbq.artifacts.errors import ClusterError
+from mbq.artifacts.manifest import (
+    BlockRecord,
+    Failure,
+    RunDocument,
+    ShardRecord,
+    VariantLosses,
+    block_records,
+    find_document,
+)
+from mbq.artifacts.store import Store
+from mbq.cluster.runner import Call, Handle, Runner, TaskResources
+from mbq.orchestrator.plan import (
+    Plan,
+    Progress,
+    Task,
+    build_plan,
+    remaining_flops,
+    task_memory_bytes,
+)
+from mbq.workers import tasks
+from mbq.workers.variants import PACKED
+
+# Packing only moves bytes: it takes no GPU from calibration.
+PACKING = TaskResources(cpus=1)
+
+
+@dataclass
+class Driver:
+    """One attempt at a run.
+
+    Attributes:
+        held: handles of the hidden states that enter a block, by block.
+        waiting: failed tasks and when (monotonic seconds) they are tried again.
+    """
+
+    store: Store
+    document: RunDocument
+    runner: Runner
+    attempt: int
+    plan: Plan
+    resources: TaskResources
+    workers: int
+    done: set[Task] = field(default_factory=set)
+    held: dict[int, Handle] = field(default_factory=dict)
+    running: dict[Handle, Task] = field(default_factory=dict)
+    waiting: dict[Task, float] = field(default_factory=dict)
+    failed: set[Task] = field(default_factory=set)
+    failure_counts: collections.Counter[Task] = field(default_factory=collections.Counter)
+    failures: list[Failure] = field(default_factory=list)
+    records: dict[int, BlockRecord] = field(default_factory=dict)
+    shards: dict[str, ShardRecord] = field(default_factory=dict)
+    losses: dict[str, VariantLosses] = field(default_factory=dict)
+    manifest_sha256: str | None = None
+    stopping: bool = False
+    started_at: float = field(default_factory=time.time)
+    flops_at_start: float = 0.0
+
+    @property
+    def job(self) -> tasks.Job:
+        return tasks.Job(
+            self.store.uri, self.document.run, "cuda" if self.resources.gpus else "cpu"
+        )
+
+    @property
+    def progress(self) -> Progress:
+        return Progress(
+            done=self.done,
+            held=set(self.held),
+            busy={*self.running.values(), *self.waiting},
+            failed=self.failed,
+            published=self.manifest_sha256 is not None,
+        )
+
+
+def begin(store: Store, document: RunDocument, runner: Runner, attempt: int) -> Driver:
+    """A driver that knows what the store already has.
+
+    Raises:
+        ClusterError: no node can hold one task.
+    """
+    plan = build_plan(document)
+    resources, workers = _choose_resources(document, runner, plan)
+    driver = Driver(store, document, runner, attempt, plan, resources, workers)
+    driver.records = block_records(store, document.run, len(plan.calibrations))
+    driver.done |= {plan.calibrations[block] for block in driver.records}
+    for task, shard in zip(plan.packs, plan.shards, strict=True):
+        record = find_document(store, keys.shard_key(document.run, task.target), ShardRecord)
+        size = store.size(keys.checkpoint_key(document.run, task.target))
+        # A file may outlive the blobs it was made from; then it is made again.
+        blobs = [r.blob.sha256 for b in shard.blocks if (r := driver.records.get(b)) is not None]
+        if record and record.file.size_bytes == size and list(record.blobs) == blobs:
+            driver.shards[task.target] = record
+            driver.done.add(task)
+    adopt_losses(driver)
+    driver.flops_at_start = remaining_flops(plan, driver.progress.settled, {})
+    return driver
+
+
+def adopt_losses(driver: Driver) -> None:
+    """Take over evaluations that exist; those of a packed checkpoint only if it is this one."""
+    text = driver.document.evaluation_tokens
+    for task in driver.plan.evaluations if text else ():
+        assert text is not None
+        key = keys.evaluation_key(driver.document.run, text.sha256, task.target)
+        losses = find_document(driver.store, key, VariantLosses)
+        if losses is None:
+            continue
+        packed = task.target.startswith(PACKED)
+        if losses.manifest_sha256 == (driver.manifest_sha256 if packed else None) and (
+            not packed or driver.manifest_sha256 is not None
+        ):
+            driver.losses[task.target] = losses
+            driver.done.add(task)
+
+
+def call_of(driver: Driver, task: Task) -> tuple[Call, TaskResources]:
+    """How a task of the plan is run."""
+    name = f"{driver.document.name}: {task.name}"
+    job, resources = driver.job, driver.resources
+    if task.kind == "capture":
+        before = driver.held[task.block - 1] if task.block else None
+        return Call(name, tasks.capture, (job, task.block, before)), resources
+    if task.kind == "calibrate":
+        attempt = driver.failure_counts[task] + 1
+        hidden = driver.held[task.block]
+        return Call(name, tasks.calibrate, (job, task.block, attempt, hidden)), resources
+    if task.kind == "pack":
+        return Call(name, tasks.pack, (job, task.target)), PACKING
+    text = driver.document.evaluation_tokens
+    return Call(name, tasks.evaluate, (job, task.target, text)), resources
+
+
+def _choose_resources(
+    document: RunDocument, runner: Runner, plan: Plan
+) -> tuple[TaskResources, int]:
+    """What one task takes, and how many run at once."""
+    spec = document.spec
+    hidden_size = document.source.config["hidden_size"]
+    asked = spec.resources.memory_gib
+    memory = int(asked * 1024**3) if asked else task_memory_bytes(plan, spec, hidden_size)
+    on_cpu = TaskResources(cpus=spec.threads, memory_bytes=memory)
+    # On a GPU the block lives in the GPU's memory; the host holds its hidden states.
+    on_gpu = TaskResources(cpus=spec.threads, gpus=1)
+    chosen = {"cpu": [on_cpu], "cuda": [on_gpu], "auto": [on_gpu, on_cpu]}[spec.resources.device]
+    for resources in chosen:
+        slots = runner.slots(resources)
+        if slots:
+            return resources, min(slots, spec.resources.workers or slots)
+    what = "GPU" if spec.resources.device == "cuda" else f"{memory / 1024**3:.1f} GiB"
+    raise ClusterError(
+        f"no node offers {spec.threads} CPUs and a {what} for one task; lower threads or "
+        "microbatch, set resources.memory_gib, or add nodes"
+    )

@@ -1,0 +1,68 @@
+"""The end of a run: the checkpoint's small files, its manifest, and the table of results."""
+
+import collections
+
+from mbq.artifacts import keys
+from mbq.artifacts.checkpoint import INDEX_FILE, config_document, index_document, slice_files
+from mbq.artifacts.manifest import FileRecord, Manifest, Results, put_document
+from mbq.artifacts.source import TOKENIZER_FILES
+from mbq.artifacts.spec import FORMAT_VERSION, SLICE_BITS
+from mbq.artifacts.tensors import digest_of, read_chunks
+from mbq.orchestrator.driver import Driver, adopt_losses
+from mbq.workers.evaluate import table
+
+
+def publish(driver: Driver) -> None:
+    """Write index, config and tokenizer and, last, the manifest."""
+    store, document, plan = driver.store, driver.document, driver.plan
+    source, spec = document.source, document.spec
+    small = {
+        INDEX_FILE: index_document(plan.shards),
+        "config.json": config_document(source, spec.slices, spec.group_size, plan.linears),
+    }
+    for name in TOKENIZER_FILES:
+        path = source.path(name)
+        if path is not None:
+            small[name] = path.read_bytes()
+    files = {name: record.file for name, record in driver.shards.items()}
+    for name, data in small.items():
+        store.put(keys.checkpoint_key(document.run, name), [data])
+        files[name] = FileRecord.of(digest_of([data]))
+    blocks = [driver.records[block] for block in range(len(plan.calibrations))]
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        run=document.run,
+        model_digest=document.model_digest,
+        max_bits=SLICE_BITS * spec.slices,
+        group_size=spec.group_size,
+        files=dict(sorted(files.items())),
+        slice_files=slice_files(plan.shards, spec.slices),
+        blocks=tuple(record.blob.sha256 for record in blocks),
+        hardware=tuple(record.hardware for record in blocks),
+    )
+    key = keys.manifest_key(document.run)
+    put_document(store, key, manifest)
+    driver.manifest_sha256 = digest_of(read_chunks(store, key)).sha256
+    adopt_losses(driver)
+
+
+def write_results(driver: Driver) -> None:
+    """Write the table of a run whose evaluations are all done; nothing without any."""
+    document, plan = driver.document, driver.plan
+    if document.evaluation_tokens is None or document.spec.evaluation is None:
+        return
+    sizes: dict[int | None, int] = collections.Counter()
+    for shard in plan.shards:
+        sizes[shard.slice] += driver.shards[shard.file].file.size_bytes
+    losses = {task.target: driver.losses[task.target].losses for task in plan.evaluations}
+    length = document.spec.evaluation.sequence_length
+    results = Results(
+        run=document.run,
+        tokens_sha256=document.evaluation_tokens.sha256,
+        tokens=len(next(iter(losses.values()))) * length,
+        sequence_length=length,
+        rows=tuple(table(losses)),
+        slice_bytes=tuple(sizes[e] for e in range(document.spec.slices)),
+        base_bytes=sizes[None],
+    )
+    put_document(driver.store, keys.results_key(document.run), results)

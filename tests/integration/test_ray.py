@@ -1,0 +1,229 @@
+"""Real runs on a real local Ray, killed in every way a cluster dies.
+
+Each run lives in a store of its own; all of them are the same work, so all manifests must be equal
+to that of the run nobody disturbed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mbq.artifacts import keys
+from mbq.artifacts.manifest import Status, get_document
+from mbq.artifacts.store import LocalStore
+
+_PATIENCE_SECONDS = 60.0
+BLOCKS = 5
+_PROGRAM = str(Path(sys.executable).with_name("mbq-cluster"))
+
+
+@dataclass(frozen=True)
+class User:
+    """Somebody with a shell, a spec and a folder for heads."""
+
+    home: Path
+    spec: Path
+
+    def run(self, *arguments: str, code: int = 0) -> "subprocess.CompletedProcess[str]":
+        environment = os.environ | {"MBQ_HOME": str(self.home)}
+        command = [_PROGRAM, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == code, f"{arguments}: {done.stdout}{done.stderr}"
+        return done
+
+    def submit(self, store: LocalStore, *arguments: str) -> str:
+        done = self.run("submit", str(self.spec), "--store", str(store.root), *arguments)
+        run = done.stdout.strip()
+        assert len(run) == 12, done.stdout
+        return run
+
+    def status(self, store: LocalStore, run: str) -> dict[str, Any]:
+        done = self.run("status", run, "--store", str(store.root), "--json")
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    def finish(self, store: LocalStore, run: str) -> str:
+        """Watch a run to its end; the digest of its manifest."""
+        self.run("watch", run, "--store", str(store.root))
+        return hashlib.sha256(store.read(keys.manifest_key(run))).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def user(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_document: Callable[..., dict[str, Any]],
+    make_model: Callable[..., Path],
+) -> Iterator[User]:
+    home = Path(tempfile.mkdtemp(prefix="mbq-test-"))
+    # Long enough to be killed in the middle.
+    document = tiny_document(
+        model={"source": str(make_model(num_hidden_layers=BLOCKS))},
+        optimisation={"passes": 80, "batch_size": 4},
+    )
+    spec = tmp_path_factory.mktemp("spec") / "tiny.yaml"
+    spec.write_text(yaml.safe_dump(document))
+    user = User(home, spec)
+    yield user
+    user.run("head", "stop")
+    assert not (home / "head" / "head.json").exists()
+    shutil.rmtree(home)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(user: User, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Manifest digest of a run with one worker that nobody disturbed."""
+    store = LocalStore(tmp_path_factory.mktemp("undisturbed"))
+    run = user.submit(store, "--set", "resources.workers=1")
+    return user.finish(store, run)
+
+
+def _until(condition: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"{condition} did not come true in {_PATIENCE_SECONDS} s")
+
+
+def _records(store: LocalStore, run: str) -> dict[int, bytes]:
+    found = {}
+    for block in range(BLOCKS):
+        if store.size(keys.block_key(run, block)) is not None:
+            found[block] = store.read(keys.block_key(run, block))
+    return found
+
+
+def _processes(*words: str) -> list[int]:
+    """Pids of processes whose command line holds all the words."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+            if all(word in line for word in words):
+                found.append(int(entry.name))
+    return found
+
+
+def _in_the_middle(store: LocalStore, run: str) -> dict[int, bytes]:
+    """Wait until some blocks are finished and others are not."""
+    records: dict[int, bytes] = _until(lambda: _records(store, run))
+    assert len(records) < BLOCKS, "the run was too fast to be disturbed"
+    return records
+
+
+def test_submits_from_nothing_and_shows_what_it_did(
+    user: User, undisturbed: str, tmp_path: Path
+) -> None:
+    store = LocalStore(tmp_path)
+    run = user.submit(store)
+    again = user.run("submit", str(user.spec), "--store", str(store.root))
+    assert again.stdout.strip() == run
+    assert "already running" in again.stderr
+    assert user.finish(store, run) == undisturbed
+    found = user.status(store, run)
+    assert found["state"] == "done"
+    assert "inspect" not in user.run("logs", run, "--store", str(store.root)).stdout
+    assert "already finished" in user.run("resume", run, "--store", str(store.root)).stderr
+    assert store.size(keys.spec_key(run))
+    assert len(_records(store, run)) == BLOCKS
+
+
+def test_a_killed_worker_costs_one_attempt(user: User, undisturbed: str, tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    run = user.submit(store)
+    pids = _until(lambda: _processes("ray::tiny: calibrate"))
+    os.kill(pids[0], signal.SIGKILL)
+    assert user.finish(store, run) == undisturbed
+    failures = user.status(store, run)["status"]["failures"]
+    assert [f["task"].split()[0] for f in failures] == ["calibrate"]
+    assert failures[0]["error"].startswith("TaskCrashed")
+    assert not failures[0]["final"]
+
+
+def test_a_killed_driver_is_resumed(user: User, undisturbed: str, tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    run = user.submit(store)
+    _in_the_middle(store, run)
+    attempt = get_document(store, keys.status_key(run), Status).attempt
+    for pid in _processes("mbq.orchestrator.run", store.uri):
+        os.kill(pid, signal.SIGKILL)
+    _until(lambda: user.status(store, run)["state"] == "interrupted")
+    finished = _records(store, run)
+    assert user.run("resume", run, "--store", str(store.root)).stdout.strip() == run
+    assert user.finish(store, run) == undisturbed
+    assert user.status(store, run)["status"]["attempt"] == attempt + 1
+    # Not calibrated again: a record says when and how long.
+    assert {block: _records(store, run)[block] for block in finished} == finished
+
+
+def test_a_stopped_run_is_resumed(user: User, undisturbed: str, tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    run = user.submit(store)
+    finished = _in_the_middle(store, run)
+    user.run("stop", run, "--store", str(store.root))
+    _until(lambda: user.status(store, run)["state"] == "stopped")
+    user.run("watch", run, "--store", str(store.root), code=1)
+    user.run("resume", run, "--store", str(store.root))
+    assert user.finish(store, run) == undisturbed
+    assert {block: _records(store, run)[block] for block in finished} == finished
+
+
+def test_a_killed_head_is_replaced(user: User, undisturbed: str, tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    run = user.submit(store)
+    _in_the_middle(store, run)
+    head = json.loads((user.home / "head" / "head.json").read_text())
+    os.killpg(head["pid"], signal.SIGKILL)
+    _until(lambda: not _processes("ray::tiny: calibrate"))
+    finished = _records(store, run)
+    resumed = user.run("resume", run, "--store", str(store.root))
+    assert "starting a local Ray" in resumed.stderr
+    assert user.finish(store, run) == undisturbed
+    assert {block: _records(store, run)[block] for block in finished} == finished
+
+
+def test_the_head_lets_nobody_in_without_its_token(user: User, undisturbed: str) -> None:
+    found = json.loads(user.run("head", "status", "--json").stdout)
+    assert user.run("head", "start").stdout.strip() == found["address"]
+    assert stat.S_IMODE(os.stat(found["token_file"]).st_mode) == 0o600
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"{found['address']}/api/jobs/", timeout=10)
+
+
+def test_a_task_that_fails_is_named(user: User, undisturbed: str, tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    run = user.submit(store, "--set", "optimisation.weight_rate=1e30")
+    failed = user.run("watch", run, "--store", str(store.root), code=1)
+    assert "calibrate 000" in failed.stderr
+    assert "lower the learning rates" in failed.stderr
+    assert "resume" in user.run("logs", run, "--store", str(store.root)).stdout
+
+
+def test_a_cluster_that_cannot_hold_the_plan_says_so(
+    user: User, undisturbed: str, tmp_path: Path
+) -> None:
+    store = LocalStore(tmp_path)
+    run = user.submit(store, "--set", "resources.memory_gib=100000")
+    failed = user.run("watch", run, "--store", str(store.root), code=1)
+    assert "no node offers" in failed.stderr

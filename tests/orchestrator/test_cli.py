@@ -1,0 +1,258 @@
+"""The command line as a user meets it: wrong input first, without any cluster."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+from transformers import GemmaConfig, MixtralConfig
+
+from mbq.orchestrator.cli import main
+
+Make = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def invoke(tmp_path: Path) -> Callable[..., Result]:
+    def run(*arguments: str, **environment: str) -> Result:
+        home = {"MBQ_HOME": str(tmp_path / "home"), "MBQ_STORE": "", "MBQ_ADDRESS": ""}
+        return CliRunner().invoke(main, list(arguments), env=home | environment)
+
+    return run
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Callable[[dict[str, Any]], str]:
+    def write(document: dict[str, Any]) -> str:
+        path = tmp_path / "spec.yaml"
+        path.write_text(yaml.safe_dump(document))
+        return str(path)
+
+    return write
+
+
+def _fails(result: Result, code: int, *words: str) -> None:
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("mbq-cluster: ")
+    for word in words:
+        assert word in lines[0]
+
+
+WRONG: list[tuple[str, list[str], tuple[str, ...]]] = [
+    ("unknown key", ["--set", "calibration.sampels=3"], ("calibration.sampels", "samples?")),
+    ("unknown section", ["--set", "quantization.bits=3"], ("quantization", "unknown key")),
+    ("no widths", ["--set", "optimisation.slice_counts=[]"], ("slice_counts", "distinct")),
+    ("width too high", ["--set", "optimisation.slice_counts=[1,5]"], ("[1, 5]", "[1, 2, 3, 4]")),
+    ("too many slices", ["--set", "slices=9"], ("slices", "9")),
+    ("odd group", ["--set", "group_size=33"], ("group_size 33", "multiple of 32")),
+    ("group too wide", ["--set", "group_size=64"], ("64", "96", "mlp.down_proj", "use 32")),
+    ("no samples", ["--set", "calibration.samples=0"], ("calibration.samples", "0")),
+    ("endless sequence", ["--set", "calibration.sequence_length=99999999"], ("sequence_length",)),
+    ("beyond positions", ["--set", "calibration.sequence_length=256"], ("256", "128 positions")),
+    ("not a number", ["--set", "threads=many"], ("threads", "'many'", "integer")),
+    ("unknown dataset", ["--set", "calibration.dataset=pile"], ("calibration.dataset", "'pile'")),
+    ("no such file", ["--set", "calibration.files=[/nowhere.txt]"], ("/nowhere.txt",)),
+    ("files for nothing", ["--set", "calibration.dataset=stdlib"], ("stdlib takes no files",)),
+    ("too little text", ["--set", "calibration.samples=60000"], ("1,920,000 tokens", "lower")),
+    ("no such folder", ["--set", "model.source=./nowhere"], ("model.source", "no folder")),
+    ("no such method", ["--set", "optimisation.method=gptq"], ("'gptq'", "'joint' or 'clip'")),
+    ("malformed setting", ["--set", "threads"], ("--set threads", "field=value")),
+    ("unknown scheme", ["--store", "gs://bucket/runs"], ("gs://bucket/runs", "unknown scheme")),
+    ("store in a file", ["--store", "/dev/null/store"], ("/dev/null/store", "may write to")),
+    ("no cluster there", ["--address", "http://127.0.0.1:9"], ("cannot reach", "--address")),
+    (
+        "laptop path, remote cluster",
+        ["--address", "http://192.0.2.7:8265"],
+        ("path of this machine", "file://"),
+    ),
+    (
+        "laptop model, remote cluster",
+        ["--address", "http://192.0.2.7:8265", "--store", "file:///mnt/store"],
+        ("model.source", "folder of this machine"),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), [w[1:] for w in WRONG], ids=[w[0].replace(" ", "-") for w in WRONG]
+)
+def test_wrong_input_is_one_line_and_leaves_nothing(
+    invoke: Callable[..., Result],
+    spec: Callable[[dict[str, Any]], str],
+    tiny_document: Make,
+    tmp_path: Path,
+    arguments: list[str],
+    words: tuple[str, ...],
+) -> None:
+    path = spec(tiny_document())
+    _fails(invoke("submit", path, *arguments), 2, *words)
+    assert os.listdir(tmp_path) == ["spec.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        (MixtralConfig, {"num_local_experts": 2}, ("mixture of experts", "dense")),
+        (GemmaConfig, {"head_dim": 16}, ("gemma", "use one of llama")),
+    ],
+)
+def test_models_we_cannot_quantize(
+    invoke: Callable[..., Result],
+    spec: Callable[[dict[str, Any]], str],
+    make_model: Callable[..., Path],
+    tiny_document: Make,
+    kind: type,
+    changes: dict[str, Any],
+    words: tuple[str, ...],
+) -> None:
+    folder = make_model(kind, **changes)
+    _fails(invoke("submit", spec(tiny_document(model={"source": str(folder)}))), 2, *words)
+
+
+def test_unknown_presets_and_files(invoke: Callable[..., Result], tmp_path: Path) -> None:
+    _fails(invoke("submit", "llama9-1t"), 2, "llama9-1t", "llama2-13b")
+    _fails(invoke("check", "gone.yaml"), 3, "no spec file gone.yaml")
+    assert os.listdir(tmp_path) == []
+
+
+def test_presets_name_models_on_the_hub(invoke: Callable[..., Result]) -> None:
+    # Tests run offline: the model cannot be looked up, and the message says where to go.
+    _fails(invoke("check", "llama2-13b"), 2, "meta-llama/Llama-2-13b-hf", "local folder")
+
+
+def test_check_says_what_a_run_takes_and_writes_nothing(
+    invoke: Callable[..., Result],
+    spec: Callable[[dict[str, Any]], str],
+    tiny_document: Make,
+    tmp_path: Path,
+) -> None:
+    path = spec(tiny_document())
+    text = invoke("check", path)
+    assert text.exit_code == 0
+    assert "3 blocks, 92,160 weights to quantize" in text.stdout
+    found = json.loads(invoke("check", path, "--json").stdout)
+    assert found["calibration_tokens"] == 12 * 32
+    assert found["run"] in text.stdout
+    assert os.listdir(tmp_path) == ["spec.yaml"]
+
+
+def test_runs_are_found_by_prefix_and_uri(invoke: Callable[..., Result], finished_run: Any) -> None:
+    store, run = finished_run.store, finished_run.document.run
+    uris = (f"{store.uri}/runs/{run}", f"{store.root}/runs/{run}/")
+    found = [json.loads(invoke("status", uri, "--json").stdout) for uri in uris]
+    by_prefix = invoke("status", run[:4], "--store", str(store.root), "--json")
+    found.append(json.loads(by_prefix.stdout))
+    assert [f["run"] for f in found] == [run] * 3
+    assert found[0]["state"] == "done"
+    assert len(found[0]["results"]["rows"]) == 9
+    environment = invoke("status", run, MBQ_STORE=str(store.root))
+    assert "perplexity on" in environment.stdout
+    assert str(finished_run.checkpoint) in environment.stdout
+
+
+def test_list_shows_every_run(invoke: Callable[..., Result], finished_run: Any) -> None:
+    result = invoke("list", "--store", str(finished_run.store.root))
+    assert finished_run.document.run in result.stdout
+    assert "3/3" in result.stdout
+    assert invoke("list", "--json").stdout == "[]\n"
+
+
+def test_runs_that_are_not_there_or_not_unique(
+    invoke: Callable[..., Result], finished_run: Any, tmp_path: Path
+) -> None:
+    for command in ("status", "watch", "logs", "stop", "resume"):
+        _fails(invoke(command, "0123"), 3, "there is no run 0123", "mbq-cluster list")
+    _fails(invoke("status", "/somewhere/else/abc"), 2, "<store>/runs/<id>")
+    from mbq.artifacts.store import LocalStore
+
+    store = LocalStore(tmp_path / "store")
+    for run in ("aa0000000000", "aa1111111111"):
+        store.put(f"runs/{run}/spec.json", [b"{}"])
+    _fails(invoke("status", "aa", "--store", str(store.root)), 2, "is the start of 2 runs")
+    _fails(invoke("status", "aa0", "--store", str(store.root)), 1, "not a valid RunDocument")
+
+
+def test_commands_that_need_a_head_say_that_there_is_none(
+    invoke: Callable[..., Result], finished_run: Any
+) -> None:
+    store = str(finished_run.store.root)
+    run = finished_run.document.run
+    _fails(invoke("head", "status"), 3, "no local Ray is running")
+    _fails(invoke("head", "stop"), 3, "no local Ray is running")
+    _fails(invoke("logs", run, "--store", store), 3, "no cluster")
+    _fails(invoke("stop", run, "--store", store), 3, "is done: there is nothing to stop")
+
+
+def test_watch_of_a_finished_run_prints_its_table(
+    invoke: Callable[..., Result], finished_run: Any
+) -> None:
+    result = invoke("watch", finished_run.document.run, "--store", str(finished_run.store.root))
+    assert result.exit_code == 0
+    assert "ROUND TO NEAREST" in result.stdout
+
+
+def test_eval_agrees_with_the_runs_own_table(
+    invoke: Callable[..., Result], finished_run: Any
+) -> None:
+    store, run = str(finished_run.store.root), finished_run.document.run
+    result = invoke("eval", run, "--store", store, "--bits", "2,8", "--json")
+    rows = json.loads(result.stdout)
+    status = json.loads(invoke("status", run, "--store", store, "--json").stdout)
+    expected = {row["variant"]: row["perplexity"] for row in status["results"]["rows"]}
+    assert [row["bits"] for row in rows] == [2, 8]
+    for row in rows:
+        assert row["perplexity"] == pytest.approx(expected[f"mbq-{row['bits']}"], rel=1e-5)
+
+
+def test_eval_of_a_folder_on_a_text_of_its_own(
+    invoke: Callable[..., Result], finished_run: Any, text_file: Path
+) -> None:
+    folder = str(finished_run.checkpoint)
+    text = ["--dataset", "text", "--file", str(text_file), "--sequence-length", "32"]
+    result = invoke("eval", folder, "--bits", "4", *text, "--tokens", "256")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("4 bits: ")
+    _fails(invoke("eval", folder, "--bits", "4"), 2, "names no text", "--dataset")
+    _fails(invoke("eval", folder, "--bits", "four", *text), 2, "--bits four")
+    _fails(invoke("eval", "/nowhere", *text), 2, "/nowhere")
+
+
+def test_help_is_quick_and_lists_every_command() -> None:
+    started = time.monotonic()
+    command = [sys.executable, "-m", "mbq.orchestrator.cli", "--help"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert time.monotonic() - started < 1.0
+    commands = ("check", "eval", "head", "list", "logs", "resume", "status", "stop", "submit")
+    assert all(f"  {command} " in done.stdout for command in commands)
+
+
+def test_the_options_are_these(invoke: Callable[..., Result]) -> None:
+    """Growing the command line is a decision: knobs of a run belong into the spec."""
+    options = {
+        name: sorted(p.opts[0] for p in command.params if p.param_type_name == "option")
+        for name, command in main.commands.items()
+    }
+    shared = ["--address", "--store"]
+    text = ["--bits", "--dataset", "--file"]
+    assert options == {
+        "check": ["--address", "--json", "--set", "--store"],
+        "eval": [*text, "--json", "--sequence-length", "--store", "--tokens"],
+        "head": [],
+        "list": ["--address", "--json", "--store"],
+        "logs": shared,
+        "resume": [*shared, "--watch"],
+        "status": ["--address", "--json", "--store"],
+        "stop": shared,
+        "submit": ["--address", "--set", "--store", "--watch"],
+        "watch": ["--address", "--json", "--store"],
+    }
