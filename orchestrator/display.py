@@ -1,6 +1,7 @@
 """How runs and results look on a terminal: rich tables and one live line per run."""
 
 import json
+import sys
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -13,8 +14,10 @@ from rich.table import Table
 from mbq.artifacts.manifest import Results
 from mbq.orchestrator.status import RunState
 
-STDERR = Console(stderr=True, highlight=False)
-STDOUT = Console(highlight=False)
+# Without a terminal rich assumes 80 columns and breaks the lines of a table.
+_PIPE_COLUMNS = 120
+STDERR = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _PIPE_COLUMNS)
+STDOUT = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
 
 _VARIANTS = {"full": "full precision", "rtn": "round to nearest", "mbq": "elastic checkpoint"}
 

@@ -74,7 +74,7 @@ def user(
     # Long enough to be killed in the middle.
     document = tiny_document(
         model={"source": str(make_model(num_hidden_layers=BLOCKS))},
-        optimisation={"passes": 80, "batch_size": 4},
+        optimisation={"passes": 40, "batch_size": 4},
     )
     spec = tmp_path_factory.mktemp("spec") / "tiny.yaml"
     spec.write_text(yaml.safe_dump(document))
@@ -213,7 +213,7 @@ def test_the_head_lets_nobody_in_without_its_token(user: User, undisturbed: str)
 
 def test_a_task_that_fails_is_named(user: User, undisturbed: str, tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
-    run = user.submit(store, "--set", "optimisation.weight_rate=1e30")
+    run = user.submit(store, "--set", "optimisation.gain_rate=1e30")
     failed = user.run("watch", run, "--store", str(store.root), code=1)
     assert "calibrate 000" in failed.stderr
     assert "lower the learning rates" in failed.stderr

@@ -1,0 +1,128 @@
+"""Calibrate one random LLaMA block twice: seconds, peak memory, and whether the bytes are equal.
+
+    python benchmarks/block.py --device cuda
+    python benchmarks/block.py --device cpu --hidden 256 --intermediate 768 --heads 8 --samples 16
+
+Defaults are LLaMA-2-13B's dimensions and the calibration of its preset. Needs neither ray nor
+boto3 nor datasets.
+"""
+
+import datetime
+import hashlib
+import json
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import click
+import torch
+import transformers
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mbq.artifacts.source import Source
+from mbq.artifacts.spec import Optimisation
+from mbq.workers.calibrate import calibrate_block
+from mbq.workers.determinism import attention, hardware_kind, pin
+from mbq.workers.model import Model, open_model
+from mbq.workers.pack import encode_block
+
+
+@click.command()
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cuda", show_default=True)
+@click.option("--hidden", default=5120, show_default=True)
+@click.option("--intermediate", default=13824, show_default=True)
+@click.option("--heads", default=40, show_default=True)
+@click.option("--samples", default=128, show_default=True)
+@click.option("--length", default=2048, show_default=True, help="Tokens per sequence.")
+@click.option("--passes", default=6, show_default=True)
+@click.option("--microbatch", default=1, show_default=True)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="bfloat16")
+@click.option("--threads", default=4, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="Folder for the result.")
+def main(**options: Any) -> None:
+    """Calibrate one random block twice and print what it took."""
+    pin(options["threads"])
+    device = torch.device(options["device"])
+    with TemporaryDirectory() as folder:
+        write_model(Path(folder), options)
+        model = open_model(Source(folder), getattr(torch, options["dtype"]), device)
+        runs = [calibrate(model, options) for _ in range(2)]
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "hardware": hardware_kind(device),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "command": "python " + " ".join(sys.argv),
+        "options": {k: v for k, v in options.items() if k != "out"},
+        "seconds": [run["seconds"] for run in runs],
+        "peak_gpu_bytes": max(run["peak_gpu_bytes"] for run in runs),
+        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "loss_before": runs[0]["loss_before"],
+        "loss_after": runs[0]["loss_after"],
+        "equal_bytes_twice": runs[0]["sha256"] == runs[1]["sha256"],
+    }
+    text = json.dumps(result, indent=1)
+    click.echo(text)
+    if options["out"] is not None:
+        name = f"{result['date']}-block-{options['device']}.json"
+        (options["out"] / name).write_text(text + "\n", encoding="utf-8")
+
+
+def write_model(folder: Path, options: dict[str, Any]) -> None:
+    """A checkpoint that holds one random block, as the loader expects it."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=options["hidden"],
+        intermediate_size=options["intermediate"],
+        num_attention_heads=options["heads"],
+        num_key_value_heads=options["heads"],
+        num_hidden_layers=1,
+        max_position_embeddings=options["length"],
+    )
+    torch.manual_seed(0)
+    state = LlamaForCausalLM(config).to(getattr(torch, options["dtype"])).state_dict()
+    save_file(state, folder / "model.safetensors")
+    config.save_pretrained(folder)
+
+
+def calibrate(model: Model, options: dict[str, Any]) -> dict[str, Any]:
+    """One calibration with fresh random hidden states of the same seed."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (options["samples"], options["length"], options["hidden"])
+    hidden = torch.randn(shape, generator=generator).to(model.device, model.dtype)
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    started = time.monotonic()
+    with attention():
+        done = calibrate_block(
+            model.block(0),
+            lambda block, x: model.run(block, 0, x),
+            dict.fromkeys(range(1, 5), hidden),
+            hidden,
+            Optimisation(passes=options["passes"]),
+            group_size=128,
+            microbatch=options["microbatch"],
+            seed=0,
+            report=lambda fraction: None,
+        )
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.monotonic() - started
+    peak = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else 0
+    return {
+        "seconds": seconds,
+        "peak_gpu_bytes": peak,
+        "loss_before": done.loss_before,
+        "loss_after": done.loss_after,
+        "sha256": hashlib.sha256(b"".join(encode_block(done.linears))).hexdigest(),
+    }
+
+
+if __name__ == "__main__":
+    main()
