@@ -2,7 +2,7 @@
 
     make demo && MBQ_HOME=build/demo .venv/bin/python benchmarks/demo.py
 
-Reads the finished demo run of MBQ_HOME's default store and writes benchmarks/results/<date>-demo.json.
+Reads the finished demo run of MBQ_HOME's store and writes benchmarks/results/<date>-demo.json.
 """
 
 import datetime
@@ -49,6 +49,7 @@ def main() -> None:
         for key in ("include", "exclude"):
             path = found["spec"][text][key]
             found["spec"][text][key] = Path(path).name if path else None
+    RESULTS.mkdir(exist_ok=True)
     out = RESULTS / f"{found['date']}-demo.json"
     out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(out)

@@ -143,9 +143,7 @@ def show_status(run: str, store: str | None, address: str | None, as_json: bool)
     )
     if as_json:
         results = status.results_of(chosen, document)
-        found = display.run_json(state)
-        found["results"] = results.model_dump(mode="json") if results else None
-        click.echo(display.to_json(found))
+        click.echo(display.to_json(display.run_json(state, results)))
         return
     display.STDOUT.print(display.run_table([state]))
     if state.detail:
@@ -324,7 +322,8 @@ def _watch(
     with display.Watch() as live:
         state = status.follow(store, document, jobs, live.show)
     if as_json:
-        click.echo(display.to_json(display.run_json(state)))
+        results = status.results_of(store, document)
+        click.echo(display.to_json(display.run_json(state, results)))
     if state.state != "done":
         raise RunError(f"run {document.run} is {state.state}: {state.detail}")
     if not as_json:

@@ -84,9 +84,10 @@ def run_table(states: Sequence[RunState]) -> Table:
     return table
 
 
-def run_json(state: RunState) -> dict[str, Any]:
+def run_json(state: RunState, results: Results | None = None) -> dict[str, Any]:
     status = state.status.model_dump(mode="json") if state.status else None
     return {
+        "results": results.model_dump(mode="json") if results else None,
         "run": state.document.run,
         "model": state.document.name,
         "state": state.state,
@@ -97,9 +98,12 @@ def run_json(state: RunState) -> dict[str, Any]:
 
 def result_table(results: Results) -> Table:
     """Perplexity by width, each with its standard error, and what a width costs to fetch."""
+    slices = ", ".join(f"{size:,}" for size in results.slice_bytes)
     table = Table(
         title=f"perplexity on {results.tokens:,} held-out tokens (± standard error)",
         title_justify="left",
+        caption=f"bytes: base {results.base_bytes:,}, slices {slices}",
+        caption_justify="left",
         box=None,
         pad_edge=False,
     )

@@ -26,7 +26,6 @@ from mbq.orchestrator.plan import (
     Progress,
     Task,
     build_plan,
-    remaining_flops,
     task_memory_bytes,
 )
 from mbq.workers import tasks
@@ -43,6 +42,8 @@ class Driver:
     Attributes:
         held: handles of the hidden states that enter a block, by block.
         waiting: failed tasks and when (monotonic seconds) they are tried again.
+        pace_from: when the first progress was seen (seconds since the epoch) and the arithmetic
+            that remained then; before it, processes were starting.
     """
 
     store: Store
@@ -65,7 +66,7 @@ class Driver:
     manifest_sha256: str | None = None
     stopping: bool = False
     started_at: float = field(default_factory=time.time)
-    flops_at_start: float = 0.0
+    pace_from: tuple[float, float] | None = None
 
     @property
     def job(self) -> tasks.Job:
@@ -104,7 +105,6 @@ def begin(store: Store, document: RunDocument, runner: Runner, attempt: int) -> 
             driver.shards[task.target] = record
             driver.done.add(task)
     adopt_losses(driver)
-    driver.flops_at_start = remaining_flops(plan, driver.progress.settled, {})
     return driver
 
 

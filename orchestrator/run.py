@@ -211,8 +211,8 @@ def _say(driver: Driver, state: str) -> None:
     now = time.time()
     remaining = remaining_flops(driver.plan, driver.done, fractions)
     total = sum(task.flops for task in driver.plan.tasks)
-    finished = driver.flops_at_start - remaining
-    elapsed = now - driver.started_at
+    if driver.pace_from is None and any(fractions.values()):
+        driver.pace_from = now, remaining
     status = Status.model_validate(
         {
             "run": driver.document.run,
@@ -221,8 +221,7 @@ def _say(driver: Driver, state: str) -> None:
             "blocks_done": len(driver.records),
             "blocks_total": len(driver.plan.calibrations),
             "fraction": 1.0 - remaining / total,
-            # The first percent says nothing: processes are still starting.
-            "seconds_left": elapsed * remaining / finished if finished > 0.01 * total else None,
+            "seconds_left": _seconds_left(driver, now, remaining),
             "running": [Running(task=t.name, fraction=f) for t, f in fractions.items()],
             "failures": driver.failures,
             "started_at": driver.started_at,
@@ -231,6 +230,15 @@ def _say(driver: Driver, state: str) -> None:
     )
     put_document(driver.store, key, status)
     _publish_metrics(driver)
+
+
+def _seconds_left(driver: Driver, now: float, remaining: float) -> float | None:
+    """Time to go at the pace so far; None while there is none to speak of."""
+    if driver.pace_from is None:
+        return None
+    since, at_first = driver.pace_from
+    finished = at_first - remaining
+    return (now - since) * remaining / finished if finished > 0 else None
 
 
 def _say_unbegun(store: Store, document: RunDocument, attempt: int, failure: Failure) -> None:
