@@ -145,12 +145,15 @@ class Row(Document):
     """One line of the result table.
 
     Attributes:
+        bits: code bits per weight; None for full precision.
+        total_bits: with scales, zeros, gains and biases, per quantized weight.
         gap: mean difference of log perplexity to full precision; `gap_error` its paired standard
             error over sequences.
     """
 
     variant: str
     bits: int | None
+    total_bits: float | None
     perplexity: float
     perplexity_error: float
     gap: float

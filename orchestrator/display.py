@@ -97,7 +97,11 @@ def run_json(state: RunState, results: Results | None = None) -> dict[str, Any]:
 
 
 def result_table(results: Results) -> Table:
-    """Perplexity by width, each with its standard error, and what a width costs to fetch."""
+    """Perplexity by width, each with its standard error, and what a width costs to fetch.
+
+    BITS are code bits per weight, TOTAL adds the elastic checkpoint's scales, zeros, gains and
+    biases; GAP is the difference of log perplexity, paired by sequence.
+    """
     slices = ", ".join(f"{size:,}" for size in results.slice_bytes)
     table = Table(
         title=f"perplexity on {results.tokens:,} held-out tokens (± standard error)",
@@ -107,17 +111,12 @@ def result_table(results: Results) -> Table:
         box=None,
         pad_edge=False,
     )
-    for column in (
-        "BITS",
-        "ELASTIC CHECKPOINT",
-        "ROUND TO NEAREST",
-        "GAP TO FULL PRECISION",
-        "BYTES",
-    ):
+    columns = ("BITS", "TOTAL", "ELASTIC", "ROUND TO NEAREST", "GAP TO FULL", "BYTES")
+    for column in columns:
         table.add_column(column, justify="right")
     rows = {row.variant: row for row in results.rows}
     full = rows["full"]
-    table.add_row("full", f"{full.perplexity:.3f} ± {full.perplexity_error:.3f}", "", "", "")
+    table.add_row("full", "", f"{full.perplexity:.3f} ± {full.perplexity_error:.3f}")
     size = results.base_bytes
     for row in results.rows:
         if not row.variant.startswith("mbq-"):
@@ -126,6 +125,7 @@ def result_table(results: Results) -> Table:
         size += results.slice_bytes[(row.bits or 0) // 2 - 1]
         table.add_row(
             str(row.bits),
+            f"{row.total_bits:.2f}",
             f"{row.perplexity:.3f} ± {row.perplexity_error:.3f}",
             f"{rounded.perplexity:.3f} ± {rounded.perplexity_error:.3f}",
             f"{row.gap:+.4f} ± {row.gap_error:.4f}",

@@ -14,7 +14,7 @@ With sequential propagation capture i + 1 also needs calibrate i. Hidden states 
 chain runs at most `workers + 2` blocks ahead of calibration.
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -186,6 +186,18 @@ def remaining_flops(plan: Plan, done: Set[Task], fractions: Mapping[Task, float]
         if task not in done and (task.kind != "capture" or task.block < needed)
     ]
     return sum(task.flops * (1.0 - fractions.get(task, 0.0)) for task in open_tasks)
+
+
+def total_bits(linears: Sequence[Linear], group_size: int, variant: str) -> float:
+    """Bits per quantized weight that a variant reads: codes, and what comes with them.
+
+    Scale and zero are 32 bits a group for every variant; the packed checkpoint adds a gain and a
+    bias, 32 bits an output channel.
+    """
+    kind, _, bits = variant.partition("-")
+    weights = sum(linear.out_features * linear.in_features for linear in linears)
+    channels = sum(linear.out_features for linear in linears) if kind == PACKED else 0
+    return int(bits) + 32 / group_size + 32 * channels / weights
 
 
 def check_source(source: Source, spec: RunSpec) -> None:

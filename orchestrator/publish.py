@@ -9,7 +9,9 @@ from mbq.artifacts.source import TOKENIZER_FILES
 from mbq.artifacts.spec import FORMAT_VERSION, SLICE_BITS
 from mbq.artifacts.tensors import digest_of, read_chunks
 from mbq.orchestrator.driver import Driver, adopt_losses
+from mbq.orchestrator.plan import total_bits
 from mbq.workers.evaluate import table
+from mbq.workers.variants import FULL
 
 
 def publish(driver: Driver) -> None:
@@ -55,13 +57,18 @@ def write_results(driver: Driver) -> None:
     for shard in plan.shards:
         sizes[shard.slice] += driver.shards[shard.file].file.size_bytes
     losses = {task.target: driver.losses[task.target].losses for task in plan.evaluations}
+    totals = {
+        variant: total_bits(plan.linears, document.spec.group_size, variant)
+        for variant in losses
+        if variant != FULL
+    }
     length = document.spec.evaluation.sequence_length
     results = Results(
         run=document.run,
         tokens_sha256=document.evaluation_tokens.sha256,
         tokens=len(next(iter(losses.values()))) * length,
         sequence_length=length,
-        rows=tuple(table(losses)),
+        rows=tuple(table(losses, totals)),
         slice_bytes=tuple(sizes[e] for e in range(document.spec.slices)),
         base_bytes=sizes[None],
     )

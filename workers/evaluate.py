@@ -76,18 +76,27 @@ def rounded_block(block: nn.Module, bits: int, group_size: int) -> nn.Module:
     return block
 
 
-def table(losses: Mapping[str, Sequence[float]]) -> list[Row]:
-    """Perplexities and their paired gaps to full precision, in the order given."""
+def table(losses: Mapping[str, Sequence[float]], total_bits: Mapping[str, float]) -> list[Row]:
+    """Perplexities and their paired gaps to full precision, in the order given.
+
+    Args:
+        total_bits: of each variant but the full one.
+    """
     full = losses[FULL]
-    return [_row(variant, values, full) for variant, values in losses.items()]
+    return [
+        _row(variant, values, full, total_bits.get(variant)) for variant, values in losses.items()
+    ]
 
 
-def _row(variant: str, values: Sequence[float], full: Sequence[float]) -> Row:
+def _row(
+    variant: str, values: Sequence[float], full: Sequence[float], total_bits: float | None
+) -> Row:
     gaps = [value - reference for value, reference in zip(values, full, strict=True)]
     perplexity = math.exp(statistics.fmean(values))
     return Row(
         variant=variant,
         bits=None if variant == FULL else int(variant.partition("-")[2]),
+        total_bits=total_bits,
         perplexity=perplexity,
         # First order: the error of exp(x) is exp(x) times the error of x.
         perplexity_error=perplexity * _standard_error(values),

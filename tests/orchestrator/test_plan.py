@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from transformers import GemmaConfig, LlamaConfig, MixtralConfig
 
+from mbq.artifacts.checkpoint import Linear
 from mbq.artifacts.errors import InputError
 from mbq.artifacts.manifest import BlobRef, RunDocument
 from mbq.artifacts.source import open_source
@@ -22,6 +23,7 @@ from mbq.orchestrator.plan import (
     releasable,
     remaining_flops,
     task_memory_bytes,
+    total_bits,
     variants,
 )
 
@@ -157,6 +159,13 @@ def test_memory_grows_with_what_a_task_holds(tiny_document: Make) -> None:
     plan = _plan(tiny_document)
     difference = task_memory_bytes(plan, large, 64) - task_memory_bytes(plan, small, 64)
     assert difference == 2 * 12 * 32 * 64 * 4
+
+
+def test_total_bits_count_everything_a_width_reads() -> None:
+    # One linear of 4096 x 4096: 32 bits per 128 weights, and 32 bits per 4096 for gain and bias.
+    linears = [Linear("model.layers.0.mlp.up_proj", 0, 4096, 4096)]
+    assert total_bits(linears, 128, "rtn-4") == 4.25
+    assert total_bits(linears, 128, "mbq-2") == 2.25 + 32 / 4096
 
 
 @pytest.mark.parametrize(
