@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mbq.artifacts.errors import CorruptError, InputError, StoreError
+from mbq.artifacts.errors import CorruptError, InputError, MbqError, StoreError
 from mbq.artifacts.spec import is_path
 from mbq.artifacts.store import LocalStore
 from mbq.artifacts.tensors import Entry, open_tensors
@@ -55,7 +55,8 @@ class Source:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-        with _hub_errors(self.location):
+        # Tasks read files long after the repository was looked up: the network may come back.
+        with _hub_errors(self.location, unreachable=StoreError):
             try:
                 return Path(hf_hub_download(self.location, name, revision=self.revision))
             except LocalEntryNotFoundError as error:
@@ -153,14 +154,12 @@ def _resolve_commit(repository: str, revision: str) -> str:
 
 
 @contextlib.contextmanager
-def _hub_errors(repository: str) -> Iterator[None]:
-    """Say in our words what the Hub said."""
+def _hub_errors(repository: str, unreachable: type[MbqError] = InputError) -> Iterator[None]:
+    """Say in our words what the Hub said, or that it said nothing."""
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
         NotASafetensorsRepoError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -182,9 +181,11 @@ def _hub_errors(repository: str) -> Iterator[None]:
             f"model.source: {repository} holds no safetensors weights; pickled weights are not "
             "read, use a repository that was converted"
         ) from error
-    except (OfflineModeIsEnabled, HfHubHTTPError, OSError, RuntimeError) as error:
+    except MbqError:
+        raise
+    except Exception as error:  # the client passes on whatever its HTTP library raises
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(
+        raise unreachable(
             f"model.source: cannot read {repository} from the Hub ({reason}); check the network, "
             "or give a local folder"
         ) from error
