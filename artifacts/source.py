@@ -70,7 +70,7 @@ class Source:
         if path is None:
             raise InputError(
                 f"model.source: {self.location} has no {name}; give a folder or repository in "
-                "Hugging Face layout with safetensors weights"
+                "Hugging Face layout with safetensors weights (pickled weights are not read)"
             )
         return path
 
@@ -82,7 +82,9 @@ class Source:
         missing = [key for key in sizes if not isinstance(config.get(key), int)]
         if not isinstance(config.get("model_type"), str) or missing:
             what = ", ".join(missing) or "model_type"
-            raise InputError(f"model.source: config.json of {self.location} names no {what}")
+            raise InputError(
+                f"model.source: config.json of {self.location} names no {what}; fetch it again"
+            )
         return config
 
     @cached_property
@@ -92,7 +94,10 @@ class Source:
         if index is None:
             names = dict.fromkeys(_read_header(self.require(_SINGLE)), _SINGLE)
         else:
-            names = _read_json(index).get("weight_map", {})
+            found = _read_json(index).get("weight_map")
+            if not isinstance(found, dict) or not found:
+                raise InputError(f"model.source: {index} has no weight_map; fetch it again")
+            names = found
             if not all(isinstance(file, str) and "/" not in file for file in names.values()):
                 raise InputError(f"model.source: {index} names files outside its folder")
         return {name: file for name, file in names.items() if not name.endswith(_COMPUTED)}

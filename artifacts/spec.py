@@ -135,7 +135,8 @@ class RunSpec(Document):
         if not counts or len(set(counts)) < len(counts) or not set(counts) <= set(allowed):
             raise ValueError(
                 f"optimisation.slice_counts {list(counts)} must be distinct numbers of slices out "
-                f"of {allowed} (k slices are {SLICE_BITS} k bits, and slices is {self.slices})"
+                f"of {allowed} (k slices are {SLICE_BITS} k bits, and slices is {self.slices}); set "
+                "one to fit the other"
             )
         return self
 
@@ -158,7 +159,7 @@ def load_spec(path: Path, settings: Sequence[str] = ()) -> RunSpec:
         ) from error
     except (yaml.YAMLError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{path} is not YAML: {reason}") from error
+        raise InputError(f"{path} cannot be read as YAML: {reason}") from error
     if not isinstance(document, dict):
         raise InputError(f"{path} must hold a mapping with model and calibration at its top")
     _resolve_paths(document, path.parent.resolve())
@@ -199,6 +200,9 @@ def explain(error: ValidationError) -> str:
     rule = fault["msg"].removeprefix("Value error, ").replace("Input should", "must")
     value = fault["input"]
     shown = "" if isinstance(value, dict | BaseModel) else f"{value!r} "
+    if not fault["loc"]:
+        # The rule concerns several fields and names them.
+        return f"{rule}{rest}"
     return f"{field}: {shown}{rule}; change it in the spec or with --set {field}=...{rest}"
 
 

@@ -125,7 +125,7 @@ def probe(store: Store) -> None:
     Raises:
         InputError: the store cannot be used.
     """
-    key = f"probe/{secrets.token_hex(8)}"
+    key = f"probe-{secrets.token_hex(8)}"
     try:
         store.put(key, [b"mbq"])
         if store.read(key) != b"mbq":

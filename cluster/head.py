@@ -54,12 +54,8 @@ class Head:
 
 def find_head(state_folder: Path) -> Head | None:
     """The head that is running, if any."""
-    path = state_folder / "head.json"
-    try:
-        head = Head(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
-    return head if _start_time(head.pid) == head.started else None
+    head = _read(state_folder)
+    return head if head is not None and _start_time(head.pid) == head.started else None
 
 
 def start_head(state_folder: Path, cpus: int | None = None) -> Head:
@@ -90,7 +86,18 @@ def client_environment(head: Head) -> dict[str, str]:
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": head.token_file}
 
 
+def _read(state_folder: Path) -> Head | None:
+    """The head that was started last, dead or alive."""
+    try:
+        return Head(**json.loads((state_folder / "head.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
 def _start(state_folder: Path, cpus: int | None) -> Head:
+    killed = _read(state_folder)
+    if killed is not None:
+        shutil.rmtree(killed.session_folder, ignore_errors=True)
     token = state_folder / "token"
     token.unlink(missing_ok=True)
     with open(os.open(token, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:

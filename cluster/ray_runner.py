@@ -8,6 +8,7 @@ GPU tasks get a fresh process each (Ray's default), which is the only sure way t
 memory back.
 """
 
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from ray import exceptions
 from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mbq.artifacts.errors import ClusterError
+from mbq.artifacts.errors import ClusterError, MbqError, RunError
 from mbq.cluster.runner import Call, Handle, InputLost, TaskCrashed, TaskResources
 
 _LOST = (
@@ -63,7 +64,14 @@ def _run(call: Call, board: Any, *arguments: Any) -> tuple[Any, None]:
     def report(fraction: float) -> None:
         board.report.remote(call.name, fraction)
 
-    return call.function(*arguments, report), None
+    try:
+        return call.function(*arguments, report), None
+    except (MbqError, OSError):
+        raise
+    except Exception as error:
+        # Foreign exceptions may not survive the way back; the task's log keeps the whole of it.
+        traceback.print_exc()
+        raise RunError(f"{type(error).__name__}: {_first_line(error)}") from None
 
 
 class RayRunner:

@@ -222,9 +222,11 @@ def resume(run: str, store: str | None, address: str | None, watching: bool) -> 
 @click.argument("target", metavar="RUN|DIR")
 @click.option("--bits", default="2,4,6,8", show_default=True, help="Widths, separated by commas.")
 @click.option("--dataset", default=None, help="wikitext2, c4, ptb, text, jsonl or stdlib.")
-@click.option("--file", "files", multiple=True, help="A file of text or jsonl; may be repeated.")
+@click.option("--file", "files", multiple=True, help="A text file (or jsonl); repeatable.")
 @click.option("--tokens", default=131_072, show_default=True, help="How many tokens at most.")
-@click.option("--sequence-length", default=2048, show_default=True, help="Tokens per sequence.")
+@click.option(
+    "--sequence-length", type=int, help="Tokens per sequence [default: 2048, or all positions]."
+)
 @_store_option
 @_json_option
 def evaluate(
@@ -233,7 +235,7 @@ def evaluate(
     dataset: str | None,
     files: tuple[str, ...],
     tokens: int,
-    sequence_length: int,
+    sequence_length: int | None,
     store: str | None,
     as_json: bool,
 ) -> None:
@@ -241,13 +243,11 @@ def evaluate(
     from mbq.orchestrator import display
     from mbq.orchestrator import evaluate as evaluating
 
-    text = {
-        "dataset": dataset,
-        "files": list(files),
-        "tokens": tokens,
-        "sequence_length": sequence_length,
-    }
-    rows = evaluating.evaluate(target, _store_uri(store), bits, text if dataset else None, _say)
+    asked = dataset or files
+    text = {"dataset": dataset or "text", "files": list(files), "tokens": tokens}
+    if sequence_length is not None:
+        text["sequence_length"] = sequence_length
+    rows = evaluating.evaluate(target, _store_uri(store), bits, text if asked else None, _say)
     if as_json:
         click.echo(display.to_json(rows))
         return

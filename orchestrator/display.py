@@ -35,6 +35,7 @@ class Watch:
         )
         self._line = self._progress.add_task("", total=1.0, run="", what="waiting for the cluster")
         self._failures = 0
+        self._blocks = 0
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -61,6 +62,10 @@ class Watch:
                 markup=False,
             )
         self._failures = len(status.failures)
+        if status.blocks_done > self._blocks and not self._progress.console.is_terminal:
+            # The live line is not drawn into a file or a pipe.
+            self._progress.console.print(_activity(state), markup=False)
+        self._blocks = status.blocks_done
         done = status.fraction if state.state != "done" else 1.0
         self._progress.update(
             self._line, completed=done, run=state.document.run, what=_activity(state)

@@ -158,8 +158,12 @@ def _choose_resources(
         slots = runner.slots(resources)
         if slots:
             return resources, min(slots, spec.resources.workers or slots)
-    what = "GPU" if spec.resources.device == "cuda" else f"{memory / 1024**3:.1f} GiB"
+    if spec.resources.device == "cuda":
+        raise ClusterError(
+            f"no node offers a GPU and {spec.threads} CPUs for one task; set resources.device to "
+            "cpu, lower threads, or add nodes with GPUs"
+        )
     raise ClusterError(
-        f"no node offers {spec.threads} CPUs and a {what} for one task; lower threads or "
-        "microbatch, set resources.memory_gib, or add nodes"
+        f"no node offers {spec.threads} CPUs and {memory / 1024**3:.1f} GiB for one task; lower "
+        "threads or microbatch, set resources.memory_gib, or add nodes"
     )

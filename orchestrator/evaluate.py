@@ -19,6 +19,8 @@ from mbq.artifacts.spec import Evaluation, explain
 from mbq.orchestrator.status import checkpoint_location, locate
 from mbq.workers.data import Tokens, evaluation_tokens
 
+_DEFAULT_LENGTH = 2048
+
 
 def evaluate(
     target: str,
@@ -41,11 +43,13 @@ def evaluate(
     widths = _parse_bits(bits)
     folder, tokens = _find(target, store_uri, text)
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from mbq.artifacts.loading import load_model
     from mbq.workers.determinism import attention
     from mbq.workers.evaluate import losses_of_logits, sequences_at_once
 
+    disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = load_model(folder).eval()
     model.to(device)
@@ -78,12 +82,20 @@ def _find(target: str, store_uri: str, text: Mapping[str, Any] | None) -> tuple[
                 raise InputError(f"run {document.run} has no evaluation text; give --dataset")
             return folder, _stored_tokens(store, document.evaluation_tokens.sha256)
     if text is None:
-        raise InputError(f"{target} is a folder and names no text; give --dataset")
+        raise InputError(f"{target} is a folder and names no text; give --dataset or --file")
+    source = Source(folder)
+    positions = int(source.config.get("max_position_embeddings", _DEFAULT_LENGTH))
+    text = {"sequence_length": min(_DEFAULT_LENGTH, positions), **text}
     try:
         evaluation = Evaluation.model_validate(text)
     except ValidationError as error:
         raise InputError(explain(error)) from error
-    return folder, evaluation_tokens(evaluation, Source(folder))
+    if evaluation.sequence_length > positions:
+        raise InputError(
+            f"--sequence-length {evaluation.sequence_length} is more than the model's {positions} "
+            f"positions; use at most {positions}"
+        )
+    return folder, evaluation_tokens(evaluation, source)
 
 
 def _stored_tokens(store: Any, sha256: str) -> Tokens:

@@ -230,6 +230,7 @@ def check_source(source: Source, spec: RunSpec) -> None:
             f"model.source: config.json promises {source.config['num_hidden_layers']} blocks, the "
             f"weights hold {len(blocks)}; fetch the model again"
         )
+    _check_shapes(source)
     for linear in linears:
         if linear.in_features % spec.group_size:
             fitting = [g for g in (256, 128, 64, 32) if not linear.in_features % g]
@@ -244,6 +245,26 @@ def check_source(source: Source, spec: RunSpec) -> None:
             raise InputError(
                 f"{field}.sequence_length: {text.sequence_length} is more than the model's "
                 f"{longest} positions; use at most {longest}"
+            )
+
+
+def _check_shapes(source: Source) -> None:
+    """Hold config.json against the weights, where a mistake would surface only in a task."""
+    config = source.config
+    heads = config.get("num_attention_heads")
+    if not isinstance(heads, int) or heads < 1:
+        raise InputError(f"model.source: num_attention_heads is {heads!r}; fetch config.json again")
+    width = heads * (config.get("head_dim") or config["hidden_size"] // heads)
+    expected = {
+        "model.embed_tokens.weight": (config["vocab_size"], config["hidden_size"]),
+        "model.layers.0.self_attn.q_proj.weight": (width, config["hidden_size"]),
+    }
+    for name, shape in expected.items():
+        entry = source.tensors.get(name)
+        if entry is None or entry.shape != shape:
+            raise InputError(
+                f"model.source: config.json promises {list(shape)} for {name}, the weights hold "
+                f"{list(entry.shape) if entry else 'none'}; fetch the model again"
             )
 
 

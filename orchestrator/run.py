@@ -96,7 +96,7 @@ def _check_cluster(driver: Driver) -> None:
     Raises:
         ClusterError: names the node's fault.
     """
-    key = f"probe/{driver.document.run}-{secrets.token_hex(8)}"
+    key = f"probe-{driver.document.run}-{secrets.token_hex(8)}"
     driver.store.put(key, [b"mbq"])
     call = Call("inspect", tasks.inspect, (driver.job, key))
     try:
@@ -286,7 +286,8 @@ def _failure_text(driver: Driver) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    return str(error) if type(error) is ClusterError else f"{type(error).__name__}: {error}"
+    own = isinstance(error, ClusterError | RunError)
+    return str(error) if own else f"{type(error).__name__}: {error}"
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ is gone, the run is `interrupted` and can be resumed.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from urllib.parse import urlparse
+from urllib.parse import unquote, urlparse
 
 from mbq.artifacts import keys
 from mbq.artifacts.errors import ClusterError, InputError, NotFoundError
@@ -46,6 +46,8 @@ def locate(target: str, store_uri: str) -> tuple[Store, RunDocument]:
         store: Store = open_store(root)
     else:
         store, run = open_store(store_uri), target
+    if not run:
+        raise InputError("the name of the run is empty; `mbq-cluster list` shows the runs")
     runs = [known for known in store.children(keys.RUNS) if known.startswith(run)]
     if not runs:
         raise NotFoundError(
@@ -115,7 +117,7 @@ def results_of(store: Store, document: RunDocument) -> Results | None:
 def checkpoint_location(store: Store, document: RunDocument) -> str:
     """Where the packed checkpoint lies: a path for a local store, a URI otherwise."""
     uri = f"{store.uri}/{keys.checkpoint_key(document.run, '')}".rstrip("/")
-    return urlparse(uri).path if uri.startswith("file://") else uri
+    return unquote(urlparse(uri).path) if uri.startswith("file://") else uri
 
 
 def _last_line(message: str) -> str:

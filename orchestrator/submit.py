@@ -6,6 +6,7 @@ one line. Resolving fixes what names stand for: the model's commit or digest, an
 
 import ipaddress
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from mbq.workers.data import Tokens, calibration_tokens, evaluation_tokens
 from mbq.workers.environment import ENVIRONMENT
 
 Say = Callable[[str], None]
+_ADDRESS = re.compile(r"https?://[^/:]+(:\d+)?/?")
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,10 @@ def choose_store(uri: str | None, address: str | None, source: Source | None) ->
         InputError: an unknown scheme, or a path of this machine with a remote cluster.
     """
     store = open_store(uri or str(home() / "store"))
+    if address is not None and not _ADDRESS.fullmatch(address):
+        raise InputError(
+            f"--address {address}: write the address of the Ray dashboard, as in http://host:8265"
+        )
     if address is not None and not _is_loopback(address):
         if uri is None or "://" not in uri:
             raise InputError(

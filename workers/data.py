@@ -207,9 +207,14 @@ def _loaded(text: Text, field: str) -> list[str]:
         texts = [row[load.column] for row in itertools.islice(rows, load.rows)]
     except Exception as error:  # datasets raises whatever its reader or its network raises
         reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if text.files:
+            raise InputError(
+                f"{field}.files: cannot read {', '.join(text.files)} as {text.dataset} ({reason}); "
+                'give UTF-8 text, or jsonl with a "text" in every line'
+            ) from error
         raise InputError(
-            f"{field}.dataset: cannot read {text.dataset} ({reason}); check the files and the "
-            "network, or use text files of your own"
+            f"{field}.dataset: cannot read {text.dataset} ({reason}); check the network, or use "
+            "text files of your own"
         ) from error
     if not all(isinstance(value, str) for value in texts):
         raise InputError(f'{field}.files: every line of {files} must hold a string "text"')

@@ -48,7 +48,9 @@ def _command(*arguments: str, capture: bool = False) -> "subprocess.CompletedPro
 def _write(folder: str) -> None:
     """What the model writes, greedily, at the lowest and at the highest width."""
     from transformers import AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = load_model(folder)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids

@@ -6,9 +6,8 @@ Text: the source of the running Python's standard library without the modules th
 lists, shuffled by the seed. A document begins with <s>. Recipe: byte-level BPE of 2048 tokens;
 sequences of 256 tokens, 16 a step; AdamW (betas 0.9 and 0.95, weight decay 0.1), peak rate 1.5e-3
 after a tenth of the steps, then cosine to a tenth of it; gradients clipped to norm 1. The weights
-are saved as bfloat16 safetensors in Hugging Face layout. 6000 steps are about four passes over the
-text and take some two hours on two CPU cores; equal seeds, threads and Python versions give equal
-weights.
+are saved as bfloat16 safetensors in Hugging Face layout. 6000 steps are nine passes over the text;
+the same seed on the same machine and Python gives the same weights.
 """
 
 import math

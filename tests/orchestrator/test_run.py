@@ -262,7 +262,7 @@ def test_a_cluster_without_what_the_spec_asks(
     store: LocalStore, write: Any, tiny_document: Make
 ) -> None:
     document = write(tiny_document(resources={"device": "cuda"}))
-    with pytest.raises(ClusterError, match="a GPU for one task"):
+    with pytest.raises(ClusterError, match="no node offers a GPU"):
         drive(store, document, FaultyRunner(), attempt=1)
 
 
