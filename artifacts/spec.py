@@ -135,8 +135,8 @@ class RunSpec(Document):
         if not counts or len(set(counts)) < len(counts) or not set(counts) <= set(allowed):
             raise ValueError(
                 f"optimisation.slice_counts {list(counts)} must be distinct numbers of slices out "
-                f"of {allowed} (k slices are {SLICE_BITS} k bits, and slices is {self.slices}); set "
-                "one to fit the other"
+                f"of {allowed} (k slices are {SLICE_BITS} k bits, and slices is {self.slices}); "
+                "set one to fit the other"
             )
         return self
 
