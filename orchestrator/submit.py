@@ -121,10 +121,15 @@ def choose_store(uri: str | None, address: str | None, source: Source | None) ->
     return store
 
 
-def submit(prepared: Prepared, store: Store, address: str | None, say: Say) -> Jobs:
-    """Write a prepared run to the store and see that a driver runs it."""
+def submit(prepared: Prepared, store: Store, address: str | None, say: Say) -> Jobs | None:
+    """Write a prepared run to the store and see that a driver runs it.
+
+    Returns the cluster it was submitted to; None if no cluster was needed.
+    """
     jobs = Jobs(address) if address is not None else None
     probe(store)
+    if _is_finished(store, prepared.document, say):
+        return jobs
     jobs = jobs or local_jobs(say)
     # A running driver keeps the document it was started with.
     if not _is_running(prepared.document.run, store, jobs, say):
@@ -135,8 +140,10 @@ def submit(prepared: Prepared, store: Store, address: str | None, say: Say) -> J
     return jobs
 
 
-def resume(document: RunDocument, store: Store, address: str | None, say: Say) -> Jobs:
+def resume(document: RunDocument, store: Store, address: str | None, say: Say) -> Jobs | None:
     """See that a run which the store knows is finished or has a driver."""
+    if _is_finished(store, document, say):
+        return None
     jobs = Jobs(address) if address is not None else local_jobs(say)
     if not _is_running(document.run, store, jobs, say):
         _start(document, store, jobs, say)
@@ -152,12 +159,8 @@ def _is_running(run: str, store: Store, jobs: Jobs, say: Say) -> bool:
 
 
 def _start(document: RunDocument, store: Store, jobs: Jobs, say: Say) -> None:
-    """Start a driver, unless there is nothing left to do."""
     run = document.run
     status = find_document(store, keys.status_key(run), Status)
-    if _is_finished(store, document, status):
-        say(f"run {run} is already finished")
-        return
     attempt = 1 + max(jobs.attempts(run), status.attempt if status else 0)
     python = sys.executable if _is_loopback(jobs.address) else "python"
     jobs.submit(
@@ -169,16 +172,21 @@ def _start(document: RunDocument, store: Store, jobs: Jobs, say: Say) -> None:
     )
 
 
-def _is_finished(store: Store, document: RunDocument, status: Status | None) -> bool:
+def _is_finished(store: Store, document: RunDocument, say: Say) -> bool:
     """Whether the checkpoint is complete and the results are those this document asks for."""
-    if status is None or status.state != "done":
+    run, evaluation = document.run, document.evaluation_tokens
+    status = find_document(store, keys.status_key(run), Status)
+    manifest = find_document(store, keys.manifest_key(run), Manifest)
+    results = find_document(store, keys.results_key(run), Results)
+    if status is None or status.state != "done" or manifest is None:
         return False
-    if find_document(store, keys.manifest_key(document.run), Manifest) is None:
+    for name, file in manifest.files.items():
+        if store.size(keys.checkpoint_key(run, name)) != file.size_bytes:
+            return False
+    if evaluation is not None and (results is None or results.tokens_sha256 != evaluation.sha256):
         return False
-    if document.evaluation_tokens is None:
-        return True
-    results = find_document(store, keys.results_key(document.run), Results)
-    return results is not None and results.tokens_sha256 == document.evaluation_tokens.sha256
+    say(f"run {run} is already finished")
+    return True
 
 
 def local_jobs(say: Say) -> Jobs:

@@ -193,6 +193,22 @@ def test_commands_that_need_a_head_say_that_there_is_none(
     _fails(invoke("stop", run, "--store", store), 3, "is done: there is nothing to stop")
 
 
+def test_finished_work_needs_no_cluster(
+    invoke: Callable[..., Result],
+    spec: Callable[[dict[str, Any]], str],
+    tiny_document: Make,
+    finished_run: Any,
+    tmp_path: Path,
+) -> None:
+    store, run = str(finished_run.store.root), finished_run.document.run
+    for command in (("submit", spec(tiny_document())), ("resume", run)):
+        result = invoke(*command, "--store", store)
+        assert result.exit_code == 0, result.output
+        assert result.stdout == f"{run}\n"
+        assert result.stderr == f"run {run} is already finished\n"
+    assert os.listdir(tmp_path) == ["spec.yaml"]
+
+
 def test_watch_of_a_finished_run_prints_its_table(
     invoke: Callable[..., Result], finished_run: Any
 ) -> None:
