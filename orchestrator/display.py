@@ -19,8 +19,6 @@ _PIPE_COLUMNS = 120
 STDERR = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _PIPE_COLUMNS)
 STDOUT = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
 
-_VARIANTS = {"full": "full precision", "rtn": "round to nearest", "mbq": "elastic checkpoint"}
-
 
 class Watch:
     """A live line: what runs, how much is done, how long it takes."""

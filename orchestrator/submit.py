@@ -8,7 +8,7 @@ import ipaddress
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -48,7 +48,7 @@ class Prepared:
     """A checked run and the blobs that it needs in the store."""
 
     document: RunDocument
-    blobs: Mapping[str, Sequence[bytes]]
+    blobs: Sequence[Sequence[bytes]]
 
 
 def home() -> Path:
@@ -92,11 +92,10 @@ def prepare(name: str, spec: RunSpec) -> Prepared:
         evaluation_tokens=references[1] if evaluation else None,
         code_version=version("mbq-cluster"),
     )
-    blobs = {reference.sha256: file for reference, file in zip(references, files, strict=True)}
-    return Prepared(document, blobs)
+    return Prepared(document, files)
 
 
-def choose_store(uri: str | None, address: str | None, source: Source | None) -> Store:
+def choose_store(uri: str | None, address: str | None, source: Source) -> Store:
     """The store of a run, refused when the cluster could not see it.
 
     Raises:
@@ -113,7 +112,7 @@ def choose_store(uri: str | None, address: str | None, source: Source | None) ->
                 f"store: {store.uri} is a path of this machine, the cluster at {address} is not on "
                 "it; write file:///path if every node mounts that path"
             )
-        if source is not None and source.revision is None:
+        if source.revision is None:
             raise InputError(
                 f"model.source: {source.location} is a folder of this machine, the cluster at "
                 f"{address} is not on it; use a Hub repository"
@@ -133,7 +132,7 @@ def submit(prepared: Prepared, store: Store, address: str | None, say: Say) -> J
     jobs = jobs or local_jobs(say)
     # A running driver keeps the document it was started with.
     if not _is_running(prepared.document.run, store, jobs, say):
-        for chunks in prepared.blobs.values():
+        for chunks in prepared.blobs:
             put_blob(store, chunks)
         put_document(store, keys.spec_key(prepared.document.run), prepared.document)
         _start(prepared.document, store, jobs, say)

@@ -125,7 +125,7 @@ def write_run() -> Callable[[LocalStore, dict[str, Any]], RunDocument]:
 
     def write(store: LocalStore, document: dict[str, Any]) -> RunDocument:
         prepared = prepare("tiny", parse_spec(document))
-        for chunks in prepared.blobs.values():
+        for chunks in prepared.blobs:
             put_blob(store, chunks)
         put_document(store, keys.spec_key(prepared.document.run), prepared.document)
         return prepared.document

@@ -172,9 +172,7 @@ def calibrate_block(
     for number, (widths, passes) in enumerate(stages):
         generator = torch.Generator().manual_seed(seed + number)
         optimiser = _optimiser(trainables, settings)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimiser, _cosine(passes * batches), last_epoch=-1
-        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _cosine(passes * batches))
         for batch in _batches(len(target_BTH), settings.batch_size, passes, generator):
             optimiser.zero_grad(set_to_none=True)
             for slices in _draw(widths, generator):
