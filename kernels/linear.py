@@ -4,12 +4,13 @@ It holds the published bit planes and, per slice count, a gain and a bias per ou
 
     y = gain_k * (x @ w_k.T) + bias_k + bias
 
-All elastic linears of a model share one `Precision`, so changing the width of the whole model is
-one assignment. Unpacking a weight costs more than multiplying by it, so the dequantized weight is
-kept in the dtype of its input: on a CPU for every slice count used so far, on a GPU, where memory
-is short, for the last one only.
+where k is the same for every token, or what the router of its input gives each of them; tokens of
+one k are then multiplied together. All elastic linears of a model share one `Precision`, so
+changing the width of the whole model is one assignment. Unpacking a weight costs more than
+multiplying by it, so the dequantized weight is kept in the dtype of its input: on a CPU for every
+slice count used so far, on a GPU, where memory is short, for the last one only.
 
-Legend: N out_features, K in_features, G groups, S slices, W words (K / 32).
+Legend: N out_features, K in_features, G groups, S slices, W words (K / 32), T tokens.
 """
 
 from collections.abc import Callable
@@ -21,25 +22,7 @@ from torch.nn import functional as F
 
 from mbq.kernels.bitplanes import WORD_BITS, unpack_planes
 from mbq.kernels.quantize import SLICE_BITS, dequantize, unpack_pair
-
-
-class Precision:
-    """How many slices the linears of one model use; `max_slices` are loaded."""
-
-    def __init__(self, max_slices: int) -> None:
-        self.max_slices = max_slices
-        self.slices = max_slices
-
-    def set_bits(self, bits: int) -> None:
-        """Use `bits` bits per weight from the next forward pass on.
-
-        Raises:
-            ValueError: no whole number of the loaded slices has that many bits.
-        """
-        widths = [SLICE_BITS * k for k in range(1, self.max_slices + 1)]
-        if bits not in widths:
-            raise ValueError(f"bits {bits} must be one of {widths}, the widths that are loaded")
-        self.slices = bits // SLICE_BITS
+from mbq.kernels.router import Precision
 
 
 class ElasticLinear(nn.Module):
@@ -69,6 +52,28 @@ class ElasticLinear(nn.Module):
             self._empty(f"gain_bias_{k}", out_features)
         self.bias = bias
         self._weights: dict[tuple[int, torch.dtype], Tensor] = {}
+        # In a tuple, so that the router is not registered as a part of each of its linears.
+        self._router: tuple[nn.Module, int] | None = None
+        self.reset_tally()
+
+    def route(self, router: nn.Module, number: int) -> None:
+        """Let a router decide, where `precision` leaves it to routers.
+
+        Args:
+            router: answers `router(x, number)` with slice counts, as `Router` does.
+            number: which of the router's linears this is.
+        """
+        self._router = router, number
+
+    def reset_tally(self) -> None:
+        """Forget how many slices were read."""
+        self.tokens = 0
+        self.slices_read: int | Tensor = 0
+
+    @property
+    def weights(self) -> int:
+        """How many weights (parameters) it has."""
+        return self.out_features * self.in_features
 
     def weight(self, slices: int) -> Tensor:
         """Dequantized weight at a slice count, gain included: float32 [N, K]."""
@@ -77,8 +82,38 @@ class ElasticLinear(nn.Module):
         gain_N, _ = unpack_pair(self.get_buffer(f"gain_bias_{slices}"))
         return dequantize(unpack_planes(planes), scale_NG, zero_NG, slices).mul_(gain_N[:, None])
 
+    def slice_counts(self, x: Tensor) -> Tensor | int:
+        """Slices that each token of `x` [..., K] gets: int64 [T], or one number for all."""
+        if self.precision.slices is not None:
+            return self.precision.slices
+        if self._router is None:
+            raise RuntimeError("the tokens of this linear are to be routed, but it has no router")
+        router, number = self._router
+        counts: Tensor | int = router(x, number)
+        return counts
+
     def forward(self, x: Tensor) -> Tensor:
-        slices = self.precision.slices
+        counts = self.slice_counts(x)
+        tokens = x.numel() // self.in_features
+        self.tokens += tokens
+        if isinstance(counts, int):
+            self.slices_read += counts * tokens
+            return self._multiply(x, counts)
+        self.slices_read = self.slices_read + counts.sum()
+        present = counts.unique().tolist()
+        if len(present) == 1:
+            return self._multiply(x, present[0])
+        x_TK = x.reshape(-1, self.in_features)
+        rows = [(counts == slices).nonzero().squeeze(1) for slices in present]
+        outs = [self._multiply(x_TK[r], slices) for r, slices in zip(rows, present, strict=True)]
+        # The dtype of the products: autocast may have chosen another than that of x.
+        dtype = outs[0].dtype if outs else x.dtype
+        out_TN = x.new_empty(tokens, self.out_features, dtype=dtype)
+        for r, out in zip(rows, outs, strict=True):
+            out_TN[r] = out
+        return out_TN.view(*x.shape[:-1], self.out_features)
+
+    def _multiply(self, x: Tensor, slices: int) -> Tensor:
         key = (slices, x.dtype)
         if key not in self._weights:
             if x.is_cuda:

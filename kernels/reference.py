@@ -2,9 +2,12 @@
 
 `slice_recursively` is MoBiSlice as the paper writes it (arXiv 2602.20191, section 4.1 and
 appendix B): a 2-bit base slice, then 2-bit slices of the residual, each with a quarter of the scale
-before it. `round_to_nearest` is the baseline every report compares with.
+before it. `round_to_nearest` is the baseline every report compares with. `count_slices` and
+`routed_linear` are MoBiRoute at run time, one token after the other (nested gates: section 4.2; the
+features are ours, see `router.py`).
 
-Legend: N out_features, K in_features, G groups, S slices.
+Legend: N out_features, K in_features, G groups, S slices, T tokens, L linears of one input, E extra
+slices, H rows of the trunk, F features (H + 2).
 """
 
 import torch
@@ -50,3 +53,38 @@ def round_to_nearest(weight_NK: Tensor, bits: int, group_size: int) -> Tensor:
     code = (weight_NGg / scale + zero).round().clamp(0, 2**bits - 1)
     rounded_NK: Tensor = ((code - zero) * scale).flatten(1)
     return rounded_NK
+
+
+def count_slices(
+    x_TK: Tensor,
+    trunk_HK: Tensor,
+    offset_H: Tensor,
+    head_ELF: Tensor,
+    threshold_EL: Tensor,
+) -> Tensor:
+    """The router, token by token: slices of every token in each linear, int64 [L, T]."""
+    counts = []
+    for x_K in x_TK.double():
+        square = x_K.square().mean().clamp(min=1e-30)
+        hidden_H = trunk_HK.double() @ (x_K / square.sqrt()) + offset_H.double()
+        hidden_H = hidden_H * hidden_H.sigmoid()
+        feature_F = torch.cat((hidden_H, square.log()[None], torch.ones_like(square)[None]))
+        row = []
+        for linear in range(head_ELF.shape[1]):
+            slices = 1
+            for head_F, threshold in zip(head_ELF[:, linear], threshold_EL[:, linear], strict=True):
+                if head_F.double() @ feature_F < threshold:
+                    break
+                slices += 1
+            row.append(slices)
+        counts.append(row)
+    return torch.tensor(counts).T
+
+
+def routed_linear(x_TK: Tensor, weight_SNK: Tensor, bias_SN: Tensor, counts_T: Tensor) -> Tensor:
+    """Each token times the weight of its own slice count (row k-1 for k slices): float64 [T, N]."""
+    rows = [
+        weight_SNK[k - 1].double() @ x_K + bias_SN[k - 1].double()
+        for x_K, k in zip(x_TK.double(), counts_T.tolist(), strict=True)
+    ]
+    return torch.stack(rows)

@@ -44,6 +44,11 @@ TINY: dict[str, Any] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
@@ -102,6 +107,7 @@ def tiny_document(tiny_model: Path, text_file: Path) -> Callable[..., dict[str, 
             "evaluation": {**text, "tokens": 512},
             "group_size": 32,
             "optimisation": {"passes": 2, "batch_size": 4},
+            "routing": {"steps": 20, "width": 4, "settle_tokens": 128},
         } | changes
 
     return make

@@ -5,8 +5,10 @@ import torch
 from torch.nn import functional as F
 
 from mbq.kernels.bitplanes import pack_planes
-from mbq.kernels.linear import ElasticLinear, Precision
+from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.quantize import dequantize, pack_pair
+from mbq.kernels.reference import routed_linear
+from mbq.kernels.router import Precision
 
 ROWS, COLUMNS, GROUP = 10, 96, 32
 
@@ -94,3 +96,65 @@ def test_weight_at_a_width_is_a_dense_matrix() -> None:
 def test_refuses_widths_that_are_not_loaded(bits: int) -> None:
     with pytest.raises(ValueError, match=rf"bits {bits} must be one of \[2, 4\]"):
         Precision(2).set_bits(bits)
+
+
+class _Given(torch.nn.Module):
+    """Stands where a router stands and answers with counts that a test chose."""
+
+    def __init__(self, counts: torch.Tensor) -> None:
+        super().__init__()
+        self.counts = counts
+
+    def forward(self, x: torch.Tensor, linear: int) -> torch.Tensor:
+        return self.counts
+
+
+def _routed(counts: torch.Tensor) -> ElasticLinear:
+    precision = Precision(4)
+    precision.slices = None
+    linear = _linear(1, precision)
+    linear.route(_Given(counts), 0)
+    return linear
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 40])
+def test_each_token_is_multiplied_by_its_own_width(tokens: int) -> None:
+    counts = torch.randint(1, 5, (tokens,), generator=torch.Generator().manual_seed(tokens))
+    linear = _routed(counts)
+    pairs = [linear.get_buffer(f"gain_bias_{k}") for k in range(1, 5)]
+    biases = torch.stack([pair.view(torch.float16).view(ROWS, 2)[:, 1].float() for pair in pairs])
+    weights = torch.stack([linear.weight(k) for k in range(1, 5)])
+    x = torch.randn(tokens, COLUMNS)
+    expected = routed_linear(x, weights, biases, counts)
+    torch.testing.assert_close(linear(x).double(), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(linear(x[None]), linear(x)[None])
+
+
+@pytest.mark.parametrize("slices", [1, 2, 3, 4])
+def test_gates_forced_to_one_width_are_that_width_exactly(slices: int) -> None:
+    x = torch.randn(3, 5, COLUMNS)
+    uniform = _linear(1, Precision(4))
+    uniform.precision.set_bits(2 * slices)
+    assert torch.equal(_routed(torch.full((15,), slices))(x), uniform(x))
+
+
+def test_an_empty_batch_is_fine() -> None:
+    assert _routed(torch.zeros(0, dtype=torch.int64))(torch.zeros(0, COLUMNS)).shape == (0, ROWS)
+
+
+def test_tallies_what_was_read() -> None:
+    linear = _routed(torch.tensor([1, 4, 2]))
+    linear(torch.randn(3, COLUMNS))
+    linear(torch.randn(3, COLUMNS))
+    assert (linear.tokens, int(linear.slices_read)) == (6, 14)
+    linear.reset_tally()
+    linear.precision.set_bits(6)
+    linear(torch.randn(2, 2, COLUMNS))
+    assert (linear.tokens, int(linear.slices_read)) == (4, 12)
+
+
+def test_a_linear_without_a_router_says_so() -> None:
+    precision = Precision(4)
+    precision.slices = None
+    with pytest.raises(RuntimeError, match="has no router"):
+        _linear(1, precision)(torch.randn(1, COLUMNS))

@@ -1,0 +1,263 @@
+"""Which token gets how many slices: the run-time router, one per linear INPUT.
+
+Linears that read the same input (q, k and v; gate and up) share a router. It sees each token and
+gives one score per linear and extra slice:
+
+    hidden   = silu(trunk @ (x / rms(x)) + offset)
+    features = [hidden, log(rms(x)^2), 1]
+    score    = head @ features
+
+A score means nothing by itself. `knots` map it to the logarithm of what the slice is expected to
+earn for that token: nats of loss per bit read, so that the earnings of all linears compare. One
+threshold for the whole model, in the same unit, then decides: slice k + 1 is read while slice k is
+and it earns at least the threshold (nested gates: a residual slice without those before it means
+nothing). The norm is a feature of its own because a linear's error grows with it; a trunk of no
+rows leaves only the norm, and without features every token of a linear gets the same.
+
+`Curve` knows the threshold of every average width.
+
+Legend: T tokens, K in_features, L linears, E extra slices (stored slices - 1), H rows of the trunk,
+F features (H + 2), Q knots.
+"""
+
+import bisect
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mbq.kernels.quantize import SLICE_BITS, pack_pair, unpack_pair
+
+# Mean square of a token that is all zeros, so that its logarithm exists.
+_SMALLEST_SQUARE = 1e-30
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The threshold for every average width under one ceiling.
+
+    Attributes:
+        average_bits: ascending, from the lowest width to the ceiling.
+        log_thresholds: descending, one for each of them; logarithms of nats per bit.
+    """
+
+    average_bits: tuple[float, ...]
+    log_thresholds: tuple[float, ...]
+
+    def log_threshold(self, average_bits: float) -> float:
+        """Threshold that gives an average width, linear between the points.
+
+        Raises:
+            ValueError: the width is not between the lowest one and the ceiling.
+        """
+        low, high = self.average_bits[0], self.average_bits[-1]
+        if not low <= average_bits <= high:
+            raise ValueError(
+                f"average bits {average_bits} must lie between {low:g} and {high:g}, the widths "
+                "that are loaded"
+            )
+        if low == high:
+            return self.log_thresholds[0]
+        right = bisect.bisect_left(self.average_bits, average_bits, lo=1)
+        x0, x1 = self.average_bits[right - 1 : right + 1]
+        y0, y1 = self.log_thresholds[right - 1 : right + 1]
+        return y0 + (y1 - y0) * (average_bits - x0) / (x1 - x0)
+
+
+class Precision:
+    """How many slices the linears of one model use; `max_slices` are loaded.
+
+    Attributes:
+        slices: the same for every token, or None where the routers decide.
+        log_threshold: what a slice must earn, as the logarithm of nats per bit.
+    """
+
+    def __init__(self, max_slices: int) -> None:
+        self.max_slices = max_slices
+        self.slices: int | None = max_slices
+        self.log_threshold = math.inf
+
+    def set_bits(self, bits: int) -> None:
+        """Use `bits` bits per weight for every token from the next forward pass on.
+
+        Raises:
+            ValueError: no whole number of the loaded slices has that many bits.
+        """
+        widths = [SLICE_BITS * k for k in range(1, self.max_slices + 1)]
+        if bits not in widths:
+            raise ValueError(f"bits {bits} must be one of {widths}, the widths that are loaded")
+        self.slices = bits // SLICE_BITS
+
+    def set_average_bits(self, average_bits: float, curve: Curve) -> None:
+        """Let the routers share `average_bits` bits per weight; at both ends all tokens are equal.
+
+        Raises:
+            ValueError: the curve does not reach that width.
+        """
+        self.log_threshold = curve.log_threshold(average_bits)
+        ends = (SLICE_BITS, SLICE_BITS * self.max_slices)
+        self.slices = int(average_bits) // SLICE_BITS if average_bits in ends else None
+
+
+class Router(nn.Module):
+    """Slice counts for the linears that read one input.
+
+    Buffers, all int32 so that casting the model leaves them alone: `trunk` [H, K/2] (pairs of
+    float16), and the bits of float32 in `offset` [H], `head` [E, L, F] and `knots` [E, L, 2, Q]
+    (scores, then log earnings, both ascending in Q). `width` is H: with 0 there is no trunk, with
+    None no head either.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        linears: int,
+        slices: int,
+        width: int | None,
+        knots: int,
+        precision: Precision,
+    ) -> None:
+        super().__init__()
+        self.linears = linears
+        self.width = width
+        self.precision = precision
+        extra = slices - 1
+        if width:
+            self._empty("trunk", width, in_features // 2)
+            self._empty("offset", width)
+        if width is not None:
+            self._empty("head", extra, linears, width + 2)
+        self._empty("knots", extra, linears, 2, knots)
+        self._threshold_EL: Tensor | None = None
+        self._set_to = math.nan
+        self._seen: weakref.ref[Tensor] | None = None
+        self._counts_LT: Tensor | None = None
+
+    def forward(self, x: Tensor, linear: int) -> Tensor | int:
+        """Slices that each token of `x` [..., K] gets in one of the linears.
+
+        Returns int64 [T], or one number where it is the same for every token.
+        """
+        threshold_EL = self._thresholds()
+        if self.width is None:
+            return 1 + int((threshold_EL[:, linear] <= 0).long().cumprod(0).sum())
+        # The first linear of a pass computes for all; the others are given the same tensor.
+        if linear == 0 or self._seen is None or self._seen() is not x:
+            score_ELT = self.scores(x)[: len(threshold_EL)]
+            gate_ELT = (score_ELT >= threshold_EL[..., None]).long()
+            self._counts_LT = 1 + gate_ELT.cumprod(0).sum(0)
+            self._seen = weakref.ref(x)
+        assert self._counts_LT is not None
+        return self._counts_LT[linear]
+
+    @torch.no_grad()
+    def scores(self, x: Tensor) -> Tensor:
+        """Score of every token in every linear for every extra slice: float32 [E, L, T]."""
+        assert self.width is not None, "a router without features has no scores"
+        x_TK = x.reshape(-1, x.shape[-1]).float()
+        trunk_HK, offset_H = x_TK.new_zeros(0, x_TK.shape[1]), x_TK.new_zeros(0)
+        if self.width:
+            trunk_HK = unpack_halves(self.get_buffer("trunk"))
+            offset_H = _floats(self.get_buffer("offset"))
+        return score(x_TK, trunk_HK, offset_H, _floats(self.get_buffer("head")))
+
+    def log_earnings(self, x: Tensor) -> Tensor:
+        """What each slice is expected to earn: float32 [E, L, T], or [E, L, 1] without features."""
+        knots = _floats(self.get_buffer("knots"))
+        if self.width is None:
+            return interpolate(knots[:, :, 0], knots[:, :, 1], torch.zeros_like(knots[:, :, 0, :1]))
+        return interpolate(knots[:, :, 0], knots[:, :, 1], self.scores(x))
+
+    def _thresholds(self) -> Tensor:
+        """The model's threshold in terms of scores: [E', L] of the extra slices in use."""
+        log_threshold = self.precision.log_threshold
+        if self._threshold_EL is None or self._set_to != log_threshold:
+            # Made as an ordinary tensor, so that it can be changed in and out of inference mode.
+            with torch.inference_mode(False), torch.no_grad():
+                knots = _floats(self.get_buffer("knots"))
+                wanted = torch.full_like(knots[:, :, 0, :1], log_threshold)
+                found_EL = invert(knots[:, :, 0], knots[:, :, 1], wanted).squeeze(2)
+                if self._threshold_EL is None:
+                    self._threshold_EL = found_EL
+                else:
+                    self._threshold_EL.copy_(found_EL)
+            self._set_to = log_threshold
+        return self._threshold_EL[: self.precision.max_slices - 1]
+
+    def _forget(self) -> None:
+        self._threshold_EL = self._counts_LT = self._seen = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._forget()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A weak reference cannot be pickled.
+        return self.__dict__ | {"_seen": None, "_counts_LT": None}
+
+    def _empty(self, name: str, *shape: int) -> None:
+        self.register_buffer(name, torch.zeros(shape, dtype=torch.int32))
+
+
+def score(x_TK: Tensor, trunk_HK: Tensor, offset_H: Tensor, head_ELF: Tensor) -> Tensor:
+    """Scores float32 [E, L, T] of float32 tokens; differentiable."""
+    return torch.einsum("elf,tf->elt", head_ELF, features(x_TK, trunk_HK, offset_H))
+
+
+def features(x_TK: Tensor, trunk_HK: Tensor, offset_H: Tensor) -> Tensor:
+    """What the head sees of each token: float32 [T, F]."""
+    square_T1 = x_TK.square().mean(1, keepdim=True).clamp(min=_SMALLEST_SQUARE)
+    hidden_TH = F.silu(F.linear(x_TK * square_T1.rsqrt(), trunk_HK, offset_H))
+    return torch.cat((hidden_TH, square_T1.log(), torch.ones_like(square_T1)), dim=1)
+
+
+def interpolate(x_Q: Tensor, y_Q: Tensor, at: Tensor) -> Tensor:
+    """Piecewise linear map through knots along the last dimension, with slope 1 beyond the ends.
+
+    Both are logarithms of much the same quantity, hence the slope. Where knots share one x, the
+    map jumps there and has the higher value.
+    """
+    return _through(x_Q, y_Q, at, upper=True)
+
+
+def invert(x_Q: Tensor, y_Q: Tensor, at: Tensor) -> Tensor:
+    """The smallest x at which `interpolate(x_Q, y_Q, x)` reaches `at`."""
+    return _through(y_Q, x_Q, at, upper=False)
+
+
+def _through(x_Q: Tensor, y_Q: Tensor, at: Tensor, upper: bool) -> Tensor:
+    """Through the knots; `upper` says which end counts where several share one x."""
+    if x_Q.shape[-1] == 1:
+        return y_Q + (at - x_Q)
+    right = torch.searchsorted(x_Q.contiguous(), at.contiguous(), right=upper)
+    right = right.clamp(1, x_Q.shape[-1] - 1)
+    x0, x1 = x_Q.gather(-1, right - 1), x_Q.gather(-1, right)
+    y0, y1 = y_Q.gather(-1, right - 1), y_Q.gather(-1, right)
+    inside = at.clamp(x_Q[..., :1], x_Q[..., -1:])
+    beyond = (at >= x1) if upper else (at > x1)
+    share = torch.where(x1 > x0, (inside - x0) / (x1 - x0), beyond.to(x_Q.dtype))
+    return y0 + (y1 - y0) * share + (at - inside)
+
+
+def pack_halves(value_HK: Tensor) -> Tensor:
+    """Float values as pairs of float16 in int32: [H, K/2]."""
+    return pack_pair(*value_HK.unflatten(1, (-1, 2)).unbind(2))
+
+
+def unpack_halves(packed: Tensor) -> Tensor:
+    """Inverse of `pack_halves`: float32 [H, K]."""
+    return torch.stack(unpack_pair(packed), dim=2).flatten(1)
+
+
+def _floats(bits: Tensor) -> Tensor:
+    return bits.view(torch.float32)

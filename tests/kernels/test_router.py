@@ -1,0 +1,204 @@
+"""The run-time router against its token-by-token definition, and the curve of thresholds."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mbq.kernels.reference import count_slices
+from mbq.kernels.router import (
+    Curve,
+    Precision,
+    Router,
+    interpolate,
+    invert,
+    pack_halves,
+    unpack_halves,
+)
+
+K, LINEARS, SLICES, WIDTH, KNOTS = 96, 3, 4, 5, 6
+CURVE = Curve((2.0, 3.0, 8.0), (10.0, 4.0, -6.0))
+
+
+def _floats(value: torch.Tensor) -> torch.Tensor:
+    return value.contiguous().view(torch.int32)
+
+
+def _router(width: int | None, seed: int = 0, knots: int = KNOTS) -> tuple[Router, Precision]:
+    """A random router whose log earnings are twice the score plus a constant per linear."""
+    generator = torch.Generator().manual_seed(seed)
+    precision = Precision(SLICES)
+    precision.slices = None
+    router = Router(K, LINEARS, SLICES, width, knots, precision)
+    if width:
+        trunk = torch.randn(width, K, generator=generator) / 8
+        router.get_buffer("trunk").copy_(pack_halves(trunk))
+        router.get_buffer("offset").copy_(_floats(torch.randn(width, generator=generator)))
+    if width is not None:
+        head = torch.randn(SLICES - 1, LINEARS, width + 2, generator=generator)
+        router.get_buffer("head").copy_(_floats(head))
+    score = torch.linspace(-3, 3, knots).expand(SLICES - 1, LINEARS, knots)
+    constant = torch.arange(LINEARS)[:, None] / 4
+    router.get_buffer("knots").copy_(_floats(torch.stack((score, 2 * score + constant), 2)))
+    return router, precision
+
+
+def _reference(router: Router, x: torch.Tensor, log_threshold: float) -> torch.Tensor:
+    """Counts from the buffers' raw values; the map of `_router` is inverted by hand."""
+    head = router.get_buffer("head").view(torch.float32)
+    trunk, offset = torch.zeros(0, K), torch.zeros(0)
+    if router.width:
+        halves = router.get_buffer("trunk").view(torch.float16)
+        trunk, offset = halves.float(), router.get_buffer("offset").view(torch.float32)
+    threshold = torch.empty(SLICES - 1, LINEARS)
+    for linear in range(LINEARS):
+        earning = log_threshold - linear / 4
+        # Slope 2 between the knots at -3 and 3, slope 1 beyond them.
+        inside = min(max(earning, -6.0), 6.0)
+        threshold[:, linear] = inside / 2 + (earning - inside)
+    return count_slices(x, trunk, offset, head, threshold)
+
+
+@pytest.mark.parametrize("log_threshold", [-9.0, -1.0, 0.3, 2.0, 9.0])
+@pytest.mark.parametrize("width", [0, WIDTH])
+def test_counts_equal_the_definition(width: int, log_threshold: float) -> None:
+    router, precision = _router(width)
+    precision.log_threshold = log_threshold
+    x = torch.randn(2, 7, K) * torch.rand(2, 7, 1).exp()
+    expected = _reference(router, x.flatten(0, 1), log_threshold)
+    for linear in range(LINEARS):
+        assert torch.equal(router(x, linear), expected[linear])
+
+
+def test_gates_are_nested() -> None:
+    # The second extra slice earns enough everywhere, the first nowhere: none is read.
+    router, precision = _router(0)
+    head = torch.zeros(SLICES - 1, LINEARS, 2)
+    head[0, :, 1], head[1:, :, 1] = -2.0, 2.0
+    router.get_buffer("head").copy_(_floats(head))
+    precision.log_threshold = 0.5
+    assert router(torch.randn(4, K), 0).tolist() == [1, 1, 1, 1]
+
+
+def test_without_scores_every_token_is_alike() -> None:
+    router, precision = _router(None, knots=1)
+    # One knot: score -3 stands for log earnings of -6 + linear / 4, so score 0 for 3 more.
+    for log_threshold, expected in ((-4.0, [4, 4, 4]), (-2.9, [1, 4, 4]), (0.0, [1, 1, 1])):
+        precision.log_threshold = log_threshold
+        x = torch.randn(5, K)
+        assert [router(x, linear) for linear in range(LINEARS)] == expected
+
+
+def test_a_ceiling_hides_the_slices_above_it() -> None:
+    router, precision = _router(WIDTH)
+    precision.log_threshold = -100.0
+    x = torch.randn(5, K)
+    assert router(x, 0).tolist() == [4] * 5
+    precision.max_slices = 2
+    assert router(x, 0).tolist() == [2] * 5
+
+
+def test_linears_of_one_input_share_one_computation() -> None:
+    router, precision = _router(WIDTH)
+    precision.log_threshold = 0.0
+    x = torch.randn(6, K)
+    seen = []
+    real = router.scores
+    router.scores = lambda x: seen.append(1) or real(x)  # type: ignore[func-returns-value]
+    for linear in range(LINEARS):
+        router(x, linear)
+    assert len(seen) == 1
+    # The same memory with other values, as a captured graph would use it: looked at again.
+    expected = _reference(router, -2 * x, 0.0)
+    assert not torch.equal(router(x, 0), expected[0])
+    x.mul_(-2.0)
+    assert torch.equal(router(x, 0), expected[0])
+
+
+def test_the_threshold_changes_in_place() -> None:
+    router, precision = _router(WIDTH)
+    precision.log_threshold = 0.0
+    router(torch.randn(2, K), 0)
+    assert router._threshold_EL is not None
+    place = router._threshold_EL.data_ptr()
+    precision.log_threshold = 1.0
+    router(torch.randn(2, K), 0)
+    assert router._threshold_EL.data_ptr() == place
+
+
+@pytest.mark.parametrize("change", [lambda r: r.to(torch.bfloat16), copy.deepcopy])
+def test_casting_and_copying_change_no_decision(change: Any) -> None:
+    router, precision = _router(WIDTH)
+    precision.log_threshold = 0.4
+    x = torch.randn(20, K)
+    expected = router(x, 1).clone()
+    assert torch.equal(change(router)(x, 1), expected)
+
+
+def test_interpolates_between_knots_and_goes_on_with_slope_one() -> None:
+    x, y = torch.tensor([0.0, 1.0, 3.0]), torch.tensor([0.0, 10.0, 12.0])
+    at = torch.tensor([-2.0, 0.0, 0.5, 1.0, 2.0, 3.0, 5.0])
+    assert interpolate(x, y, at).tolist() == [-2.0, 0.0, 5.0, 10.0, 11.0, 12.0, 14.0]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.integers(-3, 3), min_size=1, max_size=6),
+    st.lists(st.integers(-3, 3), min_size=6, max_size=6),
+    st.integers(-10, 10),
+)
+def test_a_score_above_the_inverse_earns_the_threshold(
+    xs: list[int], ys: list[int], quarter: int
+) -> None:
+    # Flat pieces and jumps on purpose: the gate must decide as the map does, for every score.
+    x = torch.tensor(sorted(xs), dtype=torch.float64)
+    y = torch.tensor(sorted(ys[: len(xs)]), dtype=torch.float64)
+    threshold = torch.tensor([quarter / 2], dtype=torch.float64)
+    score = torch.linspace(-12, 12, 193, dtype=torch.float64)
+    earns = interpolate(x, y, score) >= threshold - 1e-9
+    gate = score >= invert(x, y, threshold) - 1e-9
+    assert torch.equal(gate, earns)
+
+
+@given(
+    st.lists(st.floats(0.01, 5), min_size=1, max_size=8),
+    st.lists(st.floats(0.01, 5), min_size=8, max_size=8),
+    st.floats(-20, 60),
+)
+def test_the_inverse_of_a_rising_map_undoes_it(
+    steps: list[float], rises: list[float], at: float
+) -> None:
+    x = torch.tensor(steps, dtype=torch.float64).cumsum(0)
+    y = torch.tensor(rises[: len(steps)], dtype=torch.float64).cumsum(0)
+    point = torch.tensor([at], dtype=torch.float64)
+    back = invert(x, y, interpolate(x, y, point))
+    assert back.item() == pytest.approx(at, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("bits", "threshold"), [(2.0, 10.0), (2.5, 7.0), (3.0, 4.0), (5.5, -1.0), (8.0, -6.0)]
+)
+def test_the_curve_is_linear_between_its_points(bits: float, threshold: float) -> None:
+    assert CURVE.log_threshold(bits) == pytest.approx(threshold)
+
+
+@pytest.mark.parametrize("bits", [1.99, 8.01, -1.0, math.nan])
+def test_the_curve_ends_at_the_loaded_widths(bits: float) -> None:
+    with pytest.raises(ValueError, match=r"average bits .* must lie between 2 and 8"):
+        CURVE.log_threshold(bits)
+
+
+def test_both_ends_are_uniform() -> None:
+    precision = Precision(4)
+    for bits, slices in ((2.0, 1), (8.0, 4), (3.0, None)):
+        precision.set_average_bits(bits, CURVE)
+        assert precision.slices == slices
+
+
+def test_halves_round_trip() -> None:
+    value = torch.randn(3, 10).half().float()
+    assert torch.equal(unpack_halves(pack_halves(value)), value)
