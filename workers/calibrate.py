@@ -71,11 +71,17 @@ class CalibratedLinear:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A calibrated block and its mean squared output error by slice count, before and after."""
+    """A calibrated block and its mean squared output error by slice count, before and after.
+
+    Attributes:
+        outlier_overlap: of the tenth of tokens with the largest error at one slice count, the share
+            that is among those of another.
+    """
 
     linears: dict[str, CalibratedLinear]
     loss_before: dict[int, float]
     loss_after: dict[int, float]
+    outlier_overlap: dict[int, dict[int, float]]
 
 
 class TrainableLinear(nn.Module):
@@ -163,7 +169,7 @@ def calibrate_block(
     """
     target_BTH = _forward(block, run, target_inputs_BTH, microbatch)
     trainables = _replace_linears(block, group_size)
-    loss_before = _losses(block, trainables, run, inputs, target_BTH, microbatch)
+    before = _token_errors(block, trainables, run, inputs, target_BTH, microbatch)
     running: dict[int, float] = {}
     stages = _stages(settings)
     steps_done = 0
@@ -196,8 +202,13 @@ def calibrate_block(
             report(steps_done / steps_total)
     kept_slices = max((k for k in settings.slice_counts if k < MAX_SLICES), default=MAX_SLICES)
     finished = {name: linear.finish(kept_slices) for name, linear in trainables.items()}
-    loss_after = _losses(block, trainables, run, inputs, target_BTH, microbatch)
-    return Calibration(finished, loss_before, loss_after)
+    after = _token_errors(block, trainables, run, inputs, target_BTH, microbatch)
+    return Calibration(
+        finished,
+        {slices: error.mean().item() for slices, error in before.items()},
+        {slices: error.mean().item() for slices, error in after.items()},
+        outlier_overlap(after),
+    )
 
 
 def _replace_linears(block: nn.Module, group_size: int) -> dict[str, TrainableLinear]:
@@ -266,20 +277,40 @@ def _forward(block: nn.Module, run: Run, inputs_BTH: Tensor, microbatch: int) ->
     return torch.cat([run(block, part) for part in inputs_BTH.split(microbatch)])
 
 
+def outlier_overlap(errors: Mapping[int, Tensor]) -> dict[int, dict[int, float]]:
+    """How far the worst tokens of one slice count are the worst of another.
+
+    Args:
+        errors: error of every token [T], by slice count.
+
+    Returns, for every two slice counts, the share of the tenth of tokens with the largest error at
+    the first that is among the tenth at the second.
+    """
+    worst = {
+        slices: set(error.topk(max(len(error) // 10, 1)).indices.tolist())
+        for slices, error in errors.items()
+    }
+    return {
+        one: {other: len(worst[one] & worst[other]) / len(worst[one]) for other in worst}
+        for one in worst
+    }
+
+
 @torch.no_grad()
-def _losses(
+def _token_errors(
     block: nn.Module,
     trainables: Mapping[str, TrainableLinear],
     run: Run,
     inputs: Mapping[int, Tensor],
     target_BTH: Tensor,
     microbatch: int,
-) -> dict[int, float]:
-    """Mean squared output error at every slice count, over the first sequences."""
+) -> dict[int, Tensor]:
+    """Mean squared output error of every token [T] of the first sequences, by slice count."""
     shown = slice(0, _SHOWN_SEQUENCES)
-    losses = {}
+    errors = {}
     for slices, inputs_BTH in sorted(inputs.items()):
         _set_slices(trainables, slices)
         out = _forward(block, run, inputs_BTH[shown], microbatch)
-        losses[slices] = _error(out, target_BTH[shown]).item()
-    return losses
+        squared = (out.float() - target_BTH[shown].float()).square()
+        errors[slices] = squared.mean(2).flatten()
+    return errors

@@ -16,7 +16,7 @@ import sysconfig
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +25,28 @@ from mbq.artifacts.errors import InputError
 from mbq.artifacts.source import Source
 from mbq.artifacts.spec import CalibrationText, Evaluation, Text
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 Tokens = NDArray[np.int32]
 
 # Calibration draws its windows from this many times the text it needs.
 _OVERSAMPLING = 8
+# What reports colour by bits: public-domain prose (A. Lincoln, 1863), numbers and code.
+SAMPLE_TEXT = """\
+Four score and seven years ago our fathers brought forth, upon this continent, a new nation, \
+conceived in liberty, and dedicated to the proposition that all men are created equal.
+
+In 2023, 17.4 % of 1,024 parts failed; in 2024 it was 3.9 %.
+
+def average(values):
+    # The mean of a list of numbers.
+    total = 0
+    for value in values:
+        total += value
+    return total / len(values)
+"""
+_SAMPLE_TOKENS = 256
 # Folders of the standard library that hold tests, tools or tables rather than code.
 _NOT_LIBRARY = {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings"}
 
@@ -115,10 +133,30 @@ def evaluation_tokens(text: Evaluation, source: Source) -> Tokens:
     return windows[: text.tokens // text.sequence_length]
 
 
+def sample_tokens(source: Source) -> Tokens:
+    """The sample text as one sequence [1, n]."""
+    ids = _start(source) + _tokenizer(source).encode(SAMPLE_TEXT, add_special_tokens=False).ids
+    longest = min(source.config.get("max_position_embeddings", _SAMPLE_TOKENS), _SAMPLE_TOKENS)
+    return np.asarray([ids[:longest]], dtype=np.int32)
+
+
 def _stream(
     text: Text, source: Source, field: str, shuffle: random.Random | None, enough: int
 ) -> Tokens:
     """Tokens of the documents, one after the other, until there are `enough` of them."""
+    tokenizer, start = _tokenizer(source), _start(source)
+    pieces: list[list[int]] = []
+    count = 0
+    for document in _documents(text, field, shuffle):
+        ids = start + tokenizer.encode(document, add_special_tokens=False).ids
+        pieces.append(ids)
+        count += len(ids)
+        if count >= enough:
+            break
+    return np.asarray([token for piece in pieces for token in piece], dtype=np.int32)
+
+
+def _tokenizer(source: Source) -> "Tokenizer":
     from tokenizers import Tokenizer
 
     path = source.require("tokenizer.json")
@@ -131,17 +169,13 @@ def _stream(
     # Calibration wants whole documents: a tokenizer's own truncation and padding are for serving.
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    return tokenizer
+
+
+def _start(source: Source) -> list[int]:
+    """What every document begins with."""
     bos = source.config.get("bos_token_id")
-    start = [bos] if isinstance(bos, int) else []
-    pieces: list[list[int]] = []
-    count = 0
-    for document in _documents(text, field, shuffle):
-        ids = start + tokenizer.encode(document, add_special_tokens=False).ids
-        pieces.append(ids)
-        count += len(ids)
-        if count >= enough:
-            break
-    return np.asarray([token for piece in pieces for token in piece], dtype=np.int32)
+    return [bos] if isinstance(bos, int) else []
 
 
 def _windows(stream: Tokens, length: int) -> Tokens:

@@ -17,10 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mbq.artifacts.loading import elastic_linears
 from mbq.artifacts.manifest import Row
+from mbq.kernels.linear import ElasticLinear
+from mbq.kernels.quantize import SLICE_BITS
 from mbq.kernels.reference import round_to_nearest
 from mbq.workers.model import Model, linears
-from mbq.workers.variants import FULL
+from mbq.workers.variants import FULL, parse
 
 # Logits of a large vocabulary are the largest tensor of all: at most this many at once.
 _MAX_LOGITS = 2**24
@@ -54,6 +57,31 @@ def sequence_losses(
     return losses
 
 
+@torch.no_grad()
+def token_bits(model: Model, blocks: Iterable[nn.Module], ids_BT: Tensor) -> list[float]:
+    """Code bits per weight that each token of a text gets, averaged over the linears' weights.
+
+    Args:
+        blocks: routed blocks in order; each is used once.
+    """
+    read_T = torch.zeros(ids_BT.numel(), dtype=torch.float64)
+    weights = 0
+    hidden_BTH = model.embed(ids_BT)
+
+    def note(linear: nn.Module, arguments: tuple[Tensor]) -> None:
+        nonlocal read_T, weights
+        assert isinstance(linear, ElasticLinear)
+        read_T += linear.weights * torch.as_tensor(linear.slice_counts(arguments[0])).cpu()
+        weights += linear.weights
+
+    for index, block in enumerate(blocks):
+        for linear in elastic_linears(block):
+            linear.register_forward_pre_hook(note)
+        hidden_BTH = model.run(block, index, hidden_BTH)
+    bits: list[float] = (SLICE_BITS * read_T / weights).tolist()
+    return bits
+
+
 def sequences_at_once(length: int, vocabulary: int) -> int:
     """How many sequences may have their logits in memory."""
     return max(1, _MAX_LOGITS // (length * vocabulary))
@@ -76,27 +104,38 @@ def rounded_block(block: nn.Module, bits: int, group_size: int) -> nn.Module:
     return block
 
 
-def table(losses: Mapping[str, Sequence[float]], total_bits: Mapping[str, float]) -> list[Row]:
+def table(
+    losses: Mapping[str, Sequence[float]],
+    realised_bits: Mapping[str, float],
+    other_bits: Mapping[str, float],
+) -> list[Row]:
     """Perplexities and their paired gaps to full precision, in the order given.
 
     Args:
-        total_bits: of each variant but the full one.
+        realised_bits: code bits of each variant but the full one.
+        other_bits: what each of them reads beside its codes, per weight.
     """
     full = losses[FULL]
     return [
-        _row(variant, values, full, total_bits.get(variant)) for variant, values in losses.items()
+        _row(variant, values, full, realised_bits.get(variant), other_bits.get(variant, 0.0))
+        for variant, values in losses.items()
     ]
 
 
 def _row(
-    variant: str, values: Sequence[float], full: Sequence[float], total_bits: float | None
+    variant: str,
+    values: Sequence[float],
+    full: Sequence[float],
+    realised_bits: float | None,
+    other_bits: float,
 ) -> Row:
     gaps = [value - reference for value, reference in zip(values, full, strict=True)]
     perplexity = math.exp(statistics.fmean(values))
     return Row(
         variant=variant,
-        bits=None if variant == FULL else int(variant.partition("-")[2]),
-        total_bits=total_bits,
+        bits=parse(variant)[1],
+        realised_bits=realised_bits,
+        total_bits=None if realised_bits is None else realised_bits + other_bits,
         perplexity=perplexity,
         # First order: the error of exp(x) is exp(x) times the error of x.
         perplexity_error=perplexity * _standard_error(values),

@@ -1,25 +1,30 @@
 """Between calibrated tensors and the bytes of the store.
 
 A block's blob holds, per linear, `<name>.code` U8 [N, K], `<name>.scale_zero` I32 [N, G] and
-`<name>.gain_bias` I32 [S, N]. A shard of the checkpoint is written tensor by tensor from such blobs
-and from the source; nothing but the tensor at hand is in memory.
+`<name>.gain_bias` I32 [S, N], and per router `<name>.trunk` I32 [H, K/2] (float16 pairs), `.offset`
+F32 [H], `.head` F32 [E, L, F] and, for every method, `.knots_<method>` F32 [E, L, 2, Q]. A shard of
+the checkpoint is written tensor by tensor from such blobs and from the source; nothing but the
+tensor at hand is in memory.
 
-Legend: N out_features, K in_features, G groups, S slices.
+Legend: N out_features, K in_features, G groups, S slices; those of routers are in
+`kernels/router.py`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from mbq.artifacts.checkpoint import Linear, Shard
-from mbq.artifacts.loading import replace_linears
+from mbq.artifacts.checkpoint import Linear, RouterShape, Shard
+from mbq.artifacts.loading import add_routers, replace_linears
 from mbq.artifacts.tensors import Entry, TensorFile, encode
 from mbq.kernels.bitplanes import pack_planes
-from mbq.kernels.linear import ElasticLinear, Precision
 from mbq.kernels.quantize import SLICE_BITS
+from mbq.kernels.router import Precision, pack_halves
 from mbq.workers.calibrate import CalibratedLinear
 from mbq.workers.model import Model, linears
+from mbq.workers.route import FittedInput, norm_head
 
 _DTYPES = {
     torch.uint8: "U8",
@@ -32,13 +37,31 @@ _DTYPES = {
 _TORCH = {name: dtype for dtype, name in _DTYPES.items()}
 
 
-def encode_block(block: Mapping[str, CalibratedLinear]) -> Iterator[bytes]:
+@dataclass(frozen=True)
+class BlockRouting:
+    """The routers of a block: what each serves, for how many slices, and their shape."""
+
+    routers: Mapping[str, Sequence[str]]
+    slices: int
+    shape: RouterShape
+
+
+def encode_block(
+    block: Mapping[str, CalibratedLinear], routers: Mapping[str, FittedInput]
+) -> Iterator[bytes]:
     """A block's blob in chunks; the same block always gives the same bytes."""
     tensors = {}
     for name in sorted(block):
         tensors[f"{name}.code"] = block[name].code_NK
         tensors[f"{name}.scale_zero"] = block[name].scale_zero_NG
         tensors[f"{name}.gain_bias"] = block[name].gain_bias_SN
+    for name in sorted(routers):
+        fitted = routers[name]
+        tensors[f"{name}.trunk"] = pack_halves(fitted.learned.trunk_HK)
+        tensors[f"{name}.offset"] = fitted.learned.offset_H
+        tensors[f"{name}.head"] = fitted.learned.head_ELF
+        for method in sorted(fitted.knots):
+            tensors[f"{name}.knots_{method}"] = fitted.knots[method]
     entries = [Entry(n, _DTYPES[t.dtype], tuple(t.shape)) for n, t in tensors.items()]
     return encode(entries, map(tensor_bytes, tensors.values()))
 
@@ -50,6 +73,45 @@ def read_linear(file: TensorFile, name: str) -> CalibratedLinear:
         read_tensor(file, f"{name}.scale_zero"),
         read_tensor(file, f"{name}.gain_bias"),
     )
+
+
+def router_buffers(
+    file: TensorFile, name: str, method: str, log_worths: Sequence[float]
+) -> dict[str, Tensor]:
+    """Buffers of one router under a method, from its block's blob.
+
+    Args:
+        log_worths: of the linears it serves: benefits become earnings (`allocate.log_worth`).
+    """
+    knots = read_tensor(file, f"{name}.knots_{method}")
+    if method != "target":
+        knots[:, :, 1] += torch.tensor(log_worths)[:, None]
+    buffers = {"knots": knots.contiguous().view(torch.int32)}
+    if method == "norm":
+        buffers["head"] = norm_head(*knots.shape[:2]).contiguous().view(torch.int32)
+    elif method != "linear":
+        buffers["trunk"] = read_tensor(file, f"{name}.trunk")
+        for part in ("offset", "head"):
+            buffers[part] = read_tensor(file, f"{name}.{part}").view(torch.int32)
+    return buffers
+
+
+def encode_routing(shard: Shard, buffers: Callable[[int], Mapping[str, Tensor]]) -> Iterator[bytes]:
+    """The routers' file in chunks.
+
+    Args:
+        buffers: the buffers of one block's routers, by name inside the block.
+    """
+    return encode(shard.entries, _routing_data(shard, buffers))
+
+
+def _routing_data(shard: Shard, buffers: Callable[[int], Mapping[str, Tensor]]) -> Iterator[bytes]:
+    at: tuple[int, Mapping[str, Tensor]] = (-1, {})
+    for entry in shard.entries:
+        _, _, number, name = entry.name.split(".", 3)
+        if int(number) != at[0]:
+            at = int(number), buffers(int(number))
+        yield tensor_bytes(at[1][name])
 
 
 def encode_shard(
@@ -65,19 +127,26 @@ def encode_shard(
 
 
 def elastic_block(
-    model: Model, index: int, tensors: Mapping[str, Tensor], group_size: int, precision: Precision
+    model: Model,
+    index: int,
+    tensors: Mapping[str, Tensor],
+    group_size: int,
+    precision: Precision,
+    routing: BlockRouting | None = None,
 ) -> nn.Module:
-    """The block with elastic linears.
+    """The block with elastic linears, and with routers if there is a routing.
 
     Args:
-        tensors: the elastic linears' buffers by their name inside the block.
+        tensors: the buffers of elastic linears and routers by their name inside the block.
     """
     block = model.block(index)
     names = replace_linears(block, list(linears(block)), group_size, precision)
+    if routing is not None:
+        names += add_routers(
+            block, names, routing.routers, routing.slices, routing.shape, precision
+        )
     for name in names:
-        elastic = block.get_submodule(name)
-        assert isinstance(elastic, ElasticLinear)
-        for buffer, empty in elastic.named_buffers():
+        for buffer, empty in block.get_submodule(name).named_buffers():
             empty.copy_(tensors[f"{name}.{buffer}"])
     return block
 

@@ -30,7 +30,7 @@ with attention():
         dict.fromkeys(range(1, 5), hidden), hidden, Optimisation(passes=4, batch_size=4),
         32, 4, 0, lambda fraction: None,
     )
-print(hashlib.sha256(b"".join(encode_block(done.linears))).hexdigest())
+print(hashlib.sha256(b"".join(encode_block(done.linears, {}))).hexdigest())
 """
 
 

@@ -33,7 +33,8 @@ def test_rounded_blocks_hold_rounded_weights(tiny_model: Path) -> None:
 
 
 def test_table_of_known_losses() -> None:
-    rows = table({"full": [1.0, 3.0], "rtn-2": [2.0, 4.0], "mbq-2": [1.5, 3.1]}, {"mbq-2": 2.5})
+    losses = {"full": [1.0, 3.0], "rtn-2": [2.0, 4.0], "routed-2.5": [1.5, 3.1]}
+    rows = table(losses, {"rtn-2": 2.0, "routed-2.5": 2.4}, {"rtn-2": 0.25, "routed-2.5": 0.5})
     full, rounded, packed = rows
     assert full.perplexity == pytest.approx(math.e**2)
     # Two sequences one apart from their mean: standard deviation sqrt(2), error 1.
@@ -41,6 +42,6 @@ def test_table_of_known_losses() -> None:
     assert (full.gap, full.gap_error) == (0.0, 0.0)
     # Paired: the difference is the same in both sequences, so its error is zero.
     assert (rounded.gap, rounded.gap_error) == (1.0, 0.0)
-    assert (packed.bits, packed.total_bits) == (2, 2.5)
+    assert (packed.bits, packed.realised_bits, packed.total_bits) == (2.5, 2.4, 2.9)
     assert packed.gap == pytest.approx(0.3)
     assert packed.gap_error == pytest.approx(0.2)

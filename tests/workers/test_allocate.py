@@ -1,0 +1,122 @@
+"""Sharing a budget: known values, the best possible sharing, and what curves promise."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mbq.workers.allocate import (
+    Earnings,
+    budget_curve,
+    grid,
+    log_worth,
+    realised_bits,
+    thresholds,
+)
+
+
+def _falling(extra: int, linears: int, tokens: int, seed: int) -> torch.Tensor:
+    """Earnings that fall from slice to slice, as real ones do."""
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randn(1, linears, tokens, generator=generator)
+    drops = torch.rand(extra, linears, tokens, generator=generator) + 0.5
+    return first - drops.cumsum(0)
+
+
+def test_worth_is_nats_per_bit() -> None:
+    # 0.5 * sensitivity * error, divided by 2 bits of each of 100 weights.
+    assert log_worth(4.0, 100) == pytest.approx(math.log(4.0 / 2 / 200))
+    assert math.isfinite(log_worth(0.0, 100))
+
+
+def test_known_thresholds() -> None:
+    # One linear, one extra slice, four tokens that earn 1, 2, 3 and 4.
+    earnings = [Earnings(torch.tensor([[[4.0, 1.0, 3.0, 2.0]]]), (10,))]
+    found = thresholds(earnings, [2.0, 2.5, 3.0, 4.0], 4)
+    assert found[0] > 4.0
+    assert found[1:3] == [3.5, 2.5]
+    assert found[3] <= 1.0
+    for value, bits in zip(found, (2.0, 2.5, 3.0, 4.0), strict=True):
+        assert realised_bits(earnings, value, 4) == bits
+
+
+def test_equal_earnings_are_read_together() -> None:
+    log = torch.tensor([[[5.0, 3.0, 3.0, 3.0, 3.0, 1.0, 0.0, 0.0, 0.0, 0.0]]])
+    earnings = [Earnings(log, (7,))]
+    found = [realised_bits(earnings, t, 4) for t in thresholds(earnings, [2.3, 2.4, 2.7], 4)]
+    assert found == pytest.approx([2.2, 2.2, 3.0])
+
+
+def test_linears_count_by_their_weights() -> None:
+    # A linear of 30 weights beside one of 10: all its tokens are three quarters of the bits.
+    large, small = torch.full((1, 1, 2), 1.0), torch.full((1, 1, 2), 0.0)
+    earnings = [Earnings(large, (30,)), Earnings(small, (10,))]
+    assert thresholds(earnings, [3.5], 4) == [0.5]
+    assert realised_bits(earnings, 0.5, 4) == 3.5
+
+
+def test_a_slice_waits_for_the_one_before_it() -> None:
+    # The second extra slice earns more than the first, but means nothing alone.
+    earnings = [Earnings(torch.tensor([[[1.0]], [[5.0]]]), (1,))]
+    assert realised_bits(earnings, 3.0, 6) == 2.0
+    assert realised_bits(earnings, 0.5, 6) == 6.0
+    assert realised_bits(earnings, 0.5, 4) == 4.0
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000))
+def test_no_sharing_of_the_same_bits_earns_more(seed: int) -> None:
+    log = _falling(2, 2, 2, seed)
+    earnings = [Earnings(log, (1, 1))]
+    threshold = thresholds(earnings, [3.5], 6)[0]
+    spent = realised_bits(earnings, threshold, 6)
+    gates = (log >= threshold).double().cumprod(0)
+    earned = float((gates * log.exp()).sum())
+    # Every way to give four (token, linear) pairs one to three slices.
+    for counts in itertools.product(range(3), repeat=4):
+        if 2 + 2 * sum(counts) / 4 > spent:
+            continue
+        read = torch.tensor(counts).view(1, 2, 2) > torch.arange(2).view(2, 1, 1)
+        assert float((read * log.exp()).sum()) <= earned + 1e-5
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([4, 6, 8]), st.integers(1, 50))
+def test_curves_fall_and_keep_their_promise(seed: int, ceiling: int, tokens: int) -> None:
+    earnings = [
+        Earnings(_falling(3, 3, tokens, seed), (40, 10, 10)),
+        Earnings(_falling(3, 1, tokens, seed + 1), (60,)),
+    ]
+    curve = budget_curve({3.0: earnings}, ceiling)
+    assert curve.average_bits == grid(ceiling)
+    assert all(b <= a for a, b in itertools.pairwise(curve.log_thresholds))
+    # A token of the largest linear is the smallest step there is, at worst.
+    step = 2 * 60 / 120 / tokens
+    for bits, value in zip(curve.average_bits, curve.log_thresholds, strict=True):
+        assert abs(realised_bits(earnings, value, ceiling) - bits) <= step / 2 + 1e-6
+
+
+def test_one_earning_for_all_tokens_is_a_step() -> None:
+    earnings = [Earnings(torch.tensor([[[2.0], [1.0]]]), (10, 30))]
+    found = [realised_bits(earnings, t, 4) for t in thresholds(earnings, [2.2, 2.3, 3.9], 4)]
+    assert found == [2.0, 2.5, 4.0]
+
+
+def test_between_settled_widths_both_count() -> None:
+    # The same tokens earn half a nat more (in logarithms) where the model runs at 3.5 bits.
+    at_low = [Earnings(_falling(1, 1, 640, 0), (1,))]
+    at_high = [Earnings(at_low[0].log_ELT + 0.5, (1,))]
+    alone = budget_curve({2.5: at_low}, 4)
+    both = budget_curve({2.5: at_low, 3.5: at_high}, 4)
+    moved = {
+        bits: after - before
+        for bits, before, after in zip(
+            alone.average_bits, alone.log_thresholds, both.log_thresholds, strict=True
+        )
+    }
+    assert moved[2.125] == moved[2.5] == 0.0
+    assert moved[3.0] == pytest.approx(0.25, abs=1e-4)
+    assert moved[3.5] == moved[3.875] == pytest.approx(0.5, abs=1e-4)

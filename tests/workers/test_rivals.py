@@ -1,0 +1,80 @@
+"""Rivals must be what they are called, or the ablation says nothing."""
+
+import itertools
+
+import pytest
+import torch
+
+from mbq.kernels.bitplanes import pack_planes
+from mbq.kernels.linear import ElasticLinear
+from mbq.kernels.quantize import pack_pair
+from mbq.kernels.router import Precision, Router
+from mbq.workers.rivals import OracleRouter, RandomRouter, ShuffledRouter
+
+ROWS, K, GROUP = 6, 64, 32
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+def _linear(precision: Precision, seed: int) -> tuple[ElasticLinear, torch.Tensor]:
+    """An elastic linear and the weight it approximates."""
+    generator = torch.Generator().manual_seed(seed)
+    code = torch.randint(0, 256, (ROWS, K), dtype=torch.uint8, generator=generator)
+    scale = torch.rand(ROWS, K // GROUP, generator=generator) + 0.1
+    state = {f"plane_{p}": plane for p, plane in enumerate(pack_planes(code))}
+    state["scale_zero"] = pack_pair(scale, torch.full_like(scale, 2.0))
+    for k in range(1, 5):
+        state[f"gain_bias_{k}"] = pack_pair(torch.ones(ROWS), torch.full((ROWS,), 0.1 / k))
+    linear = ElasticLinear(K, ROWS, GROUP, precision)
+    linear.load_state_dict(state)
+    # Off by less than an 8-bit step, so that every slice brings the weight nearer.
+    return linear, linear.weight(4) + 1e-3
+
+
+def test_shuffled_keeps_the_histogram_and_not_the_tokens() -> None:
+    precision = Precision(4)
+    precision.slices, precision.log_threshold = None, 0.0
+    router = Router(K, 1, 4, 0, 2, precision)
+    head = torch.tensor([1.0, 0.0]).expand(3, 1, 2)
+    knots = torch.tensor([[-1.0, 1.0], [-1.0, 1.0]]) - torch.arange(3.0)[:, None, None]
+    router.get_buffer("head").copy_(head.contiguous().view(torch.int32))
+    router.get_buffer("knots").copy_(knots[:, None].contiguous().view(torch.int32))
+    x = torch.randn(200, K) * torch.randn(200, 1).exp()
+    counts = router(x, 0)
+    shuffled = ShuffledRouter(router, _generator())(x, 0)
+    assert len(counts.unique()) > 1
+    assert torch.equal(shuffled.sort().values, counts.sort().values)
+    assert not torch.equal(shuffled, counts)
+
+
+@pytest.mark.parametrize("bits", [2.0, 2.25, 3.0, 5.5, 8.0])
+def test_random_draws_the_average_from_two_neighbours(bits: float) -> None:
+    counts = RandomRouter(bits, _generator())(torch.zeros(2, 4000, K), 0)
+    assert counts.shape == (8000,)
+    assert 2 * counts.double().mean().item() == pytest.approx(bits, abs=0.03)
+    assert counts.max() - counts.min() <= 1
+
+
+def test_the_oracle_knows_what_each_slice_removes() -> None:
+    precision = Precision(4)
+    precision.slices = None
+    pairs = [_linear(precision, seed) for seed in (1, 2)]
+    oracle = OracleRouter([p[0] for p in pairs], [p[1] for p in pairs], [0.5, -0.5], precision)
+    x = torch.randn(5, K)
+    for number, (linear, source) in enumerate(pairs):
+        errors = []
+        for k in range(1, 5):
+            out = x @ linear.weight(k).T + 0.1 / k
+            errors.append((out - x @ source.T).square().sum(1))
+        benefit = torch.stack([a - b for a, b in itertools.pairwise(errors)])
+        expected = benefit.clamp(min=1e-30).log() + (0.5, -0.5)[number]
+        found = oracle.log_earnings(x)[:, number]
+        hurts = benefit <= 0
+        torch.testing.assert_close(found[~hurts], expected[~hurts], rtol=1e-2, atol=1e-2)
+        assert (found[hurts] < -50).all()
+        precision.log_threshold = expected[0].median().item()
+        assert torch.equal(
+            oracle(x, number), 1 + (found >= precision.log_threshold).long().cumprod(0).sum(0)
+        )

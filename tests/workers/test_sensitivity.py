@@ -1,0 +1,50 @@
+"""Sensitivities against plain autograd through the whole model."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config
+
+from mbq.artifacts.source import open_source
+from mbq.workers.model import linears, open_model
+from mbq.workers.sensitivity import measure_sensitivity
+
+IDS = torch.arange(5 * 24).view(5, 24) * 7 % 320
+
+
+def _by_autograd(folder: Path) -> dict[str, float]:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    outputs: dict[str, torch.Tensor] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def keep(module: object, arguments: object, out: torch.Tensor) -> None:
+            out.retain_grad()
+            outputs[name] = out
+
+        return keep
+
+    for index, block in enumerate(model.model.layers):
+        for name, linear in linears(block).items():
+            linear.register_forward_hook(watch(f"model.layers.{index}.{name}"))
+    logits = model(IDS).logits[:, :-1]
+    F.cross_entropy(logits.flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum").backward()
+    found = {}
+    for name, out in outputs.items():
+        assert out.grad is not None
+        found[name] = out.grad.square().mean().item()
+    return found
+
+
+@pytest.mark.parametrize("kind", [None, Qwen3Config, MistralConfig])
+def test_equals_the_mean_squared_gradient(make_model: Callable[..., Path], kind: type) -> None:
+    folder = make_model() if kind is None else make_model(kind)
+    model = open_model(open_source(str(folder), "main"), torch.float32, torch.device("cpu"))
+    expected = _by_autograd(folder)
+    seen: list[float] = []
+    for microbatch in (2, 5):
+        found = measure_sensitivity(model, IDS, microbatch, seen.append)
+        assert found == pytest.approx(expected, rel=1e-3)
+    assert seen[-1] == pytest.approx(1.0)

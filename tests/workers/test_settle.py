@@ -1,0 +1,95 @@
+"""Settled thresholds on a real small model, and the choice among methods."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from mbq.artifacts import keys
+from mbq.artifacts.loading import elastic_linears
+from mbq.artifacts.manifest import RoutingRecord, SettledWidth, get_document
+from mbq.kernels.router import Curve, Precision
+from mbq.workers.allocate import realised_bits
+from mbq.workers.opened import Job, Opened
+from mbq.workers.settle import RoutedModel, Setting, choose, run_settings
+
+
+def _record(method: str, router_bits: float, divergences: list[float]) -> RoutingRecord:
+    widths = (2.0, 2.5, 3.0, 3.5, 4.0)
+    settled = tuple(
+        SettledWidth(ceiling_bits=8, average_bits=b, realised_bits=b, divergence=d)
+        for b, d in zip(widths, divergences, strict=True)
+    )
+    return RoutingRecord(
+        method=method, blobs=(), router_bits=router_bits, curves={}, settled=settled
+    )
+
+
+LINEAR = _record("linear", 0.0, [0.30, 0.20, 0.10, 0.05, 0.02])
+
+
+def test_a_better_method_of_equal_cost_wins() -> None:
+    better = _record("norm", 0.0, [0.30, 0.18, 0.09, 0.045, 0.02])
+    assert choose([LINEAR, better]) is better
+    assert choose([better, LINEAR]) is better
+
+
+def test_what_a_router_reads_counts() -> None:
+    # A tenth better at equal code bits, but half a bit dearer.
+    dear = _record("token", 0.5, [0.30, 0.18, 0.09, 0.045, 0.02])
+    assert choose([LINEAR, dear]) is LINEAR
+    # At this price it cannot even reach the lowest total that is compared.
+    assert choose([LINEAR, _record("token", 0.6, [1e-9] * 5)]) is LINEAR
+
+
+def test_where_it_hardly_matters_the_cheaper_one_stays() -> None:
+    assert choose([LINEAR, _record("norm", 0.0, [0.30, 0.1995, 0.0998, 0.0499, 0.02])]) is LINEAR
+
+
+@pytest.mark.parametrize("method", ["linear", "norm", "token"])
+def test_the_routed_model_reads_what_was_asked(finished_run: Any, method: str) -> None:
+    store, run = finished_run.store, finished_run.document.run
+    record = get_document(store, keys.routing_key(run, method), RoutingRecord)
+    assert sorted(record.curves) == [4, 6, 8]
+    # A linear of the tiny model is up to a thirteenth of its weights: two bits of it, or half.
+    step = 2 * 64 * 96 / 3 / (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96)
+    within = step / 2 + 1e-6 if method == "linear" else 0.02
+    for width in record.settled:
+        assert width.realised_bits == pytest.approx(width.average_bits, abs=within)
+        assert width.divergence >= 0
+    at_most = [w for w in record.settled if w.ceiling_bits == 8]
+    assert at_most[0].divergence > at_most[-1].divergence
+
+
+def test_curves_hold_between_the_settled_widths(finished_run: Any) -> None:
+    opened = Opened(Job(finished_run.store.uri, finished_run.document.run, "cpu"))
+    ids = opened.tokens(opened.document.calibration_tokens)[-4:]
+    for ceiling in (4, 6, 8):
+        curve = opened.curve("norm", ceiling)
+        assert isinstance(curve, Curve)
+        asked = [bits for bits in (2.3, 2.7, 3.3, 3.9, 4.6, 5.7, 7.2) if bits < ceiling]
+        settings = [Setting(ceiling, bits, curve.log_threshold(bits)) for bits in asked]
+        precision = Precision(4)
+        blocks = [opened.elastic_block(b, precision, "norm") for b in range(3)]
+        routed = RoutedModel(opened.model, partial(list, blocks), precision, opened.weights(0))
+        earned, _ = run_settings(routed, ids, 2, settings)
+        for setting, earnings in zip(settings, earned, strict=True):
+            found = realised_bits(earnings, setting.log_threshold, ceiling)
+            assert found == pytest.approx(setting.average_bits, abs=0.08)
+
+
+def test_what_is_expected_is_what_is_read(finished_run: Any) -> None:
+    # The share that earnings promise and the slices that linears then read are the same number.
+    opened = Opened(Job(finished_run.store.uri, finished_run.document.run, "cpu"))
+    ids = opened.tokens(opened.document.calibration_tokens)[:4]
+    precision = Precision(4)
+    blocks = [opened.elastic_block(b, precision, "token") for b in range(3)]
+    threshold = opened.curve("token", 8).log_threshold(3.0)
+    routed = RoutedModel(opened.model, lambda: blocks, precision, opened.weights(0))
+    earned, hidden = run_settings(routed, ids, 2, [Setting(8, 3.0, threshold)])
+    linears = [linear for block in blocks for linear in elastic_linears(block)]
+    read = sum(int(linear.slices_read) * linear.weights for linear in linears)
+    passed = sum(linear.tokens * linear.weights for linear in linears)
+    assert 2 * read / passed == pytest.approx(realised_bits(earned[0], threshold, 8), abs=2e-3)
+    assert torch.isfinite(hidden[0]).all()

@@ -1,0 +1,173 @@
+"""The blocks of a variant, made one at a time, and the bits that their linears read."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from mbq.artifacts import keys
+from mbq.artifacts.loading import elastic_linears
+from mbq.kernels.linear import ElasticLinear
+from mbq.kernels.quantize import SLICE_BITS
+from mbq.kernels.router import Curve, Precision, Router
+from mbq.workers.allocate import log_worth, thresholds
+from mbq.workers.determinism import seed_of
+from mbq.workers.evaluate import rounded_block
+from mbq.workers.opened import Opened
+from mbq.workers.rivals import OracleRouter, RandomRouter, ShuffledRouter
+from mbq.workers.settle import RoutedModel, Setting, run_settings
+from mbq.workers.variants import FULL, PACKED, ROUNDED, ROUTED, parse
+
+# The oracle has no settled thresholds: it finds one on this many sequences of the text itself.
+_ORACLE_SEQUENCES = 16
+
+
+@dataclass(frozen=True)
+class VariantBlocks:
+    """Blocks in order, each to be used once.
+
+    Attributes:
+        linear_bits: filled while they are used: code bits that each elastic linear read on average,
+            by its name in the model.
+    """
+
+    blocks: Iterator[nn.Module]
+    linear_bits: dict[str, float] = field(default_factory=dict)
+
+
+def variant_blocks(opened: Opened, variant: str, ids_BT: Tensor) -> VariantBlocks:
+    """The blocks of a variant.
+
+    Args:
+        ids_BT: the text it will run on; only the oracle looks at it.
+    """
+    kind, bits = parse(variant)
+    if kind == FULL:
+        return _counted(opened, opened.model.block)
+    assert bits is not None
+    if kind == ROUNDED:
+        group_size = opened.spec.group_size
+        return _counted(
+            opened, lambda b: rounded_block(opened.model.block(b), int(bits), group_size)
+        )
+    if kind == PACKED:
+        uniform = Precision(int(bits) // SLICE_BITS)
+        return _counted(opened, lambda b: opened.packed_block(b, uniform))
+    precision = Precision(opened.spec.slices)
+    if kind == ROUTED:
+        method, curve = _stored_routing(opened)
+        precision.set_average_bits(bits, curve)
+        return _counted(opened, lambda b: opened.packed_block(b, precision, method))
+    return _counted(opened, _rival(opened, kind, bits, precision, ids_BT))
+
+
+def _rival(
+    opened: Opened, kind: str, bits: float, precision: Precision, ids_BT: Tensor
+) -> Callable[[int], nn.Module]:
+    learned = opened.spec.routing.learned
+    ceiling = SLICE_BITS * opened.spec.slices
+    method = learned if kind in ("learned", "shuffled") else kind
+    if kind in ("linear", "norm", "learned", "shuffled"):
+        precision.set_average_bits(bits, opened.curve(method, ceiling))
+    if kind == "shuffled":
+        return lambda b: _shuffled_block(opened, b, precision, method)
+    if kind == "random":
+        precision.slices = None
+        return lambda b: _random_block(opened, b, precision, bits)
+    if kind == "oracle":
+        precision.slices = None
+        precision.log_threshold = _oracle_threshold(opened, precision, bits, ids_BT)
+        return lambda b: _oracle_block(opened, b, precision)
+    return lambda b: opened.elastic_block(b, precision, method)
+
+
+def _counted(opened: Opened, make: Callable[[int], nn.Module]) -> VariantBlocks:
+    linear_bits: dict[str, float] = {}
+
+    def blocks() -> Iterator[nn.Module]:
+        for index in range(opened.model.block_count):
+            block = make(index)
+            yield block
+            names = {module: name for name, module in block.named_modules()}
+            for linear in elastic_linears(block):
+                read = SLICE_BITS * int(linear.slices_read) / linear.tokens
+                linear_bits[f"model.layers.{index}.{names[linear]}"] = read
+
+    return VariantBlocks(blocks(), linear_bits)
+
+
+def _stored_routing(opened: Opened) -> tuple[str, Curve]:
+    """Method and thresholds as the packed checkpoint's config.json has them."""
+    config = json.loads(opened.store.read(keys.checkpoint_key(opened.document.run, "config.json")))
+    routing = config["quantization_config"]["routing"]
+    stored = routing["curves"][str(SLICE_BITS * opened.spec.slices)]
+    return routing["method"], Curve(tuple(stored["average_bits"]), tuple(stored["log_thresholds"]))
+
+
+def _shuffled_block(opened: Opened, index: int, precision: Precision, method: str) -> nn.Module:
+    block = opened.elastic_block(index, precision, method)
+    generator = _generator(opened, index)
+    for name, router in _routers(block).items():
+        _replace(opened, block, name, ShuffledRouter(router, generator))
+    return block
+
+
+def _random_block(opened: Opened, index: int, precision: Precision, bits: float) -> nn.Module:
+    block = opened.elastic_block(index, precision)
+    generator = _generator(opened, index)
+    for name in opened.routers:
+        _replace(opened, block, name, RandomRouter(bits, generator))
+    return block
+
+
+def _oracle_block(opened: Opened, index: int, precision: Precision) -> nn.Module:
+    block = opened.elastic_block(index, precision)
+    source = opened.model.block(index)
+    for name, served in opened.routers.items():
+        linears = [opened.linear(index, n) for n in served]
+        worths = [
+            log_worth(opened.sensitivity[x.name], x.out_features * x.in_features) for x in linears
+        ]
+        by_name = {n: m for n, m in block.named_modules() if isinstance(m, ElasticLinear)}
+        weights = [source.get_parameter(f"{n}.weight") for n in served]
+        oracle = OracleRouter([by_name[n] for n in served], weights, worths, precision)
+        _replace(opened, block, name, oracle)
+    return block
+
+
+def _oracle_threshold(opened: Opened, precision: Precision, bits: float, ids_BT: Tensor) -> float:
+    ceiling = SLICE_BITS * precision.max_slices
+    blocks = range(opened.model.block_count)
+    routed = RoutedModel(
+        opened.model,
+        lambda: (_oracle_block(opened, b, precision) for b in blocks),
+        precision,
+        opened.weights(0),
+    )
+    earned, _ = run_settings(
+        routed,
+        ids_BT[:_ORACLE_SEQUENCES],
+        opened.spec.microbatch,
+        [Setting(ceiling, bits, opened.curve("linear", ceiling).log_threshold(bits))],
+    )
+    return thresholds(earned[0], [bits], ceiling)[0]
+
+
+def _routers(block: nn.Module) -> dict[str, Router]:
+    return {name: m for name, m in block.named_modules() if isinstance(m, Router)}
+
+
+def _replace(opened: Opened, block: nn.Module, name: str, rival: nn.Module) -> None:
+    """Put a rival where a router is, or would be."""
+    parent, _, child = name.rpartition(".")
+    setattr(block.get_submodule(parent), child, rival)
+    for number, served in enumerate(opened.routers[name]):
+        linear = block.get_submodule(served)
+        assert isinstance(linear, ElasticLinear)
+        linear.route(rival, number)
+
+
+def _generator(opened: Opened, index: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed_of(opened.spec.calibration.seed, index))

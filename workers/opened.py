@@ -1,0 +1,188 @@
+"""A run as its tasks see it: the documents read, the model open, and blocks in every form.
+
+    source       the block as it is
+    elastic      with the calibrated codes, from the block's blob
+    packed       with the planes of the packed checkpoint, read back from the store
+
+Elastic and packed blocks may have routers; then one `Precision` holds the threshold of the model.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mbq.artifacts import keys
+from mbq.artifacts.checkpoint import (
+    Linear,
+    RouterShape,
+    Shard,
+    find_linears,
+    find_routers,
+    plan_shards,
+    router_shape,
+    routing_shard,
+)
+from mbq.artifacts.manifest import (
+    BlobRef,
+    BlockRecord,
+    RoutingRecord,
+    RunDocument,
+    SensitivityRecord,
+    find_run,
+    get_document,
+)
+from mbq.artifacts.store import Store, open_store
+from mbq.artifacts.tensors import TensorFile, open_tensors
+from mbq.kernels.router import Curve, Precision
+from mbq.workers.allocate import log_worth
+from mbq.workers.determinism import pin
+from mbq.workers.model import Model, open_model
+from mbq.workers.pack import (
+    BlockRouting,
+    elastic_block,
+    elastic_tensors,
+    read_linear,
+    read_tensor,
+    router_buffers,
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every task of a run is given."""
+
+    store_uri: str
+    run: str
+    device: Literal["cpu", "cuda"]
+
+
+class Opened:
+    """A job with its documents read; opened once per task."""
+
+    def __init__(self, job: Job) -> None:
+        self.store: Store = open_store(job.store_uri)
+        self.document: RunDocument = find_run(self.store, job.run)
+        self.spec = self.document.spec
+        self.device = torch.device(job.device)
+        pin(self.spec.threads)
+
+    @cached_property
+    def model(self) -> Model:
+        return open_model(self.document.source, getattr(torch, self.spec.dtype), self.device)
+
+    @cached_property
+    def linears(self) -> dict[str, Linear]:
+        return {linear.name: linear for linear in find_linears(self.document.source.tensors)}
+
+    @cached_property
+    def routers(self) -> dict[str, tuple[str, ...]]:
+        """The linears that each router of a block serves, by names inside the block."""
+        return find_routers(self.linears.values())
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        return plan_shards(self.document.source.tensors, self.spec.slices, self.spec.group_size)
+
+    @cached_property
+    def sensitivity(self) -> dict[str, float]:
+        key = keys.sensitivity_key(self.document.run)
+        return get_document(self.store, key, SensitivityRecord).sensitivity
+
+    @property
+    def streams(self) -> tuple[int, ...]:
+        """Slice counts with hidden states of their own."""
+        return self.spec.optimisation.slice_counts if self.spec.propagation == "sequential" else ()
+
+    def tokens(self, blob: BlobRef) -> Tensor:
+        return read_tensor(open_tensors(self.store, keys.blob_key(blob.sha256)), "tokens")
+
+    def blob(self, block: int) -> TensorFile:
+        return open_tensors(self.store, keys.blob_key(self.record(block).blob.sha256))
+
+    def record(self, block: int) -> BlockRecord:
+        return get_document(self.store, keys.block_key(self.document.run, block), BlockRecord)
+
+    def curve(self, method: str, ceiling_bits: int) -> Curve:
+        """The settled thresholds of a method."""
+        key = keys.routing_key(self.document.run, method)
+        stored = get_document(self.store, key, RoutingRecord).curves[ceiling_bits]
+        return Curve(stored.average_bits, stored.log_thresholds)
+
+    def shape(self, method: str) -> RouterShape:
+        return router_shape(method, self.spec.routing.width)
+
+    def router_tensors(self, block: int, method: str) -> dict[str, Tensor]:
+        """Buffers of a block's routers under a method, by name inside the block."""
+        file = self.blob(block)
+        tensors: dict[str, Tensor] = {}
+        for router, served in self.routers.items():
+            worths = [
+                log_worth(self.sensitivity[linear.name], linear.out_features * linear.in_features)
+                for linear in (self.linear(block, name) for name in served)
+            ]
+            for name, tensor in router_buffers(file, router, method, worths).items():
+                tensors[f"{router}.{name}"] = tensor
+        return tensors
+
+    def linear(self, block: int, local_name: str) -> Linear:
+        return self.linears[f"model.layers.{block}.{local_name}"]
+
+    def weights(self, block: int) -> dict[str, tuple[int, ...]]:
+        """Parameters of the linears that each router of a block serves."""
+        found = {}
+        for router, served in self.routers.items():
+            shapes = [self.linear(block, name) for name in served]
+            found[router] = tuple(s.out_features * s.in_features for s in shapes)
+        return found
+
+    def elastic_block(
+        self, block: int, precision: Precision, method: str | None = None
+    ) -> nn.Module:
+        """A calibrated block, with the routers of a method if one is given."""
+        file = self.blob(block)
+        tensors: dict[str, Tensor] = {}
+        for linear in self.linears.values():
+            if linear.block == block:
+                name = linear.local_name
+                tensors |= elastic_tensors(name, read_linear(file, name))
+        routing = None
+        if method is not None:
+            tensors |= self.router_tensors(block, method)
+            routing = BlockRouting(self.routers, self.spec.slices, self.shape(method))
+        return elastic_block(self.model, block, tensors, self.spec.group_size, precision, routing)
+
+    def packed_block(
+        self, block: int, precision: Precision, method: str | None = None
+    ) -> nn.Module:
+        """A block from the files of the packed checkpoint that the loaded slices need."""
+        shards = [s for s in self.shards if s.slice is None or s.slice < precision.max_slices]
+        routing = None
+        if method is not None:
+            shape = self.shape(method)
+            routing = BlockRouting(self.routers, self.spec.slices, shape)
+            shards.append(routing_shard([*self.linears.values()], self.spec.slices, shape))
+        elastic = [name for name in self.routers] if routing else []
+        elastic += [linear.local_name for linear in self.linears.values() if linear.block == block]
+        tensors = self._packed_tensors(
+            block, shards, {f"model.layers.{block}.{n}" for n in elastic}
+        )
+        return elastic_block(self.model, block, tensors, self.spec.group_size, precision, routing)
+
+    def _packed_tensors(
+        self, block: int, shards: list[Shard], modules: set[str]
+    ) -> Mapping[str, Tensor]:
+        tensors = {}
+        for shard in shards:
+            if block not in shard.blocks:
+                continue
+            file = open_tensors(self.store, keys.checkpoint_key(self.document.run, shard.file))
+            for entry in shard.entries:
+                module, _, buffer = entry.name.rpartition(".")
+                if module in modules and buffer != "bias":
+                    name = entry.name.removeprefix(f"model.layers.{block}.")
+                    tensors[name] = read_tensor(file, entry.name)
+        return tensors

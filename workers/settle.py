@@ -1,0 +1,237 @@
+"""Correct the thresholds on the routed model, and measure what each average width costs.
+
+Thresholds found on the tokens of the full-precision model miss a little once every linear sees what
+quantized linears before it made. So calibration text is run through the routed model three times:
+with every slice read, for a first threshold of each setting (a ceiling and an average width); at
+these thresholds, for the second ones; and at those, to measure. A pass takes all its settings
+through a block before it goes to the next one, so a block is made once a pass. Between the settled
+widths, thresholds are interpolated from what slices earned at the two around them.
+
+What a width costs is the divergence from the full-precision model: mean Kullback-Leibler divergence
+of the next token's distribution, in nats, far less noisy than a difference of perplexities.
+`choose` compares methods by it at equal total bits.
+
+Legend: B sequences, T tokens, H hidden_size, E extra slices, L linears of an input.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mbq.artifacts.manifest import CurveRecord, RoutingRecord, SettledWidth
+from mbq.kernels.quantize import SLICE_BITS
+from mbq.kernels.router import Precision, Router
+from mbq.workers.allocate import Earnings, budget_curve, realised_bits, thresholds
+from mbq.workers.evaluate import sequences_at_once
+from mbq.workers.model import Model
+from mbq.workers.rivals import OracleRouter
+
+# Average widths that are settled, as far as the highest ceiling allows; others are interpolated.
+_SETTLED = (2.0, 2.25, 2.5, 3.0, 3.5, 4.0, 5.0, 6.5)
+# Those under lower ceilings, which differ little: a slice that is not there is rarely missed.
+_SETTLED_BELOW = {4: (3.0,), 6: (4.0,)}
+# Total bits at which methods are compared: where sharing matters most.
+_COMPARED = (2.5, 3.0, 3.5)
+# A method that computes more at run time must lose at least this share less.
+_WORTH_IT = 0.01
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run the model: what may be spent on a token, what is spent on average, and how."""
+
+    ceiling_bits: int
+    average_bits: float
+    log_threshold: float
+
+
+@dataclass(frozen=True)
+class RoutedModel:
+    """A model whose blocks have routers.
+
+    Attributes:
+        blocks: makes the blocks, in order, anew for every pass; all share `precision`.
+        weights: parameters of the linears of each router, by the router's name inside its block.
+    """
+
+    model: Model
+    blocks: Callable[[], Iterable[nn.Module]]
+    precision: Precision
+    weights: Mapping[str, tuple[int, ...]]
+
+
+_SCORING = (Router, OracleRouter)
+
+
+def settle(
+    routed: RoutedModel,
+    ids_BT: Tensor,
+    microbatch: int,
+    method: str,
+    blobs: tuple[str, ...],
+    router_bits: float,
+    report: Callable[[float], None],
+) -> RoutingRecord:
+    """Curves of every ceiling, and what the settled widths cost.
+
+    Args:
+        blobs: sha256 of every block's codes.
+        router_bits: what the method reads beside the codes, per weight.
+        report: called with the finished fraction.
+    """
+    most = SLICE_BITS * routed.precision.max_slices
+    below = {ceiling: widths for ceiling, widths in _SETTLED_BELOW.items() if ceiling < most}
+    widths = below | {most: tuple(bits for bits in _SETTLED if bits < most)}
+    wanted = [(ceiling, bits) for ceiling in widths for bits in widths[ceiling]]
+    everything = [Setting(most, float(most), -math.inf)]
+    at_most, _ = run_settings(routed, ids_BT, microbatch, everything)
+    report(1 / 6)
+    first = _solve(wanted, at_most * len(wanted))
+    earned = at_most * len(wanted)
+    # Where tokens are alike, nothing depends on what a linear sees.
+    if any(earnings.log_ELT.shape[2] > 1 for earnings in at_most[0]):
+        earned, _ = run_settings(routed, ids_BT, microbatch, first)
+    report(3 / 6)
+    second = _solve(wanted, earned)
+    measured, hidden = run_settings(routed, ids_BT, microbatch, second)
+    report(5 / 6)
+    curves = {}
+    for ceiling in widths:
+        settled = {
+            setting.average_bits: earnings
+            for setting, earnings in zip(first, earned, strict=True)
+            if setting.ceiling_bits == ceiling
+        }
+        curve = budget_curve(settled, ceiling)
+        curves[ceiling] = CurveRecord(
+            average_bits=curve.average_bits, log_thresholds=curve.log_thresholds
+        )
+    full_BTH = _full_hidden(routed.model, ids_BT, microbatch)
+    costs = [_divergence(routed.model, full_BTH, h) for h in hidden]
+    return RoutingRecord(
+        method=method,
+        blobs=blobs,
+        router_bits=router_bits,
+        curves=curves,
+        settled=tuple(
+            SettledWidth(
+                ceiling_bits=setting.ceiling_bits,
+                average_bits=setting.average_bits,
+                realised_bits=realised_bits(e, setting.log_threshold, setting.ceiling_bits),
+                divergence=cost,
+            )
+            for setting, e, cost in zip(second, measured, costs, strict=True)
+        ),
+    )
+
+
+def choose(records: Sequence[RoutingRecord]) -> RoutingRecord:
+    """The method that diverges least at equal total bits; a cheaper one where it hardly matters.
+
+    Args:
+        records: from the cheapest method at run time to the dearest.
+    """
+    best = records[0]
+    for record in records[1:]:
+        if _log_cost(record) < _log_cost(best) + math.log1p(-_WORTH_IT):
+            best = record
+    return best
+
+
+def _log_cost(record: RoutingRecord) -> float:
+    """Mean log divergence at the compared totals; infinite where one is out of reach."""
+    most = max(width.ceiling_bits for width in record.settled)
+    widths = [width for width in record.settled if width.ceiling_bits == most]
+    totals = [width.realised_bits + record.router_bits for width in widths]
+    if totals[0] > _COMPARED[0]:
+        return math.inf
+    logs = [math.log(max(width.divergence, 1e-30)) for width in widths]
+    return statistics.fmean(np.interp(_COMPARED, totals, logs).tolist())
+
+
+def _solve(
+    wanted: Sequence[tuple[int, float]], earned: Sequence[Sequence[Earnings]]
+) -> list[Setting]:
+    return [
+        Setting(ceiling, bits, thresholds(earnings, [bits], ceiling)[0])
+        for (ceiling, bits), earnings in zip(wanted, earned, strict=True)
+    ]
+
+
+@torch.no_grad()
+def run_settings(
+    routed: RoutedModel,
+    ids_BT: Tensor,
+    microbatch: int,
+    settings: Sequence[Setting],
+) -> tuple[list[list[Earnings]], list[Tensor]]:
+    """Run text through the routed model in several settings.
+
+    Returns, by setting, what slices were expected to earn, and the hidden states that leave the
+    last block.
+    """
+    model, precision = routed.model, routed.precision
+    hidden = [model.embed(ids_BT) for _ in settings]
+    earned: list[list[Earnings]] = [[] for _ in settings]
+    loaded = precision.max_slices
+    precision.slices = None
+    for index, block in enumerate(routed.blocks()):
+        routers = {name: m for name, m in block.named_modules() if isinstance(m, _SCORING)}
+        for number, setting in enumerate(settings):
+            precision.max_slices = setting.ceiling_bits // SLICE_BITS
+            precision.log_threshold = setting.log_threshold
+            seen: dict[str, list[Tensor]] = {name: [] for name in routers}
+            hooks = [r.register_forward_pre_hook(_watch(seen[n])) for n, r in routers.items()]
+            for part in hidden[number].split(microbatch):
+                part.copy_(model.run(block, index, part))
+            for hook in hooks:
+                hook.remove()
+            earned[number] += [Earnings(_joined(seen[n]), routed.weights[n]) for n in routers]
+        # The next block is made with all its slices.
+        precision.max_slices = loaded
+    return earned, hidden
+
+
+def _watch(seen: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, int]], None]:
+    def note(router: nn.Module, arguments: tuple[Tensor, int]) -> None:
+        assert isinstance(router, _SCORING)
+        x, linear = arguments
+        # The linears of an input ask one after the other for the same tokens.
+        if linear == 0:
+            seen.append(router.log_earnings(x).cpu())
+
+    return note
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Earnings of all tokens; where tokens are alike, those of one."""
+    return parts[0] if parts[0].shape[2] == 1 else torch.cat(parts, dim=2)
+
+
+@torch.no_grad()
+def _full_hidden(model: Model, ids_BT: Tensor, microbatch: int) -> Tensor:
+    hidden_BTH = model.embed(ids_BT)
+    for index in range(model.block_count):
+        block = model.block(index)
+        for part in hidden_BTH.split(microbatch):
+            part.copy_(model.run(block, index, part))
+    return hidden_BTH
+
+
+@torch.no_grad()
+def _divergence(model: Model, full_BTH: Tensor, hidden_BTH: Tensor) -> float:
+    """Mean divergence (nats) of the next token's distribution from the full-precision model's."""
+    head = model.head()
+    size = sequences_at_once(full_BTH.shape[1], int(model.config.vocab_size))
+    total = 0.0
+    for full, hidden in zip(full_BTH.split(size), hidden_BTH.split(size), strict=True):
+        expected = F.log_softmax(head(full).float(), dim=-1)
+        found = F.log_softmax(head(hidden).float(), dim=-1)
+        total += F.kl_div(found, expected, reduction="sum", log_target=True).item()
+    return total / (full_BTH.shape[0] * full_BTH.shape[1])
