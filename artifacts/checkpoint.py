@@ -7,8 +7,12 @@
                                               linear
         <linear>.plane_<p>      I32 [N, K/32] p = 2e and 2e + 1 (layout: kernels/bitplanes.py)
         <linear>.gain_bias_<k>  I32 [N]       k = e + 1: float16 pair of gain and bias at k slices
+    model-routing.safetensors                 the routers, per linear input of a block: `trunk`,
+                                              `offset`, `head`, `knots` (kernels/router.py), as
+                                              many of them as the routing method has
 
-So the base and the first k slice sets are a complete model of 2k bits. Around them:
+So the base, the routers and the first k slice sets are a complete model of 2k bits; the routers'
+thresholds, a curve per ceiling, are in `config.json`. Around them:
 `model.safetensors.index.json` (every tensor and its file), `config.json` (the source's, with
 `quantization_config`), the tokenizer's files, and `manifest.json`, written last.
 
@@ -30,8 +34,18 @@ from mbq.artifacts.tensors import Entry
 QUANT_METHOD = "mbq"
 PACKING = "plane-row32-lsb"
 INDEX_FILE = "model.safetensors.index.json"
+ROUTING_FILE = "model-routing.safetensors"
 MAX_SHARD_BYTES = 4 * 1024**3
+# Points of a router's map from score to earnings.
+KNOTS = 16
 
+# Linears of one block that read the same input, by the name of their router.
+_ROUTERS = {
+    "self_attn.qkv_router": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.o_router": ("self_attn.o_proj",),
+    "mlp.gate_up_router": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down_router": ("mlp.down_proj",),
+}
 _BLOCK_WEIGHT = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
 
 
@@ -48,6 +62,14 @@ class Linear:
     def local_name(self) -> str:
         """Name inside the block."""
         return self.name.removeprefix(f"model.layers.{self.block}.")
+
+
+@dataclass(frozen=True)
+class RouterShape:
+    """Rows of a router's trunk, and points of its map; without scores the width is None."""
+
+    width: int | None
+    knots: int
 
 
 @dataclass(frozen=True)
@@ -100,6 +122,43 @@ def plan_shards(
     return shards
 
 
+def find_routers(linears: Iterable[Linear]) -> dict[str, tuple[str, ...]]:
+    """The linears that each router of a block serves; names are those inside the block."""
+    names = {linear.local_name for linear in linears}
+    routers = {router: served for router, served in _ROUTERS.items() if names >= set(served)}
+    alone = names - {name for served in routers.values() for name in served}
+    return routers | {f"{name}_router": (name,) for name in sorted(alone)}
+
+
+def router_shape(method: str, width: int) -> RouterShape:
+    """Shape of every router of a method; `width` is that of learned ones."""
+    shapes = {"linear": RouterShape(None, 1), "norm": RouterShape(0, KNOTS)}
+    return shapes.get(method, RouterShape(width, KNOTS))
+
+
+def routing_shard(linears: Sequence[Linear], slices: int, shape: RouterShape) -> Shard:
+    """The file of the routers."""
+    routers = find_routers(linears)
+    inputs = {(linear.block, linear.local_name): linear.in_features for linear in linears}
+    blocks = sorted({linear.block for linear in linears})
+    entries = [
+        Entry(f"model.layers.{block}.{router}.{name}", "I32", size)
+        for block in blocks
+        for router, served in routers.items()
+        for name, size in _router_shapes(
+            inputs[block, served[0]], len(served), slices - 1, shape
+        ).items()
+    ]
+    return Shard(ROUTING_FILE, None, tuple(entries), tuple(blocks))
+
+
+def router_bits(linears: Sequence[Linear], slices: int, shape: RouterShape) -> float:
+    """What routers read for each token, per weight; the maps are read when the width changes."""
+    entries = routing_shard(linears, slices, shape).entries if slices > 1 else ()
+    read_bytes = sum(e.size_bytes for e in entries if not e.name.endswith(".knots"))
+    return 8 * read_bytes / sum(linear.out_features * linear.in_features for linear in linears)
+
+
 def index_document(shards: Iterable[Shard]) -> bytes:
     """The index that transformers reads: every tensor and its file."""
     weight_map = {entry.name: shard.file for shard in shards for entry in shard.entries}
@@ -107,8 +166,30 @@ def index_document(shards: Iterable[Shard]) -> bytes:
     return _json({"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
+def routing_document(
+    method: str, slices: int, shape: RouterShape, linears: Sequence[Linear], curves: Any
+) -> dict[str, Any]:
+    """The part of `quantization_config` that describes the routers.
+
+    Args:
+        curves: by ceiling in bits, `average_bits` and their `log_thresholds`.
+    """
+    return {
+        "method": method,
+        "slices": slices,
+        "width": shape.width,
+        "knots": shape.knots,
+        "routers": {name: list(served) for name, served in find_routers(linears).items()},
+        "curves": curves,
+    }
+
+
 def config_document(
-    source: Source, slices: int, group_size: int, linears: Sequence[Linear]
+    source: Source,
+    slices: int,
+    group_size: int,
+    linears: Sequence[Linear],
+    routing: Mapping[str, Any] | None,
 ) -> bytes:
     """The source's config.json with `quantization_config` added."""
     config = dict(source.config)
@@ -119,6 +200,7 @@ def config_document(
         "group_size": group_size,
         "packing": PACKING,
         "linears": sorted({linear.local_name for linear in linears}),
+        "routing": routing,
     }
     return _json(config)
 
@@ -141,6 +223,18 @@ def _slice_entries(linear: Linear, e: int) -> list[Entry]:
     planes = range(SLICE_BITS * e, SLICE_BITS * (e + 1))
     entries = [Entry(plane_name(linear.name, p), "I32", words) for p in planes]
     return [*entries, Entry(gain_bias_name(linear.name, e + 1), "I32", (linear.out_features,))]
+
+
+def _router_shapes(
+    in_features: int, served: int, extra: int, shape: RouterShape
+) -> dict[str, tuple[int, ...]]:
+    """Buffers of one router, as `kernels/router.py` names them."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    if shape.width:
+        shapes |= {"trunk": (shape.width, in_features // 2), "offset": (shape.width,)}
+    if shape.width is not None:
+        shapes["head"] = (extra, served, shape.width + 2)
+    return shapes | {"knots": (extra, served, 2, shape.knots)}
 
 
 def _groups(linear: Linear, group_size: int) -> tuple[int, int]:

@@ -4,7 +4,10 @@ runs/<run>/spec.json                            what was asked and what it resol
 runs/<run>/status.json                          the driver's last word on its progress
 runs/<run>/blocks/<00007>/record.json           a finished block; written after its blob
 runs/<run>/shards/<file>/record.json            a finished file of the checkpoint
+runs/<run>/sensitivity.json                     how much the loss minds each linear's errors
+runs/<run>/routing/<method>.json                thresholds of one way to share bits, settled
 runs/<run>/evaluations/<tokens>/<variant>.json  losses of one model variant
+runs/<run>/sample.json                          bits of each token of the sample text
 runs/<run>/results.json                         the table of the run
 runs/<run>/checkpoint/...                       the packed checkpoint; manifest.json comes last
 blobs/sha256/<aa>/<sha256>                      immutable bytes, named by their digest
@@ -27,6 +30,18 @@ def block_key(run: str, block: int) -> str:
 
 def shard_key(run: str, file: str) -> str:
     return f"{RUNS}/{run}/shards/{file}/record.json"
+
+
+def sensitivity_key(run: str) -> str:
+    return f"{RUNS}/{run}/sensitivity.json"
+
+
+def routing_key(run: str, method: str) -> str:
+    return f"{RUNS}/{run}/routing/{method}.json"
+
+
+def sample_key(run: str) -> str:
+    return f"{RUNS}/{run}/sample.json"
 
 
 def evaluation_key(run: str, tokens_sha256: str, variant: str) -> str:

@@ -1,13 +1,17 @@
 """Load a packed checkpoint as an ordinary transformers model.
 
-    model = load_model("./llama2-13b-mbq", bits=4)
-    model.set_bits(2)                        # from the next forward pass on, nothing is reloaded
+    model = load_model("./llama2-13b-mbq", average_bits=3.2)
+    model.set_average_bits(2.5)              # from the next forward pass on, nothing is reloaded
+    model.set_bits(4)                        # every token alike
+    model.realised_bits()                    # what was read since the width was last set
+    model.set_policy(lambda: bits_now())     # asked before every `generate`
 
 Importing this module registers the quantization method `mbq`, so that
 `AutoModelForCausalLM.from_pretrained` also works. Transformers discovers no plug-ins: without this
 import it would load such a checkpoint with random linears, which is why `load_model` exists.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -24,24 +28,33 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mbq.artifacts.checkpoint import PACKING, QUANT_METHOD
+from mbq.artifacts.checkpoint import PACKING, QUANT_METHOD, RouterShape
 from mbq.artifacts.errors import CorruptError, InputError, NotFoundError
 from mbq.artifacts.spec import FORMAT_VERSION, SLICE_BITS
-from mbq.kernels.linear import ElasticLinear, Precision
+from mbq.kernels.linear import ElasticLinear
+from mbq.kernels.router import Curve, Precision, Router
 
 
-def load_model(path: str | Path, bits: int | None = None, **kwargs: Any) -> PreTrainedModel:
+def load_model(
+    path: str | Path,
+    bits: int | None = None,
+    average_bits: float | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
     """Load a packed checkpoint from a local folder.
 
     Args:
-        bits: width to start at; default: the highest stored. `model.set_bits(bits)` changes it.
+        bits: width of every token to start at; default: the highest stored.
+        average_bits: average width to start at, instead; see `set_average_bits`.
         kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
         NotFoundError: the folder is not a packed checkpoint.
         CorruptError: a tensor is missing or the format is unknown.
-        InputError: `bits` is not a stored width.
+        InputError: the width is not stored, or two were given.
     """
+    if bits is not None and average_bits is not None:
+        raise InputError(f"bits {bits} and average_bits {average_bits}: give one of them")
     if not (Path(path) / "config.json").is_file():
         raise NotFoundError(f"{path} holds no config.json; give the folder of a packed checkpoint")
     config = AutoConfig.from_pretrained(path)
@@ -51,6 +64,8 @@ def load_model(path: str | Path, bits: int | None = None, **kwargs: Any) -> PreT
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, config=config, **kwargs)
     if bits is not None:
         set_bits(model, bits)
+    if average_bits is not None:
+        set_average_bits(model, average_bits)
     return model
 
 
@@ -62,6 +77,7 @@ class MbqConfig(QuantizationConfigMixin):
         max_bits: int,
         group_size: int,
         linears: list[str],
+        routing: dict[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         packing: str = PACKING,
         quant_method: str = QUANT_METHOD,
@@ -73,6 +89,7 @@ class MbqConfig(QuantizationConfigMixin):
         self.group_size = group_size
         self.packing = packing
         self.linears = linears
+        self.routing = routing
         if (format_version, packing) != (FORMAT_VERSION, PACKING):
             raise CorruptError(
                 f"the checkpoint has format {format_version} with packing {packing}, this program "
@@ -92,12 +109,19 @@ class MbqQuantizer(HfQuantizer):
         assert isinstance(config, MbqConfig)
         precision = Precision(config.max_bits // SLICE_BITS)
         names = replace_linears(model, config.linears, config.group_size, precision)
+        if config.routing is not None:
+            routing = config.routing
+            shape = RouterShape(routing["width"], routing["knots"])
+            names += add_routers(
+                model, names, routing["routers"], routing["slices"], shape, precision
+            )
         _require_tensors(model, names, checkpoint_files or [])
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
-        model.set_bits = MethodType(set_bits, model)  # type: ignore[assignment]
+        for method in (set_bits, set_average_bits, set_policy, realised_bits):
+            setattr(model, method.__name__, MethodType(method, model))
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:
@@ -130,17 +154,137 @@ def replace_linears(
     return names
 
 
+def add_routers(
+    model: nn.Module,
+    linears: Sequence[str],
+    routers: Mapping[str, Sequence[str]],
+    slices: int,
+    shape: RouterShape,
+    precision: Precision,
+) -> list[str]:
+    """Give every elastic linear a router, still without values.
+
+    Args:
+        linears: names of the elastic linears.
+        routers: the linears that each router of a block serves, by names inside the block.
+        slices: how many the routers know; the linears may hold fewer.
+
+    Returns the names of the routers.
+    """
+    names = []
+    for router_name, served in routers.items():
+        for leader in linears:
+            if leader != served[0] and not leader.endswith(f".{served[0]}"):
+                continue
+            prefix = leader.removesuffix(served[0])
+            group = [model.get_submodule(prefix + name) for name in served]
+            first = group[0]
+            assert isinstance(first, ElasticLinear)
+            with torch.device(first.get_buffer("scale_zero").device):
+                router = Router(
+                    first.in_features, len(group), slices, shape.width, shape.knots, precision
+                )
+            parent, _, child = (prefix + router_name).rpartition(".")
+            model.get_submodule(parent).add_module(child, router)
+            for number, linear in enumerate(group):
+                assert isinstance(linear, ElasticLinear)
+                linear.route(router, number)
+            names.append(prefix + router_name)
+    return names
+
+
 def set_bits(model: PreTrainedModel, bits: int) -> None:
-    """Run at `bits` bits per weight from the next forward pass on; also `model.set_bits(bits)`.
+    """Run every token at `bits` bits per weight from the next forward pass on.
+
+    Also `model.set_bits(bits)`.
 
     Raises:
         InputError: `bits` is not a stored width.
     """
-    elastic = next(module for module in model.modules() if isinstance(module, ElasticLinear))
+    linears = elastic_linears(model)
     try:
-        elastic.precision.set_bits(bits)
+        linears[0].precision.set_bits(bits)
     except ValueError as error:
         raise InputError(str(error)) from error
+    for linear in linears:
+        linear.reset_tally()
+
+
+def set_average_bits(model: PreTrainedModel, average_bits: float) -> None:
+    """Share `average_bits` bits per weight over tokens and linears from the next forward pass on.
+
+    Code bits, averaged over tokens and weights; text unlike the calibration text may get more or
+    less (`realised_bits` tells). Nothing is loaded or allocated. Also
+    `model.set_average_bits(average_bits)`.
+
+    Raises:
+        InputError: the width is not between 2 bits and the highest one stored.
+    """
+    linears = elastic_linears(model)
+    precision = linears[0].precision
+    try:
+        precision.set_average_bits(average_bits, _curve(model, precision))
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    for linear in linears:
+        linear.reset_tally()
+
+
+def realised_bits(model: PreTrainedModel) -> float:
+    """Code bits per weight that were read since the width was last set.
+
+    Averaged over weights and over all tokens that passed, padding included. Also
+    `model.realised_bits()`.
+
+    Raises:
+        InputError: none has passed.
+    """
+    linears = elastic_linears(model)
+    passed = sum(linear.tokens * linear.weights for linear in linears)
+    if not passed:
+        raise InputError("no token has been processed since the width was last set")
+    read = sum(int(linear.slices_read) * linear.weights for linear in linears)
+    return SLICE_BITS * read / passed
+
+
+def set_policy(model: PreTrainedModel, policy: Callable[[], float] | None) -> None:
+    """Ask `policy` for the average bits before every `generate`, that is, between requests.
+
+    Also `model.set_policy(policy)`. With None the width stays as it is. What the policy raises, and
+    InputError where its answer is no width of the model, comes out of `generate`.
+    """
+    model.__dict__.pop("generate", None)
+    if policy is None:
+        return
+
+    def with_policy(self: Any, *args: Any, **kwargs: Any) -> Any:
+        set_average_bits(self, policy())
+        return type(self).generate(self, *args, **kwargs)
+
+    # A method, so that a copy of the model asks for itself.
+    model.__dict__["generate"] = MethodType(with_policy, model)
+
+
+def elastic_linears(model: nn.Module) -> list[ElasticLinear]:
+    """The elastic linears of a model or block, in order."""
+    return [module for module in model.modules() if isinstance(module, ElasticLinear)]
+
+
+def _curve(model: PreTrainedModel, precision: Precision) -> Curve:
+    """The budget curve of the loaded ceiling."""
+    config = model.config.quantization_config
+    routing = config["routing"] if isinstance(config, dict) else config.routing
+    ceiling = SLICE_BITS * precision.max_slices
+    if ceiling == SLICE_BITS:
+        return Curve((float(SLICE_BITS),), (0.0,))
+    try:
+        stored = routing["curves"][str(ceiling)]
+        return Curve(tuple(stored["average_bits"]), tuple(stored["log_thresholds"]))
+    except (KeyError, TypeError) as error:
+        raise CorruptError(
+            f"the checkpoint has no thresholds for {ceiling} bits: its config.json is incomplete; "
+            "fetch it again"
+        ) from error
 
 
 def _require_tensors(model: nn.Module, names: list[str], files: list[str]) -> None:

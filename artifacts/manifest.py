@@ -5,6 +5,7 @@ then the checkpoint's files, and the manifest last. The manifest holds nothing t
 between two runs of the same id: no times, attempts, stores or paths.
 """
 
+import json
 from collections.abc import Iterable
 from functools import cached_property
 from typing import Literal, TypeVar
@@ -40,6 +41,7 @@ class RunDocument(Document):
     model_digest: str
     calibration_tokens: BlobRef
     evaluation_tokens: BlobRef | None
+    sample_tokens: BlobRef | None
     code_version: str
 
     @cached_property
@@ -48,13 +50,20 @@ class RunDocument(Document):
 
 
 class BlockRecord(Document):
-    """A finished block. Attempt and seconds are the run's history, not the block's identity."""
+    """A finished block. Attempt and seconds are the run's history, not the block's identity.
+
+    Attributes:
+        loss_before, loss_after: mean squared output error by slice count.
+        outlier_overlap: of the tenth of tokens with the largest error at one slice count, the share
+            that is among those of another.
+    """
 
     block: int
     blob: BlobRef
     hardware: str
     loss_before: dict[int, float]
     loss_after: dict[int, float]
+    outlier_overlap: dict[int, dict[int, float]]
     attempt: int
     seconds: float
 
@@ -74,10 +83,15 @@ class FileRecord(Document):
 
 
 class ShardRecord(Document):
-    """A finished file of the checkpoint, and the blobs it was made from."""
+    """A finished file of the checkpoint, and the blobs it was made from.
+
+    Attributes:
+        method: how bits are shared, for the routers' file.
+    """
 
     file: FileRecord
     blobs: tuple[str, ...]
+    method: str | None = None
 
 
 class Manifest(Document):
@@ -129,30 +143,86 @@ class Status(Document):
     updated_at: float
 
 
+class SensitivityRecord(Document):
+    """Sensitivity of every linear by its name in the model (`workers/sensitivity.py`)."""
+
+    sensitivity: dict[str, float]
+
+
+class CurveRecord(Document):
+    """Thresholds of one ceiling: average widths ascending, log thresholds descending."""
+
+    average_bits: tuple[float, ...]
+    log_thresholds: tuple[float, ...]
+
+
+class SettledWidth(Document):
+    """An average width under a ceiling as it came out on calibration text.
+
+    Attributes:
+        divergence: mean divergence (nats) from the full-precision model's next token.
+    """
+
+    ceiling_bits: int
+    average_bits: float
+    realised_bits: float
+    divergence: float
+
+
+class RoutingRecord(Document):
+    """One method of sharing bits, settled.
+
+    Attributes:
+        blobs: sha256 of every block's codes, in order.
+        router_bits: what it reads beside the codes, per weight.
+        curves: by ceiling in bits.
+    """
+
+    method: str
+    blobs: tuple[str, ...]
+    router_bits: float
+    curves: dict[int, CurveRecord]
+    settled: tuple[SettledWidth, ...]
+
+
 class VariantLosses(Document):
     """Mean negative log likelihood per predicted token (nats) of every sequence, in order.
 
     Attributes:
-        manifest_sha256: of the checkpoint that was evaluated; None for variants of the source.
+        manifest_sha256: of the checkpoint whose codes were evaluated; None for variants of the
+            source.
+        linear_bits: code bits that each linear read on average, by its name in the model; empty for
+            variants that are not elastic.
     """
 
     variant: str
     manifest_sha256: str | None
     losses: tuple[float, ...]
+    linear_bits: dict[str, float]
+
+
+class TokenBits(Document):
+    """Average code bits that each token of the sample text got, by the average asked for."""
+
+    manifest_sha256: str
+    ids: tuple[int, ...]
+    bits: dict[str, tuple[float, ...]]
 
 
 class Row(Document):
     """One line of the result table.
 
     Attributes:
-        bits: code bits per weight; None for full precision.
-        total_bits: with scales, zeros, gains and biases, per quantized weight.
+        bits: code bits per weight that were asked for; None for full precision.
+        realised_bits: those that were read, averaged over tokens and weights.
+        total_bits: these with scales, zeros, gains, biases and routers.
         gap: mean difference of log perplexity to full precision; `gap_error` its paired standard
             error over sequences.
     """
 
     variant: str
-    bits: int | None
+    bits: float | None
+    realised_bits: float | None
     total_bits: float | None
     perplexity: float
     perplexity_error: float
@@ -161,9 +231,14 @@ class Row(Document):
 
 
 class Results(Document):
-    """What validation measured. Outside the manifest: evaluating differently changes no bytes."""
+    """What validation measured. Outside the manifest: evaluating differently changes no bytes.
+
+    Attributes:
+        method: how the checkpoint shares bits; None if it has one width only.
+    """
 
     run: str
+    method: str | None
     tokens_sha256: str
     tokens: int
     sequence_length: int
@@ -210,13 +285,18 @@ def put_blob(store: Store, chunks: Iterable[bytes]) -> BlobRef:
 
 def find_run(store: Store, run: str) -> RunDocument:
     """Raises NotFoundError or CorruptError; refuses a run of another format."""
-    document = get_document(store, keys.spec_key(run), RunDocument)
-    if document.format_version != FORMAT_VERSION:
+    key = keys.spec_key(run)
+    try:
+        raw = json.loads(store.read(key))
+        found = raw["format_version"], raw["code_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptError(f"{key} is not the document of a run: {error}") from error
+    if found[0] != FORMAT_VERSION:
         raise CorruptError(
-            f"run {run} has format {document.format_version}, this program reads "
-            f"{FORMAT_VERSION}; use the version that wrote it ({document.code_version})"
+            f"run {run} has format {found[0]}, this program reads {FORMAT_VERSION}; use the "
+            f"version that wrote it ({found[1]})"
         )
-    return document
+    return get_document(store, key, RunDocument)
 
 
 def block_records(store: Store, run: str, blocks: int) -> dict[int, BlockRecord]:

@@ -21,11 +21,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from mbq.artifacts.errors import InputError, NotFoundError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SLICE_BITS = 2
 WORD_INPUTS = 32
 
 Dataset = Literal["wikitext2", "c4", "ptb", "text", "jsonl", "stdlib"]
+Rival = Literal["linear", "norm", "learned", "shuffled", "random", "oracle"]
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -84,6 +85,27 @@ class Optimisation(Document):
     balance: Annotated[float, Field(ge=0, le=1)] = 0.5
 
 
+class Routing(Document):
+    """How bits are shared over tokens and linears (`workers/route.py` says what the methods are).
+
+    `auto` takes, of `linear`, `norm` and `token`, what loses least at equal total bits.
+    """
+
+    method: Literal["auto", "linear", "norm", "token", "gates", "target"] = "auto"
+    width: Annotated[int, Field(ge=1, le=1024)] = 8
+    steps: Annotated[int, Field(ge=1, le=100_000)] = 300
+    rate: Positive = 1e-2
+    tokens: Annotated[int, Field(ge=64, le=1_000_000)] = 8192
+    sensitivity_samples: Annotated[int, Field(ge=1, le=65_536)] = 8
+    settle_tokens: Annotated[int, Field(ge=64, le=1_000_000)] = 4096
+    target_bits: Annotated[float, Field(ge=2, le=8)] = 3.0
+
+    @property
+    def learned(self) -> str:
+        """How the learned routers are trained."""
+        return self.method if self.method in ("gates", "target") else "token"
+
+
 class Resources(Document):
     """What a task may use. `workers` blocks are calibrated at once; default: all that fit."""
 
@@ -93,8 +115,28 @@ class Resources(Document):
 
 
 class Evaluation(Text):
+    """What is measured in the end.
+
+    `average_bits` are widths that are shared over tokens and linears (default: 2.25, 2.5, 3 and
+    3.5); `rivals` are other ways of sharing them, measured at 2.25, 2.5, 3 and 3.5 beside the run's
+    own.
+    """
+
     tokens: Annotated[int, Field(ge=256, le=100_000_000)] = 131_072
     sequence_length: Annotated[int, Field(ge=8, le=131_072)] = 2048
+    average_bits: tuple[Annotated[float, Field(ge=2, le=8)], ...] | None = None
+    rivals: tuple[Rival, ...] = ()
+
+    @model_validator(mode="after")
+    def _is_clear(self) -> Self:
+        averages = self.average_bits or ()
+        if len(set(averages)) < len(averages) or any(bits != round(bits, 3) for bits in averages):
+            raise ValueError(
+                f"average_bits {list(averages)} must be distinct, with at most three decimals"
+            )
+        if len(set(self.rivals)) < len(self.rivals):
+            raise ValueError(f"rivals {list(self.rivals)} must be distinct; name each once")
+        return self
 
     @model_validator(mode="after")
     def _holds_two_sequences(self) -> Self:
@@ -114,6 +156,7 @@ class RunSpec(Document):
     slices: Annotated[int, Field(ge=1, le=4)] = 4
     group_size: Annotated[int, Field(ge=WORD_INPUTS, le=4096)] = 128
     optimisation: Optimisation = Optimisation()
+    routing: Routing = Routing()
     propagation: Literal["full_precision", "sequential"] = "full_precision"
     dtype: Literal["float32", "bfloat16"] = "float32"
     threads: Annotated[int, Field(ge=1, le=256)] = 1
@@ -129,6 +172,18 @@ class RunSpec(Document):
             raise ValueError(
                 f"group_size {self.group_size} is not a multiple of {WORD_INPUTS}: a stored word "
                 "holds 32 inputs; use 32, 64, 128 or 256"
+            )
+        most = SLICE_BITS * self.slices
+        if self.routing.method == "target" and self.routing.target_bits > most:
+            raise ValueError(
+                f"routing.target_bits {self.routing.target_bits} is more than {most}, the bits of "
+                f"{self.slices} slices; lower it"
+            )
+        averages = self.evaluation.average_bits if self.evaluation else None
+        if averages and (max(averages) > most or self.slices == 1):
+            raise ValueError(
+                f"evaluation.average_bits {list(averages)} must lie between 2 and {most}, the bits "
+                f"of {self.slices} slices, with at least 2 slices; change one to fit the other"
             )
         counts = self.optimisation.slice_counts
         allowed = list(range(1, self.slices + 1))
@@ -191,7 +246,9 @@ def explain(error: ValidationError) -> str:
     """The first fault of a document in one line."""
     faults = error.errors(include_url=False, include_context=False)
     fault = faults[0]
-    field = ".".join(str(part) for part in fault["loc"]) or "spec"
+    # A list is set as a whole.
+    parts = [str(part) for part in fault["loc"] if not isinstance(part, int)]
+    field = ".".join(parts) or "spec"
     rest = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     if fault["type"] == "extra_forbidden":
         return f"{field}: unknown key{_suggest(fault['loc'])}{rest}"
@@ -219,6 +276,7 @@ def run_id(spec: RunSpec, model_digest: str, tokens_sha256: str) -> str:
                 "slices",
                 "group_size",
                 "optimisation",
+                "routing",
                 "propagation",
                 "dtype",
                 "threads",

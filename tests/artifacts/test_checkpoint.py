@@ -2,7 +2,20 @@
 
 import json
 
-from mbq.artifacts.checkpoint import find_linears, index_document, plan_shards, slice_files
+import pytest
+
+from mbq.artifacts.checkpoint import (
+    Linear,
+    find_linears,
+    find_routers,
+    index_document,
+    plan_shards,
+    router_bits,
+    router_shape,
+    routing_shard,
+    slice_files,
+)
+from mbq.artifacts.spec import Routing
 from mbq.artifacts.tensors import Entry
 
 
@@ -64,3 +77,68 @@ def test_index_names_every_tensor_once() -> None:
     assert index["weight_map"] == expected
     total = sum(entry.size_bytes for shard in shards for entry in shard.entries)
     assert index["metadata"]["total_size"] == total
+
+
+def _llama_2_7b() -> list[Linear]:
+    hidden, wide = 4096, 11008
+    shapes = {f"self_attn.{n}_proj": (hidden, hidden) for n in ("q", "k", "v", "o")}
+    shapes |= {"mlp.gate_proj": (wide, hidden), "mlp.up_proj": (wide, hidden)}
+    shapes["mlp.down_proj"] = (hidden, wide)
+    return [
+        Linear(f"model.layers.{b}.{name}", b, *shape)
+        for b in range(32)
+        for name, shape in shapes.items()
+    ]
+
+
+def test_routers_and_gains_cost_little_at_the_size_of_llama_2_7b() -> None:
+    linears = _llama_2_7b()
+    routing = Routing()
+    shape = router_shape("token", routing.width)
+    weights = sum(linear.out_features * linear.in_features for linear in linears)
+    # Stored: a gain and a bias of every output at four slice counts; read: those of one.
+    gains = 4 * 32 * sum(linear.out_features for linear in linears) / weights
+    stored = 8 * sum(e.size_bytes for e in routing_shard(linears, 4, shape).entries) / weights
+    assert gains == pytest.approx(0.0269, abs=1e-4)
+    assert router_bits(linears, 4, shape) == pytest.approx(0.0148, abs=2e-4)
+    assert gains + stored <= 0.05
+    assert router_bits(linears, 4, router_shape("norm", routing.width)) < 1e-5
+    assert router_bits(linears, 4, router_shape("linear", routing.width)) == 0
+
+
+def test_linears_that_read_the_same_input_share_a_router() -> None:
+    assert find_routers(_llama_2_7b()) == {
+        "self_attn.qkv_router": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "self_attn.o_router": ("self_attn.o_proj",),
+        "mlp.gate_up_router": ("mlp.gate_proj", "mlp.up_proj"),
+        "mlp.down_router": ("mlp.down_proj",),
+    }
+    # What we do not know reads an input of its own.
+    odd = [Linear("model.layers.0.mlp.gate_up_proj", 0, 64, 32)]
+    assert find_routers(odd) == {"mlp.gate_up_proj_router": ("mlp.gate_up_proj",)}
+
+
+@pytest.mark.parametrize(
+    ("method", "buffers"),
+    [
+        ("linear", {"knots": (3, 2, 2, 1)}),
+        ("norm", {"head": (3, 2, 2), "knots": (3, 2, 2, 16)}),
+        (
+            "token",
+            {
+                "trunk": (8, 2048),
+                "offset": (8,),
+                "head": (3, 2, 10),
+                "knots": (3, 2, 2, 16),
+            },
+        ),
+    ],
+)
+def test_a_router_holds_what_its_method_needs(
+    method: str, buffers: dict[str, tuple[int, ...]]
+) -> None:
+    shard = routing_shard(_llama_2_7b(), 4, router_shape(method, 8))
+    prefix = "model.layers.31.mlp.gate_up_router."
+    found = {e.name.removeprefix(prefix): e.shape for e in shard.entries if prefix in e.name}
+    assert found == buffers
+    assert shard.blocks == tuple(range(32))
