@@ -120,7 +120,9 @@ def list_runs(store: str | None, address: str | None, as_json: bool) -> None:
     """List the runs of a store."""
     from mbq.orchestrator import display, status
 
-    states = status.states(_open_store(store), _jobs(address))
+    states, unreadable = status.states(_open_store(store), _jobs(address))
+    for reason in unreadable:
+        _say(reason)
     if as_json:
         click.echo(display.to_json([display.run_json(state) for state in states]))
     else:
@@ -220,7 +222,8 @@ def resume(run: str, store: str | None, address: str | None, watching: bool) -> 
 
 @main.command("eval")
 @click.argument("target", metavar="RUN|DIR")
-@click.option("--bits", default="2,4,6,8", show_default=True, help="Widths, separated by commas.")
+@click.option("--bits", help="Widths, as in 2,4 [default: all that are stored].")
+@click.option("--average-bits", help="Average widths, as in 2.5,3.2.")
 @click.option("--dataset", default=None, help="wikitext2, c4, ptb, text, jsonl or stdlib.")
 @click.option("--file", "files", multiple=True, help="A text file (or jsonl); repeatable.")
 @click.option("--tokens", default=131_072, show_default=True, help="How many tokens at most.")
@@ -231,7 +234,8 @@ def resume(run: str, store: str | None, address: str | None, watching: bool) -> 
 @_json_option
 def evaluate(
     target: str,
-    bits: str,
+    bits: str | None,
+    average_bits: str | None,
     dataset: str | None,
     files: tuple[str, ...],
     tokens: int,
@@ -247,12 +251,42 @@ def evaluate(
     text = {"dataset": dataset or "text", "files": list(files), "tokens": tokens}
     if sequence_length is not None:
         text["sequence_length"] = sequence_length
-    rows = evaluating.evaluate(target, _store_uri(store), bits, text if asked else None, _say)
+    rows = evaluating.evaluate(
+        target, _store_uri(store), bits, average_bits, text if asked else None, _say
+    )
     if as_json:
         click.echo(display.to_json(rows))
         return
     for row in rows:
-        click.echo(f"{row['bits']} bits: {row['perplexity']:.3f} ± {row['perplexity_error']:.3f}")
+        shared = "average_bits" in row
+        width = f"average {row['average_bits']:g}" if shared else f"{row['bits']}"
+        read = f" ({row['realised_bits']:.2f} read)" if shared else ""
+        perplexity = f"{row['perplexity']:.3f} ± {row['perplexity_error']:.3f}"
+        click.echo(f"{width} bits{read}: {perplexity}")
+
+
+@main.command()
+@click.argument("run")
+@click.option(
+    "--out", type=click.Path(dir_okay=False), help="File to write [default: RUN.html here]."
+)
+@_store_option
+def report(run: str, out: str | None, store: str | None) -> None:
+    """Write one self-contained HTML file about a run: quality, where bits go, provenance."""
+    from pathlib import Path
+
+    from mbq.artifacts.errors import InputError
+    from mbq.orchestrator import report as reporting
+    from mbq.orchestrator import status
+
+    chosen, document = status.locate(run, _store_uri(store))
+    path = Path(out or f"{document.run}.html")
+    page = reporting.render(reporting.collect(chosen, document))
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--out: cannot write {path}: {error.strerror}") from error
+    click.echo(path)
 
 
 @main.group()

@@ -11,8 +11,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from mbq.artifacts.manifest import Results
+from mbq.artifacts.manifest import Results, Row
 from mbq.orchestrator.status import RunState
+from mbq.workers.variants import PACKED, ROUTED, parse
 
 # Without a terminal rich assumes 80 columns and breaks the lines of a table.
 _PIPE_COLUMNS = 120
@@ -102,39 +103,43 @@ def run_json(state: RunState, results: Results | None = None) -> dict[str, Any]:
 def result_table(results: Results) -> Table:
     """Perplexity by width, each with its standard error, and what a width costs to fetch.
 
-    BITS are code bits per weight, TOTAL adds the elastic checkpoint's scales, zeros, gains and
-    biases; GAP is the difference of log perplexity, paired by sequence.
+    BITS are code bits per weight that were asked for, READ those that were read, TOTAL adds scales,
+    zeros, gains, biases and routers; GAP is the difference of log perplexity, paired by sequence.
     """
     slices = ", ".join(f"{size:,}" for size in results.slice_bytes)
+    shared = f"; averages are shared by {results.method}" if results.method else ""
     table = Table(
-        title=f"perplexity on {results.tokens:,} held-out tokens (± standard error)",
+        title=f"perplexity on {results.tokens:,} held-out tokens (± standard error){shared}",
         title_justify="left",
         caption=f"bytes: base {results.base_bytes:,}, slices {slices}",
         caption_justify="left",
         box=None,
         pad_edge=False,
     )
-    columns = ("BITS", "TOTAL", "ELASTIC", "ROUND TO NEAREST", "GAP TO FULL", "BYTES")
+    columns = ("BITS", "READ", "TOTAL", "ELASTIC", "GAP TO FULL", "ROUND TO NEAREST")
     for column in columns:
         table.add_column(column, justify="right")
     rows = {row.variant: row for row in results.rows}
     full = rows["full"]
-    table.add_row("full", "", f"{full.perplexity:.3f} ± {full.perplexity_error:.3f}")
-    size = results.base_bytes
-    for row in results.rows:
-        if not row.variant.startswith("mbq-"):
-            continue
-        rounded = rows[f"rtn-{row.bits}"]
-        size += results.slice_bytes[(row.bits or 0) // 2 - 1]
+    table.add_row("full", "", "", f"{full.perplexity:.3f} ± {full.perplexity_error:.3f}")
+    for row in _by_width(results):
+        uniform = row.variant.startswith("mbq-")
+        rounded = rows.get(f"rtn-{row.bits:g}")
         table.add_row(
-            str(row.bits),
+            f"{row.bits:g}" if uniform else f"average {row.bits:g}",
+            f"{row.realised_bits:.2f}",
             f"{row.total_bits:.2f}",
             f"{row.perplexity:.3f} ± {row.perplexity_error:.3f}",
-            f"{rounded.perplexity:.3f} ± {rounded.perplexity_error:.3f}",
             f"{row.gap:+.4f} ± {row.gap_error:.4f}",
-            f"{size:,}",
+            f"{rounded.perplexity:.3f} ± {rounded.perplexity_error:.3f}" if rounded else "",
         )
     return table
+
+
+def _by_width(results: Results) -> list[Row]:
+    """Rows of the packed checkpoint, by the bits that were read."""
+    packed = [row for row in results.rows if parse(row.variant)[0] in (PACKED, ROUTED)]
+    return sorted(packed, key=lambda row: row.realised_bits or 0.0)
 
 
 def to_json(value: Any) -> str:

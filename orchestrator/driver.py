@@ -13,14 +13,18 @@ from mbq.artifacts.errors import ClusterError
 from mbq.artifacts.manifest import (
     BlockRecord,
     Failure,
+    RoutingRecord,
     RunDocument,
+    SensitivityRecord,
     ShardRecord,
+    TokenBits,
     VariantLosses,
     block_records,
     find_document,
 )
 from mbq.artifacts.store import Store
 from mbq.cluster.runner import Call, Handle, Runner, TaskResources
+from mbq.orchestrator.comparison import default_averages
 from mbq.orchestrator.plan import (
     Plan,
     Progress,
@@ -29,7 +33,9 @@ from mbq.orchestrator.plan import (
     task_memory_bytes,
 )
 from mbq.workers import tasks
-from mbq.workers.variants import PACKED
+from mbq.workers.opened import Job
+from mbq.workers.settle import choose
+from mbq.workers.variants import of_source
 
 # Packing only moves bytes: it takes no GPU from calibration.
 PACKING = TaskResources(cpus=1)
@@ -61,6 +67,7 @@ class Driver:
     failure_counts: collections.Counter[Task] = field(default_factory=collections.Counter)
     failures: list[Failure] = field(default_factory=list)
     records: dict[int, BlockRecord] = field(default_factory=dict)
+    settled: dict[str, RoutingRecord] = field(default_factory=dict)
     shards: dict[str, ShardRecord] = field(default_factory=dict)
     losses: dict[str, VariantLosses] = field(default_factory=dict)
     manifest_sha256: str | None = None
@@ -69,10 +76,16 @@ class Driver:
     pace_from: tuple[float, float] | None = None
 
     @property
-    def job(self) -> tasks.Job:
-        return tasks.Job(
-            self.store.uri, self.document.run, "cuda" if self.resources.gpus else "cpu"
-        )
+    def job(self) -> Job:
+        return Job(self.store.uri, self.document.run, "cuda" if self.resources.gpus else "cpu")
+
+    @property
+    def routing(self) -> RoutingRecord | None:
+        """How the checkpoint shares bits: known once every candidate is settled."""
+        records = [self.settled[m] for m in self.plan.candidates if m in self.settled]
+        if not records or len(records) < len(self.plan.candidates):
+            return None
+        return choose(records)
 
     @property
     def progress(self) -> Progress:
@@ -96,20 +109,43 @@ def begin(store: Store, document: RunDocument, runner: Runner, attempt: int) -> 
     driver = Driver(store, document, runner, attempt, plan, resources, workers)
     driver.records = block_records(store, document.run, len(plan.calibrations))
     driver.done |= {plan.calibrations[block] for block in driver.records}
-    for task, shard in zip(plan.packs, plan.shards, strict=True):
+    _adopt_routing(driver)
+    blocks = {shard.file: shard.blocks for shard in plan.shards}
+    for task in (*plan.packs, *plan.routes):
         record = find_document(store, keys.shard_key(document.run, task.target), ShardRecord)
         size = store.size(keys.checkpoint_key(document.run, task.target))
+        made_of = blocks.get(task.target, range(len(plan.calibrations)))
         # A file may outlive the blobs it was made from; then it is made again.
-        blobs = [r.blob.sha256 for b in shard.blocks if (r := driver.records.get(b)) is not None]
-        if record and record.file.size_bytes == size and list(record.blobs) == blobs:
+        blobs = [r.blob.sha256 for b in made_of if (r := driver.records.get(b)) is not None]
+        method = driver.routing.method if driver.routing and task.kind == "route" else None
+        if (
+            record is not None
+            and record.file.size_bytes == size
+            and list(record.blobs) == blobs
+            and record.method == method
+        ):
             driver.shards[task.target] = record
             driver.done.add(task)
     adopt_losses(driver)
     return driver
 
 
+def _adopt_routing(driver: Driver) -> None:
+    """Take over sensitivities, and thresholds that were settled on the blocks there are."""
+    store, run, plan = driver.store, driver.document.run, driver.plan
+    if find_document(store, keys.sensitivity_key(run), SensitivityRecord) is None:
+        return
+    driver.done |= {*plan.sensitivities}
+    for task in plan.settles:
+        record = find_document(store, keys.routing_key(run, task.target), RoutingRecord)
+        blobs = [r.blob.sha256 for _, r in sorted(driver.records.items())]
+        if record is not None and list(record.blobs) == blobs:
+            driver.settled[task.target] = record
+            driver.done.add(task)
+
+
 def adopt_losses(driver: Driver) -> None:
-    """Take over evaluations that exist; those of a packed checkpoint only if it is this one."""
+    """Take over what was measured; on a packed checkpoint only if it is this one."""
     text = driver.document.evaluation_tokens
     for task in driver.plan.evaluations if text else ():
         assert text is not None
@@ -117,12 +153,13 @@ def adopt_losses(driver: Driver) -> None:
         losses = find_document(driver.store, key, VariantLosses)
         if losses is None:
             continue
-        packed = task.target.startswith(PACKED)
-        if losses.manifest_sha256 == (driver.manifest_sha256 if packed else None) and (
-            not packed or driver.manifest_sha256 is not None
-        ):
+        if of_source(task.target) or losses.manifest_sha256 == driver.manifest_sha256 is not None:
             driver.losses[task.target] = losses
             driver.done.add(task)
+    sample = find_document(driver.store, keys.sample_key(driver.document.run), TokenBits)
+    averages = {f"{bits:g}" for bits in default_averages(driver.document.spec)}
+    if sample and sample.manifest_sha256 == driver.manifest_sha256 and set(sample.bits) == averages:
+        driver.done |= {*driver.plan.samples}
 
 
 def call_of(driver: Driver, task: Task) -> tuple[Call, TaskResources]:
@@ -136,8 +173,19 @@ def call_of(driver: Driver, task: Task) -> tuple[Call, TaskResources]:
         attempt = driver.failure_counts[task] + 1
         hidden = driver.held[task.block]
         return Call(name, tasks.calibrate, (job, task.block, attempt, hidden)), resources
+    if task.kind == "sensitivity":
+        return Call(name, tasks.sensitivity, (job,)), resources
+    if task.kind == "settle":
+        return Call(name, tasks.settle, (job, task.target)), resources
     if task.kind == "pack":
         return Call(name, tasks.pack, (job, task.target)), PACKING
+    if task.kind == "route":
+        assert driver.routing is not None
+        return Call(name, tasks.route, (job, driver.routing.method)), PACKING
+    if task.kind == "sample":
+        averages = default_averages(driver.document.spec)
+        arguments = (job, driver.document.sample_tokens, averages)
+        return Call(name, tasks.sample, arguments), resources
     text = driver.document.evaluation_tokens
     return Call(name, tasks.evaluate, (job, task.target, text)), resources
 

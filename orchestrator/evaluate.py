@@ -13,9 +13,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from mbq.artifacts import keys
-from mbq.artifacts.errors import InputError
+from mbq.artifacts.checkpoint import QUANT_METHOD
+from mbq.artifacts.errors import InputError, NotFoundError
 from mbq.artifacts.source import Source
-from mbq.artifacts.spec import Evaluation, explain
+from mbq.artifacts.spec import SLICE_BITS, Evaluation, explain
 from mbq.orchestrator.status import checkpoint_location, locate
 from mbq.workers.data import Tokens, evaluation_tokens
 
@@ -25,23 +26,35 @@ _DEFAULT_LENGTH = 2048
 def evaluate(
     target: str,
     store_uri: str,
-    bits: str,
+    bits: str | None,
+    average_bits: str | None,
     text: Mapping[str, Any] | None,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Perplexity and its standard error at each width.
+    """Perplexity, its standard error and the bits that were read, at each width.
 
     Args:
         target: a folder with a packed checkpoint, or a run.
-        bits: widths, separated by commas.
+        bits: widths of every token, separated by commas; default: all that are stored, unless
+            there are average widths.
+        average_bits: average widths, separated by commas.
         text: fields of an `Evaluation`; default: the run's own evaluation tokens.
 
     Raises:
         InputError: no text was given for a folder, or a width is not stored.
         NotFoundError: there is no such checkpoint.
     """
-    widths = _parse_bits(bits)
+    widths = [("bits", width) for width in _parse("--bits", bits, int)]
+    widths += [("average_bits", width) for width in _parse("--average-bits", average_bits, float)]
     folder, tokens = _find(target, store_uri, text)
+    stored = _stored_bits(folder)
+    widths = widths or [("bits", width) for width in stored]
+    for kind, width in widths:
+        if not stored[0] <= width <= stored[-1] or (kind == "bits" and width not in stored):
+            option, known = f"--{kind.replace('_', '-')}", ", ".join(map(str, stored))
+            raise InputError(
+                f"{option} {width:g}: the checkpoint runs at {known} bits and averages between them"
+            )
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -55,19 +68,31 @@ def evaluate(
     model.to(device)
     size = sequences_at_once(tokens.shape[1], model.config.vocab_size)
     rows = []
-    for width in widths:
-        model.set_bits(width)
+    for kind, width in widths:
+        getattr(model, f"set_{kind}")(width)
         losses: list[float] = []
         with torch.inference_mode(), attention():
             for part in torch.from_numpy(tokens).long().split(size):
                 losses += losses_of_logits(model(part.to(device)).logits, part)
         perplexity = math.exp(statistics.fmean(losses))
         error = statistics.stdev(losses) / math.sqrt(len(losses))
-        say(f"evaluated {tokens.size:,} tokens at {width} bits")
+        say(f"evaluated {tokens.size:,} tokens at {width:g} bits")
         rows.append(
-            {"bits": width, "perplexity": perplexity, "perplexity_error": perplexity * error}
+            {
+                kind: width,
+                "realised_bits": model.realised_bits(),
+                "perplexity": perplexity,
+                "perplexity_error": perplexity * error,
+            }
         )
     return rows
+
+
+def _stored_bits(folder: str) -> list[int]:
+    quantized = Source(folder).config.get("quantization_config") or {}
+    if quantized.get("quant_method") != QUANT_METHOD:
+        raise NotFoundError(f"{folder} is not a checkpoint packed by mbq-cluster")
+    return list(range(SLICE_BITS, quantized["max_bits"] + 1, SLICE_BITS))
 
 
 def _find(target: str, store_uri: str, text: Mapping[str, Any] | None) -> tuple[str, Tokens]:
@@ -108,8 +133,11 @@ def _stored_tokens(store: Any, sha256: str) -> Tokens:
     return tokens.reshape(file.entries["tokens"].shape).copy()
 
 
-def _parse_bits(bits: str) -> list[int]:
+def _parse(option: str, widths: str | None, kind: type[int] | type[float]) -> list[float]:
     try:
-        return [int(part) for part in bits.split(",")]
+        return [kind(part) for part in widths.split(",")] if widths is not None else []
     except ValueError as error:
-        raise InputError(f"--bits {bits}: write widths separated by commas, as in 2,4") from error
+        example = "2,4" if kind is int else "2.5,3"
+        raise InputError(
+            f"{option} {widths}: write widths separated by commas, as in {example}"
+        ) from error

@@ -3,41 +3,61 @@
     capture 0 -> capture 1 -> ... -> capture n-1      the chain of hidden states
         |            |                   |
     calibrate 0  calibrate 1    ...  calibrate n-1    in parallel; each needs its capture
-        \\____________|___________________/
-           pack <file> ...                            each needs its blocks
-                     |
+        \\____________|___________________/    \\
+           pack <file> ...                  settle <method> ...   these need sensitivity, too
+                     |                             |
+                     |                           route            the routers of the method chosen
+                     \\___________________________/
                  publish                              index, config, tokenizer, manifest
                      |
-           evaluate mbq-<bits> ...                    evaluate full and rtn-<bits> need nothing
+      evaluate mbq-<bits>, routed-<bits>, sample      evaluate full and rtn-<bits> need nothing,
+                                                      rivals need every settle, too
+
+`sensitivity` needs nothing. A checkpoint of one slice has nothing to share: no sensitivity, settle,
+route or sample.
 
 With sequential propagation capture i + 1 also needs calibrate i. Hidden states are bounded: the
 chain runs at most `workers + 2` blocks ahead of calibration.
 """
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Literal
 
-from mbq.artifacts.checkpoint import Linear, Shard, find_linears, plan_shards
-from mbq.artifacts.errors import InputError
+from mbq.artifacts.checkpoint import (
+    ROUTING_FILE,
+    Linear,
+    Shard,
+    find_linears,
+    plan_shards,
+)
 from mbq.artifacts.manifest import RunDocument
-from mbq.artifacts.source import Source
-from mbq.artifacts.spec import SLICE_BITS, RunSpec
-from mbq.workers.variants import FULL, PACKED, ROUNDED
+from mbq.artifacts.spec import RunSpec
+from mbq.orchestrator.comparison import candidates, settled_methods, variants
+from mbq.workers.variants import PACKED, ROUTED, of_source, parse
 
-# Dense decoders whose block is attention and an MLP of linears, with rotary positions.
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-BITS = (2, 4, 6, 8)
-
-Kind = Literal["capture", "calibrate", "pack", "evaluate"]
+Kind = Literal[
+    "capture", "sensitivity", "calibrate", "settle", "pack", "route", "evaluate", "sample"
+]
 # Evaluations of the source model need nothing and fill whatever is left idle, so they come last.
-_PRIORITY: dict[Kind, int] = {"capture": 0, "calibrate": 1, "pack": 2, "evaluate": 3}
+_PRIORITY: dict[Kind, int] = {
+    "capture": 0,
+    "sensitivity": 1,
+    "calibrate": 1,
+    "settle": 2,
+    "pack": 3,
+    "route": 3,
+    "evaluate": 4,
+    "sample": 4,
+}
 _LOOK_AHEAD = 2
+# Settling runs its tokens through the model about this often: twice for each of its widths.
+_SETTLE_PASSES = 21
 
 
 @dataclass(frozen=True)
 class Task:
-    """One unit of work; `target` is a block's number, a file's name or a variant.
+    """One unit of work; `target` is a block's number, a file's name, a method or a variant.
 
     Attributes:
         flops: how much arithmetic it is, to tell the time left; not exact.
@@ -61,16 +81,35 @@ class Plan:
     """All tasks of a run and what they need from each other."""
 
     captures: tuple[Task, ...]
+    sensitivities: tuple[Task, ...]
     calibrations: tuple[Task, ...]
+    settles: tuple[Task, ...]
     packs: tuple[Task, ...]
+    routes: tuple[Task, ...]
     evaluations: tuple[Task, ...]
+    samples: tuple[Task, ...]
+    candidates: tuple[str, ...]
     shards: tuple[Shard, ...]
     linears: tuple[Linear, ...]
     sequential: bool
 
     @property
     def tasks(self) -> tuple[Task, ...]:
-        return self.captures + self.calibrations + self.packs + self.evaluations
+        return (
+            self.captures
+            + self.sensitivities
+            + self.calibrations
+            + self.settles
+            + self.packs
+            + self.routes
+            + self.evaluations
+            + self.samples
+        )
+
+    @property
+    def checkpoint(self) -> Set[Task]:
+        """What must be done before the checkpoint is published."""
+        return {*self.calibrations, *self.packs, *self.routes}
 
 
 @dataclass(frozen=True)
@@ -113,7 +152,12 @@ def build_plan(document: RunDocument) -> Plan:
     streams = 1 + len(spec.optimisation.slice_counts) * (spec.propagation == "sequential")
     evaluation = spec.evaluation
     head = 2.0 * document.source.config["vocab_size"] * document.source.config["hidden_size"]
-    evaluated = evaluation.tokens * (2.0 * sum(weights) + head) if evaluation else 0.0
+    forward = 2.0 * sum(weights) + head
+    evaluated = evaluation.tokens * forward if evaluation else 0.0
+    sensed = min(spec.routing.sensitivity_samples, spec.calibration.samples)
+    reverse = 3.0 * sensed * spec.calibration.sequence_length * forward
+    settled = _SETTLE_PASSES * min(calibration_tokens, spec.routing.settle_tokens) * forward
+    shared = spec.slices > 1
     return Plan(
         captures=tuple(
             Task(
@@ -123,26 +167,23 @@ def build_plan(document: RunDocument) -> Plan:
             )
             for b in range(blocks)
         ),
+        sensitivities=(Task("sensitivity", "model", reverse),) if shared else (),
         calibrations=tuple(
             Task("calibrate", f"{b:03d}", per_weight * weights[b]) for b in range(blocks)
         ),
+        settles=tuple(Task("settle", method, settled) for method in settled_methods(spec)),
+        routes=(Task("route", ROUTING_FILE, 0.0),) if shared else (),
         packs=tuple(
             Task("pack", shard.file, 200.0 * sum(e.size_bytes for e in shard.entries))
             for shard in shards
         ),
         evaluations=tuple(Task("evaluate", v, evaluated) for v in variants(spec)),
+        samples=(Task("sample", "text", 0.0),) if document.sample_tokens else (),
+        candidates=candidates(spec),
         shards=tuple(shards),
         linears=tuple(linears),
         sequential=spec.propagation == "sequential",
     )
-
-
-def variants(spec: RunSpec) -> list[str]:
-    """What the table of a run compares; nothing without an evaluation text."""
-    if spec.evaluation is None:
-        return []
-    widths = [bits for bits in BITS if bits <= SLICE_BITS * spec.slices]
-    return [FULL, *(f"{kind}-{bits}" for kind in (ROUNDED, PACKED) for bits in widths)]
 
 
 def ready(plan: Plan, progress: Progress, workers: int) -> list[Task]:
@@ -188,86 +229,6 @@ def remaining_flops(plan: Plan, done: Set[Task], fractions: Mapping[Task, float]
     return sum(task.flops * (1.0 - fractions.get(task, 0.0)) for task in open_tasks)
 
 
-def total_bits(linears: Sequence[Linear], group_size: int, variant: str) -> float:
-    """Bits per quantized weight that a variant reads: codes, and what comes with them.
-
-    Scale and zero are 32 bits a group for every variant; the packed checkpoint adds a gain and a
-    bias, 32 bits an output channel.
-    """
-    kind, _, bits = variant.partition("-")
-    weights = sum(linear.out_features * linear.in_features for linear in linears)
-    channels = sum(linear.out_features for linear in linears) if kind == PACKED else 0
-    return int(bits) + 32 / group_size + 32 * channels / weights
-
-
-def check_source(source: Source, spec: RunSpec) -> None:
-    """Refuse what cannot be quantized, from config.json and tensor shapes alone.
-
-    Raises:
-        InputError: an unsupported architecture, a mixture of experts, or a group size that does
-            not divide a layer.
-    """
-    if "quantization_config" in source.config:
-        raise InputError(
-            f"model.source: {source.location} is quantized already; give the original weights"
-        )
-    kind = source.config["model_type"]
-    experts = [key for key in source.config if "expert" in key]
-    if experts or "moe" in kind or kind == "mixtral":
-        raise InputError(
-            f"model.source: {source.location} is a mixture of experts ({kind}); only dense models "
-            "are supported, because experts are not linears and would stay unquantized"
-        )
-    if kind not in ARCHITECTURES:
-        raise InputError(
-            f"model.source: model_type {kind} is not supported; use one of "
-            f"{', '.join(ARCHITECTURES)}"
-        )
-    linears = find_linears(source.tensors)
-    blocks = {linear.block for linear in linears}
-    if blocks != set(range(source.config["num_hidden_layers"])):
-        raise InputError(
-            f"model.source: config.json promises {source.config['num_hidden_layers']} blocks, the "
-            f"weights hold {len(blocks)}; fetch the model again"
-        )
-    _check_shapes(source)
-    for linear in linears:
-        if linear.in_features % spec.group_size:
-            fitting = [g for g in (256, 128, 64, 32) if not linear.in_features % g]
-            raise InputError(
-                f"group_size: {spec.group_size} does not divide the {linear.in_features} inputs of "
-                f"{linear.name}; use {fitting[0] if fitting else 'another model: none does'}"
-            )
-    longest = source.config.get("max_position_embeddings")
-    for field in ("calibration", "evaluation"):
-        text = getattr(spec, field)
-        if longest is not None and text is not None and text.sequence_length > longest:
-            raise InputError(
-                f"{field}.sequence_length: {text.sequence_length} is more than the model's "
-                f"{longest} positions; use at most {longest}"
-            )
-
-
-def _check_shapes(source: Source) -> None:
-    """Hold config.json against the weights, where a mistake would surface only in a task."""
-    config = source.config
-    heads = config.get("num_attention_heads")
-    if not isinstance(heads, int) or heads < 1:
-        raise InputError(f"model.source: num_attention_heads is {heads!r}; fetch config.json again")
-    width = heads * (config.get("head_dim") or config["hidden_size"] // heads)
-    expected = {
-        "model.embed_tokens.weight": (config["vocab_size"], config["hidden_size"]),
-        "model.layers.0.self_attn.q_proj.weight": (width, config["hidden_size"]),
-    }
-    for name, shape in expected.items():
-        entry = source.tensors.get(name)
-        if entry is None or entry.shape != shape:
-            raise InputError(
-                f"model.source: config.json promises {list(shape)} for {name}, the weights hold "
-                f"{list(entry.shape) if entry else 'none'}; fetch the model again"
-            )
-
-
 def task_memory_bytes(plan: Plan, spec: RunSpec, hidden_size: int) -> int:
     """Memory of one calibrate task: what the largest block and its training need.
 
@@ -301,7 +262,16 @@ def _is_ready(task: Task, plan: Plan, progress: Progress, workers: int) -> bool:
         return block - 1 in progress.held and (calibrated or not plan.sequential)
     if task.kind == "calibrate":
         return task.block in progress.held
+    if task.kind == "sensitivity":
+        return True
+    if task.kind == "settle":
+        return done >= {*plan.sensitivities, *plan.calibrations}
+    if task.kind == "route":
+        return done >= {task for task in plan.settles if task.target in plan.candidates}
     if task.kind == "pack":
         shard = next(shard for shard in plan.shards if shard.file == task.target)
         return all(plan.calibrations[block] in done for block in shard.blocks)
-    return progress.published or not task.target.startswith(PACKED)
+    if task.kind == "evaluate" and of_source(task.target):
+        return True
+    rival = task.kind == "evaluate" and parse(task.target)[0] not in (PACKED, ROUTED)
+    return progress.published and (not rival or done >= {*plan.settles})

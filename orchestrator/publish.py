@@ -3,24 +3,46 @@
 import collections
 
 from mbq.artifacts import keys
-from mbq.artifacts.checkpoint import INDEX_FILE, config_document, index_document, slice_files
-from mbq.artifacts.manifest import FileRecord, Manifest, Results, put_document
+from mbq.artifacts.checkpoint import (
+    INDEX_FILE,
+    config_document,
+    index_document,
+    router_shape,
+    routing_document,
+    routing_shard,
+    slice_files,
+)
+from mbq.artifacts.manifest import (
+    FileRecord,
+    Manifest,
+    Results,
+    VariantLosses,
+    put_document,
+)
 from mbq.artifacts.source import TOKENIZER_FILES
 from mbq.artifacts.spec import FORMAT_VERSION, SLICE_BITS
 from mbq.artifacts.tensors import digest_of, read_chunks
+from mbq.orchestrator.comparison import other_bits
 from mbq.orchestrator.driver import Driver, adopt_losses
-from mbq.orchestrator.plan import total_bits
+from mbq.orchestrator.plan import Plan
 from mbq.workers.evaluate import table
-from mbq.workers.variants import FULL
+from mbq.workers.variants import FULL, parse
 
 
 def publish(driver: Driver) -> None:
     """Write index, config and tokenizer and, last, the manifest."""
     store, document, plan = driver.store, driver.document, driver.plan
     source, spec = document.source, document.spec
+    shards, routing = list(plan.shards), None
+    if driver.routing is not None:
+        method = driver.routing.method
+        shape = router_shape(method, spec.routing.width)
+        shards.append(routing_shard(plan.linears, spec.slices, shape))
+        curves = {str(c): curve.model_dump() for c, curve in driver.routing.curves.items()}
+        routing = routing_document(method, spec.slices, shape, plan.linears, curves)
     small = {
-        INDEX_FILE: index_document(plan.shards),
-        "config.json": config_document(source, spec.slices, spec.group_size, plan.linears),
+        INDEX_FILE: index_document(shards),
+        "config.json": config_document(source, spec.slices, spec.group_size, plan.linears, routing),
     }
     for name in TOKENIZER_FILES:
         path = source.path(name)
@@ -56,20 +78,31 @@ def write_results(driver: Driver) -> None:
     sizes: dict[int | None, int] = collections.Counter()
     for shard in plan.shards:
         sizes[shard.slice] += driver.shards[shard.file].file.size_bytes
-    losses = {task.target: driver.losses[task.target].losses for task in plan.evaluations}
-    totals = {
-        variant: total_bits(plan.linears, document.spec.group_size, variant)
-        for variant in losses
-        if variant != FULL
-    }
+    sizes[None] += sum(driver.shards[t.target].file.size_bytes for t in plan.routes)
+    method = driver.routing.method if driver.routing else None
+    measured = [driver.losses[task.target] for task in plan.evaluations]
+    losses = {found.variant: found.losses for found in measured}
+    elastic = [found for found in measured if found.variant != FULL]
+    realised = {found.variant: _realised_bits(plan, found) for found in elastic}
+    others = {v: other_bits(plan.linears, document.spec, v, method) for v in realised}
     length = document.spec.evaluation.sequence_length
     results = Results(
         run=document.run,
+        method=method,
         tokens_sha256=document.evaluation_tokens.sha256,
         tokens=len(next(iter(losses.values()))) * length,
         sequence_length=length,
-        rows=tuple(table(losses, totals)),
+        rows=tuple(table(losses, realised, others)),
         slice_bytes=tuple(sizes[e] for e in range(document.spec.slices)),
         base_bytes=sizes[None],
     )
     put_document(driver.store, keys.results_key(document.run), results)
+
+
+def _realised_bits(plan: Plan, measured: VariantLosses) -> float:
+    """Code bits per weight that a variant read; a static width reads what it says."""
+    if not measured.linear_bits:
+        return parse(measured.variant)[1] or 0.0
+    weights = {linear.name: linear.out_features * linear.in_features for linear in plan.linears}
+    read = sum(bits * weights[name] for name, bits in measured.linear_bits.items())
+    return read / sum(weights.values())

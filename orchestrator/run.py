@@ -123,7 +123,7 @@ def _loop(driver: Driver, retry_seconds: float) -> None:
         if driver.stopping:
             raise Stopped(f"run {driver.document.run} was stopped; resume continues it")
         # Packed files may outlive a damaged block: a checkpoint needs both.
-        if driver.manifest_sha256 is None and driver.done >= {*plan.calibrations, *plan.packs}:
+        if driver.manifest_sha256 is None and driver.done >= plan.checkpoint:
             publish(driver)
         _submit(driver)
         if driver.running:
@@ -166,8 +166,12 @@ def _collect(driver: Driver, handle: Handle, retry_seconds: float) -> None:
             driver.held[task.block] = handle
         elif task.kind == "calibrate":
             driver.records[task.block] = driver.runner.result(handle)
-        elif task.kind == "pack":
+        elif task.kind == "settle":
+            driver.settled[task.target] = driver.runner.result(handle)
+        elif task.kind in ("pack", "route"):
             driver.shards[task.target] = driver.runner.result(handle)
+        elif task.kind in ("sensitivity", "sample"):
+            driver.runner.outcome(handle)
         else:
             driver.losses[task.target] = driver.runner.result(handle)
         driver.done.add(task)

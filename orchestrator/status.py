@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from urllib.parse import unquote, urlparse
 
 from mbq.artifacts import keys
-from mbq.artifacts.errors import ClusterError, InputError, NotFoundError
+from mbq.artifacts.errors import ClusterError, CorruptError, InputError, NotFoundError
 from mbq.artifacts.manifest import Results, RunDocument, Status, find_document, find_run
 from mbq.artifacts.store import Store, open_store
 from mbq.cluster.jobs import JobInfo, Jobs
@@ -82,15 +82,19 @@ def state_of(store: Store, document: RunDocument, job: JobInfo | None) -> RunSta
     return RunState(document, status.state, status, final)
 
 
-def states(store: Store, jobs: Jobs | None) -> list[RunState]:
-    """Every run of a store."""
+def states(store: Store, jobs: Jobs | None) -> tuple[list[RunState], list[str]]:
+    """Every run of a store, and why some cannot be read."""
     latest = {j.run: j for j in jobs.list() if j.store == store.uri} if jobs else {}
-    return [
-        state_of(store, find_run(store, run), latest.get(run))
-        for run in store.children(keys.RUNS)
+    found, unreadable = [], []
+    for run in store.children(keys.RUNS):
         # A submit that was interrupted leaves a folder without a document.
-        if store.size(keys.spec_key(run)) is not None
-    ]
+        if store.size(keys.spec_key(run)) is None:
+            continue
+        try:
+            found.append(state_of(store, find_run(store, run), latest.get(run)))
+        except CorruptError as error:
+            unreadable.append(str(error))
+    return found, unreadable
 
 
 def follow(

@@ -34,9 +34,10 @@ from mbq.artifacts.store import Store, open_store, probe
 from mbq.artifacts.tensors import Entry, digest_of, encode
 from mbq.cluster import head as heads
 from mbq.cluster.jobs import Jobs
-from mbq.orchestrator.plan import check_source
+from mbq.orchestrator.check import check_source
+from mbq.orchestrator.comparison import variants
 from mbq.orchestrator.presets import preset
-from mbq.workers.data import Tokens, calibration_tokens, evaluation_tokens
+from mbq.workers.data import Tokens, calibration_tokens, evaluation_tokens, sample_tokens
 from mbq.workers.environment import ENVIRONMENT
 
 Say = Callable[[str], None]
@@ -79,17 +80,19 @@ def prepare(name: str, spec: RunSpec) -> Prepared:
     evaluation = (
         _token_file(evaluation_tokens(spec.evaluation, source)) if spec.evaluation else None
     )
-    files = [calibration] if evaluation is None else [calibration, evaluation]
-    references = [_reference(file) for file in files]
+    shown = spec.evaluation is not None and spec.slices > 1
+    sample = _token_file(sample_tokens(source)) if shown else None
+    files = [file for file in (calibration, evaluation, sample) if file is not None]
     document = RunDocument(
-        run=run_id(spec, source.digest, references[0].sha256),
+        run=run_id(spec, source.digest, _reference(calibration).sha256),
         name=name,
         spec=spec,
         model_location=source.location,
         model_commit=source.revision,
         model_digest=source.digest,
-        calibration_tokens=references[0],
-        evaluation_tokens=references[1] if evaluation else None,
+        calibration_tokens=_reference(calibration),
+        evaluation_tokens=_reference(evaluation) if evaluation else None,
+        sample_tokens=_reference(sample) if sample else None,
         code_version=version("mbq-cluster"),
     )
     return Prepared(document, files)
@@ -182,8 +185,11 @@ def _is_finished(store: Store, document: RunDocument, say: Say) -> bool:
     for name, file in manifest.files.items():
         if store.size(keys.checkpoint_key(run, name)) != file.size_bytes:
             return False
-    if evaluation is not None and (results is None or results.tokens_sha256 != evaluation.sha256):
-        return False
+    if evaluation is not None:
+        if results is None or results.tokens_sha256 != evaluation.sha256:
+            return False
+        if [row.variant for row in results.rows] != variants(document.spec):
+            return False
     say(f"run {run} is already finished")
     return True
 

@@ -66,6 +66,20 @@ WRONG: list[tuple[str, list[str], tuple[str, ...]]] = [
     ("too little text", ["--set", "calibration.samples=60000"], ("1,920,000 tokens", "lower")),
     ("no such folder", ["--set", "model.source=./nowhere"], ("model.source", "no folder")),
     ("no such method", ["--set", "optimisation.method=gptq"], ("'gptq'", "'joint' or 'clip'")),
+    ("no such sharing", ["--set", "routing.method=best"], ("routing.method", "'best'", "'auto'")),
+    ("average too high", ["--set", "evaluation.average_bits=[2.5,9]"], ("average_bits", "9")),
+    (
+        "average beyond the slices",
+        ["--set", "slices=2", "--set", "evaluation.average_bits=[5]"],
+        ("evaluation.average_bits [5.0]", "between 2 and 4"),
+    ),
+    ("average twice", ["--set", "evaluation.average_bits=[3,3]"], ("distinct",)),
+    ("unknown rival", ["--set", "evaluation.rivals=[best]"], ("evaluation.rivals", "'best'")),
+    (
+        "target beyond the slices",
+        ["--set", "slices=2", "--set", "routing={method: target, target_bits: 8}"],
+        ("routing.target_bits 8.0", "more than 4"),
+    ),
     ("malformed setting", ["--set", "threads"], ("--set threads", "field=value")),
     ("unknown scheme", ["--store", "gs://bucket/runs"], ("gs://bucket/runs", "unknown scheme")),
     ("store in a file", ["--store", "/dev/null/store"], ("/dev/null/store", "may write to")),
@@ -154,7 +168,7 @@ def test_runs_are_found_by_prefix_and_uri(invoke: Callable[..., Result], finishe
     found.append(json.loads(by_prefix.stdout))
     assert [f["run"] for f in found] == [run] * 3
     assert found[0]["state"] == "done"
-    assert len(found[0]["results"]["rows"]) == 9
+    assert len(found[0]["results"]["rows"]) == 14
     environment = invoke("status", run, MBQ_STORE=str(store.root))
     assert "perplexity on" in environment.stdout
     assert str(finished_run.checkpoint) in environment.stdout
@@ -179,7 +193,13 @@ def test_runs_that_are_not_there_or_not_unique(
     for run in ("aa0000000000", "aa1111111111"):
         store.put(f"runs/{run}/spec.json", [b"{}"])
     _fails(invoke("status", "aa", "--store", str(store.root)), 2, "is the start of 2 runs")
-    _fails(invoke("status", "aa0", "--store", str(store.root)), 1, "not a valid RunDocument")
+    _fails(invoke("status", "aa0", "--store", str(store.root)), 1, "not the document of a run")
+    store.put("runs/aa0000000000/spec.json", [b'{"format_version": 1, "code_version": "0.1.0"}'])
+    _fails(invoke("status", "aa0", "--store", str(store.root)), 1, "has format 1", "0.1.0")
+    # One run that cannot be read does not hide the others.
+    listed = invoke("list", "--store", str(store.root), "--json")
+    assert (listed.exit_code, json.loads(listed.stdout)) == (0, [])
+    assert len(listed.stderr.strip().splitlines()) == 2
 
 
 def test_commands_that_need_a_head_say_that_there_is_none(
@@ -228,6 +248,14 @@ def test_eval_agrees_with_the_runs_own_table(
     assert [row["bits"] for row in rows] == [2, 8]
     for row in rows:
         assert row["perplexity"] == pytest.approx(expected[f"mbq-{row['bits']}"], rel=1e-5)
+    result = invoke("eval", run, "--store", store, "--average-bits", "2.25,3", "--json")
+    rows = json.loads(result.stdout)
+    assert [row["average_bits"] for row in rows] == [2.25, 3]
+    for row in rows:
+        # Which token a threshold takes may depend on how many are multiplied at once.
+        name = f"routed-{row['average_bits']:g}"
+        assert row["perplexity"] == pytest.approx(expected[name], rel=1e-3)
+        assert row["realised_bits"] == pytest.approx(row["average_bits"], abs=0.2)
 
 
 def test_eval_of_a_folder_on_a_text_of_its_own(
@@ -240,6 +268,12 @@ def test_eval_of_a_folder_on_a_text_of_its_own(
     assert result.stdout.startswith("4 bits: ")
     _fails(invoke("eval", folder, "--bits", "4"), 2, "names no text", "--dataset")
     _fails(invoke("eval", folder, "--bits", "four", *text), 2, "--bits four")
+    averages = "--average-bits"
+    _fails(invoke("eval", folder, averages, "2.5,", *text), 2, "--average-bits 2.5,", "as in 2.5,3")
+    _fails(invoke("eval", folder, averages, "2.5,9", *text), 2, "--average-bits 9", "2, 4, 6, 8")
+    _fails(invoke("eval", folder, "--bits", "3", *text), 2, "--bits 3", "2, 4, 6, 8 bits")
+    shared = invoke("eval", folder, averages, "2.5", *text, "--tokens", "256")
+    assert shared.stdout.startswith("average 2.5 bits (2.")
     _fails(invoke("eval", "/nowhere", *text), 2, "/nowhere")
 
 
@@ -248,7 +282,7 @@ def test_help_is_quick_and_lists_every_command() -> None:
     command = [sys.executable, "-m", "mbq.orchestrator.cli", "--help"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert time.monotonic() - started < 1.0
-    commands = ("check", "eval", "head", "list", "logs", "resume", "status", "stop", "submit")
+    commands = ("check", "eval", "head", "list", "logs", "report", "resume", "status", "submit")
     assert all(f"  {command} " in done.stdout for command in commands)
 
 
@@ -259,13 +293,14 @@ def test_the_options_are_these(invoke: Callable[..., Result]) -> None:
         for name, command in main.commands.items()
     }
     shared = ["--address", "--store"]
-    text = ["--bits", "--dataset", "--file"]
+    text = ["--average-bits", "--bits", "--dataset", "--file"]
     assert options == {
         "check": ["--address", "--json", "--set", "--store"],
         "eval": [*text, "--json", "--sequence-length", "--store", "--tokens"],
         "head": [],
         "list": ["--address", "--json", "--store"],
         "logs": shared,
+        "report": ["--out", "--store"],
         "resume": [*shared, "--watch"],
         "status": ["--address", "--json", "--store"],
         "stop": shared,

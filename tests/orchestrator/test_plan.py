@@ -13,18 +13,17 @@ from mbq.artifacts.errors import InputError
 from mbq.artifacts.manifest import BlobRef, RunDocument
 from mbq.artifacts.source import open_source
 from mbq.artifacts.spec import parse_spec
+from mbq.orchestrator.check import check_source
+from mbq.orchestrator.comparison import other_bits, settled_methods, variants
 from mbq.orchestrator.plan import (
     Plan,
     Progress,
     build_plan,
-    check_source,
     needed_captures,
     ready,
     releasable,
     remaining_flops,
     task_memory_bytes,
-    total_bits,
-    variants,
 )
 
 Make = Callable[..., dict[str, Any]]
@@ -43,6 +42,7 @@ def _plan(tiny_document: Make, **changes: Any) -> Plan:
             model_digest="sha256:0",
             calibration_tokens=blob,
             evaluation_tokens=blob,
+            sample_tokens=blob if spec.slices > 1 else None,
             code_version="0",
         )
     )
@@ -58,20 +58,23 @@ def _progress(**fields: Any) -> Progress:
     return replace(empty, **fields)
 
 
-SOURCE_EVALUATIONS = ["evaluate full", *(f"evaluate rtn-{bits}" for bits in (2, 4, 6, 8))]
+# 3 is the one average width that a static model can have, too.
+SOURCE_EVALUATIONS = ["evaluate full", *(f"evaluate rtn-{bits}" for bits in (2, 3, 4, 6, 8))]
+SENSE = "sensitivity model"
+SETTLES = ["settle linear", "settle norm", "settle token"]
 
 
 def test_only_the_chain_and_the_source_can_start(tiny_document: Make) -> None:
     plan = _plan(tiny_document)
-    assert _names(ready(plan, _progress(), 2)) == ["capture 000", *SOURCE_EVALUATIONS]
+    assert _names(ready(plan, _progress(), 2)) == ["capture 000", SENSE, *SOURCE_EVALUATIONS]
 
 
 def test_a_captured_block_calibrates_while_the_chain_goes_on(tiny_document: Make) -> None:
     plan = _plan(tiny_document)
     progress = _progress(done={plan.captures[0]}, held={0})
-    assert _names(ready(plan, progress, 2))[:2] == ["capture 001", "calibrate 000"]
+    assert _names(ready(plan, progress, 2))[:3] == ["capture 001", SENSE, "calibrate 000"]
     busy = replace(progress, busy={plan.captures[1], plan.calibrations[0]})
-    assert _names(ready(plan, busy, 2)) == SOURCE_EVALUATIONS
+    assert _names(ready(plan, busy, 2)) == [SENSE, *SOURCE_EVALUATIONS]
 
 
 def test_sequential_waits_for_the_block_before(tiny_document: Make) -> None:
@@ -99,7 +102,7 @@ def test_a_resumed_chain_ends_at_the_last_missing_block(tiny_document: Make) -> 
     done = {plan.calibrations[1], plan.calibrations[2], plan.captures[0]}
     assert needed_captures(plan, done) == 1
     names = _names(ready(plan, _progress(done=done, held={0}), 2))
-    assert names[0] == "calibrate 000"
+    assert names[:2] == [SENSE, "calibrate 000"]
     assert needed_captures(plan, set(plan.calibrations)) == 0
 
 
@@ -124,9 +127,60 @@ def test_files_are_packed_when_their_blocks_exist_and_evaluated_when_published(
     packs = [n for n in _names(ready(plan, _progress(done=done), 2)) if n.startswith("pack")]
     assert len(packs) == len(plan.packs) == 5
     done |= set(plan.packs)
-    assert _names(ready(plan, _progress(done=done), 2)) == SOURCE_EVALUATIONS
+    assert _names(ready(plan, _progress(done=done), 2)) == [SENSE, *SOURCE_EVALUATIONS]
+    done |= set(plan.sensitivities)
+    assert _names(ready(plan, _progress(done=done), 2)) == [*SETTLES, *SOURCE_EVALUATIONS]
+    done |= set(plan.settles)
+    assert _names(ready(plan, _progress(done=done), 2))[0] == "route model-routing.safetensors"
+    assert not done >= plan.checkpoint
+    done |= set(plan.routes)
+    assert done >= plan.checkpoint
     published = _names(ready(plan, _progress(done=done, published=True), 2))
-    assert published == [*SOURCE_EVALUATIONS, *(f"evaluate mbq-{b}" for b in (2, 4, 6, 8))]
+    assert published == [
+        *SOURCE_EVALUATIONS,
+        *(f"evaluate mbq-{b}" for b in (2, 4, 6, 8)),
+        *(f"evaluate routed-{b}" for b in (2.25, 2.5, 3, 3.5)),
+        "sample text",
+    ]
+
+
+def test_rivals_wait_for_their_thresholds_and_the_checkpoint_does_not(tiny_document: Make) -> None:
+    text = tiny_document()["evaluation"] | {"rivals": ["shuffled", "random"], "average_bits": [3]}
+    plan = _plan(tiny_document, evaluation=text, routing={"method": "linear"})
+    # The run itself needs one method, the shuffled rival another.
+    assert [task.target for task in plan.settles] == ["linear", "token"]
+    assert plan.candidates == ("linear",)
+    done = {*plan.calibrations, *plan.sensitivities, plan.settles[0]}
+    names = _names(ready(plan, _progress(done=done), 2))
+    assert "route model-routing.safetensors" in names
+    published = _progress(done=done, published=True)
+    assert "evaluate random-3" not in _names(ready(plan, published, 2))
+    settled = replace(published, done=done | set(plan.settles))
+    assert {"evaluate shuffled-2.25", "evaluate random-3.5"} <= set(_names(ready(plan, settled, 2)))
+
+
+def test_one_slice_shares_nothing(tiny_document: Make) -> None:
+    document = tiny_document(slices=1, optimisation={"slice_counts": [1]})
+    plan = _plan(lambda: document)
+    assert plan.sensitivities + plan.settles + plan.routes + plan.samples == ()
+    assert variants(parse_spec(document)) == ["full", "rtn-2", "mbq-2"]
+
+
+@pytest.mark.parametrize(
+    ("method", "rivals", "settled"),
+    [
+        ("auto", [], ("linear", "norm", "token")),
+        ("norm", [], ("norm",)),
+        ("norm", ["oracle", "random"], ("linear", "norm")),
+        ("target", ["learned", "norm"], ("norm", "target")),
+    ],
+)
+def test_only_what_is_used_is_settled(
+    tiny_document: Make, method: str, rivals: list[str], settled: tuple[str, ...]
+) -> None:
+    text = tiny_document()["evaluation"] | {"rivals": rivals}
+    document = tiny_document(evaluation=text, routing={"method": method})
+    assert settled_methods(parse_spec(document)) == settled
 
 
 def test_remaining_work_falls_to_nothing(tiny_document: Make) -> None:
@@ -136,13 +190,19 @@ def test_remaining_work_falls_to_nothing(tiny_document: Make) -> None:
     half = {plan.calibrations[0]: 0.5}
     assert whole - remaining_flops(plan, set(), half) == plan.calibrations[0].flops / 2
     # Captures that nobody needs are no work.
-    done = set(plan.calibrations) | set(plan.packs) | set(plan.evaluations)
+    done = set(plan.tasks) - set(plan.captures)
     assert remaining_flops(plan, done, {}) == 0
 
 
 def test_fewer_slices_make_fewer_files_and_variants(tiny_document: Make) -> None:
     document = tiny_document(slices=2, optimisation={"slice_counts": [1, 2]})
-    assert variants(parse_spec(document)) == ["full", "rtn-2", "rtn-4", "mbq-2", "mbq-4"]
+    assert variants(parse_spec(document)) == [
+        "full",
+        *(f"rtn-{bits}" for bits in (2, 3, 4)),
+        "mbq-2",
+        "mbq-4",
+        *(f"routed-{bits}" for bits in (2.25, 2.5, 3, 3.5)),
+    ]
     plan = _plan(lambda: document)
     assert [task.target.partition("-0")[0] for task in plan.packs] == [
         "model-base",
@@ -161,11 +221,18 @@ def test_memory_grows_with_what_a_task_holds(tiny_document: Make) -> None:
     assert difference == 2 * 12 * 32 * 64 * 4
 
 
-def test_total_bits_count_everything_a_width_reads() -> None:
+def test_bits_beside_the_codes_count_everything_a_width_reads(tiny_document: Make) -> None:
     # One linear of 4096 x 4096: 32 bits per 128 weights, and 32 bits per 4096 for gain and bias.
-    linears = [Linear("model.layers.0.mlp.up_proj", 0, 4096, 4096)]
-    assert total_bits(linears, 128, "rtn-4") == 4.25
-    assert total_bits(linears, 128, "mbq-2") == 2.25 + 32 / 4096
+    linears = [Linear("model.layers.0.self_attn.o_proj", 0, 4096, 4096)]
+    spec = parse_spec(tiny_document(group_size=128, routing={}))
+    assert other_bits(linears, spec, "rtn-4", "norm") == 0.25
+    elastic = 0.25 + 32 / 4096
+    assert other_bits(linears, spec, "mbq-2", "norm") == elastic
+    assert other_bits(linears, spec, "routed-2.5", "linear") == elastic
+    # Eight rows of float16, an offset each, and a head of 8 + 2 features for three slices.
+    router = (8 * 4096 * 16 + 8 * 32 + 3 * 10 * 32) / 4096**2
+    for variant, method in (("routed-3", "token"), ("learned-3", "norm"), ("shuffled-3", "norm")):
+        assert other_bits(linears, spec, variant, method) == pytest.approx(elastic + router)
 
 
 @pytest.mark.parametrize(

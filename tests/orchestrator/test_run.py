@@ -15,10 +15,12 @@ from mbq.artifacts.errors import ClusterError, MbqError, RunError, StoreError
 from mbq.artifacts.manifest import (
     Manifest,
     Results,
+    RoutingRecord,
     RunDocument,
     Status,
     find_document,
     get_document,
+    put_document,
 )
 from mbq.artifacts.store import LocalStore
 from mbq.cluster.runner import (
@@ -93,6 +95,9 @@ def test_leaves_everything_the_readme_promises(finished_run: Any) -> None:
         "checkpoint",
         "evaluations",
         "results.json",
+        "routing",
+        "sample.json",
+        "sensitivity.json",
         "shards",
         "spec.json",
         "status.json",
@@ -112,12 +117,16 @@ def test_leaves_everything_the_readme_promises(finished_run: Any) -> None:
 def test_results_compare_every_width_with_rounding(finished_run: Any) -> None:
     run = finished_run.document.run
     results = get_document(finished_run.store, keys.results_key(run), Results)
-    names = ["full", *(f"{kind}-{b}" for kind in ("rtn", "mbq") for b in (2, 4, 6, 8))]
+    names = ["full", *(f"rtn-{b}" for b in (2, 3, 4, 6, 8)), *(f"mbq-{b}" for b in (2, 4, 6, 8))]
+    names += [f"routed-{b}" for b in (2.25, 2.5, 3, 3.5)]
     assert [row.variant for row in results.rows] == names
     gaps = {row.variant: row.gap for row in results.rows}
     assert gaps["full"] == 0
     assert abs(gaps["mbq-8"]) < abs(gaps["rtn-2"])
     assert len(set(results.slice_bytes)) == 1
+    read = {row.variant: row.realised_bits for row in results.rows}
+    assert (read["full"], read["rtn-3"], read["mbq-6"]) == (None, 3.0, 6.0)
+    assert read["routed-2.5"] == pytest.approx(2.5, abs=0.2)
 
 
 def test_order_and_number_of_workers_change_no_byte(
@@ -301,3 +310,98 @@ def test_metrics_tell_how_far_it_is(store: LocalStore, write: Any, tiny_document
     assert runner.published["mbq_bytes_stored"] > 0
     assert runner.published["mbq_block_seconds"] > 0
     assert runner.published["mbq_block_loss"] > 0
+
+
+def test_thresholds_survive_a_crash_and_lost_ones_are_found_again(
+    finished_run: Any, store: LocalStore, write: Any, tiny_document: Make
+) -> None:
+    document = write(tiny_document())
+    expected = _manifest_digest(finished_run.store, document.run)
+    stopping = FaultyRunner()
+
+    def stop_at(name: str) -> None:
+        if name == "settle token":
+            raise KeyboardInterrupt
+
+    stopping.before = stop_at
+    with pytest.raises(KeyboardInterrupt):
+        drive(store, document, stopping, attempt=1)
+    again = FaultyRunner()
+    drive(store, document, again, attempt=2)
+    assert again.submitted["sensitivity model"] == again.submitted["settle linear"] == 0
+    assert (
+        again.submitted["settle token"] == again.submitted["route model-routing.safetensors"] == 1
+    )
+    assert _manifest_digest(store, document.run) == expected
+    # A block that was made anew has thresholds of its own.
+    manifest = get_document(store, keys.manifest_key(document.run), Manifest)
+    record = get_document(store, keys.routing_key(document.run, "norm"), RoutingRecord)
+    assert record.blobs == manifest.blocks
+    stale = record.model_copy(update={"blobs": ("0" * 64, *record.blobs[1:])})
+    put_document(store, keys.routing_key(document.run, "norm"), stale)
+    third = FaultyRunner()
+    drive(store, document, third, attempt=3)
+    assert third.submitted["settle norm"] == 1
+    assert third.submitted["settle linear"] == third.submitted["calibrate 000"] == 0
+    assert _manifest_digest(store, document.run) == expected
+
+
+def test_asking_for_more_widths_measures_only_those(
+    store: LocalStore, write: Any, tiny_document: Make
+) -> None:
+    text = tiny_document()["evaluation"]
+    document = write(tiny_document(routing={"method": "norm", "settle_tokens": 128, "steps": 5}))
+    drive(store, document, FaultyRunner(), attempt=1)
+    before = _manifest_digest(store, document.run)
+    more = tiny_document(
+        evaluation=text | {"average_bits": [2.5, 6.5], "rivals": ["linear"]},
+        routing={"method": "norm", "settle_tokens": 128, "steps": 5},
+    )
+    asked = write(more)
+    assert asked.run == document.run
+    runner = FaultyRunner()
+    drive(store, asked, runner, attempt=2)
+    rivals = [f"evaluate linear-{bits}" for bits in (2.25, 2.5, 3, 3.5)]
+    assert set(runner.submitted) == {
+        "inspect",
+        "settle linear",
+        "evaluate routed-6.5",
+        *rivals,
+    }
+    results = get_document(store, keys.results_key(document.run), Results)
+    assert [row.variant for row in results.rows][-6:-4] == ["routed-2.5", "routed-6.5"]
+    assert _manifest_digest(store, document.run) == before
+
+
+def test_a_rival_that_fails_does_not_hold_the_checkpoint(
+    store: LocalStore, write: Any, tiny_document: Make
+) -> None:
+    text = tiny_document()["evaluation"] | {"rivals": ["linear"]}
+    document = write(tiny_document(routing={"method": "norm", "steps": 5}, evaluation=text))
+    runner = FaultyRunner({("settle linear", 1): FloatingPointError("nan")})
+    with pytest.raises(RunError, match="settle linear"):
+        drive(store, document, runner, attempt=1)
+    assert find_document(store, keys.manifest_key(document.run), Manifest) is not None
+
+
+@pytest.mark.parametrize("method", ["linear", "norm", "token", "gates", "target"])
+def test_every_method_makes_a_checkpoint(
+    store: LocalStore, write: Any, tiny_document: Make, method: str
+) -> None:
+    routing = {"method": method, "steps": 10, "settle_tokens": 64}
+    document = write(tiny_document(routing=routing, slices=3))
+    drive(store, document, FaultyRunner(), attempt=1)
+    results = get_document(store, keys.results_key(document.run), Results)
+    assert results.method == method
+    read = {row.variant: row.realised_bits for row in results.rows}
+    assert read["routed-3"] == pytest.approx(3.0, abs=0.4)
+
+
+def test_one_slice_is_a_checkpoint_without_routers(
+    store: LocalStore, write: Any, tiny_document: Make
+) -> None:
+    document = write(tiny_document(slices=1, optimisation={"slice_counts": [1], "passes": 2}))
+    drive(store, document, FaultyRunner(), attempt=1)
+    results = get_document(store, keys.results_key(document.run), Results)
+    assert results.method is None
+    assert [row.variant for row in results.rows] == ["full", "rtn-2", "mbq-2"]

@@ -1,0 +1,161 @@
+"""The report: everything it promises, nothing from elsewhere, and a browser that shows it."""
+
+import html.parser
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mbq.artifacts.errors import NotFoundError
+from mbq.artifacts.store import LocalStore
+from mbq.orchestrator.report import collect, render
+from mbq.workers.data import SAMPLE_TEXT
+
+_NAMES = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next((path for path in map(shutil.which, _NAMES) if path), None)
+RIVALS = ["linear", "norm", "learned", "shuffled", "random", "oracle"]
+
+
+@pytest.fixture(scope="module")
+def ablation_run(finish_run: Callable[..., Any], tiny_document: Any) -> Any:
+    text = tiny_document()["evaluation"] | {"rivals": RIVALS, "average_bits": [2.5, 3.0, 5.0]}
+    return finish_run(tiny_document(evaluation=text))
+
+
+@pytest.fixture(scope="module")
+def page(ablation_run: Any) -> str:
+    return render(collect(ablation_run.store, ablation_run.document))
+
+
+class _Outside(html.parser.HTMLParser):
+    """Every address in a page that a browser would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            local = (value or "").startswith("#")
+            if name in ("src", "href", "xlink:href", "data", "srcset", "action") and not local:
+                self.found.append(f"{tag} {name}={value}")
+        if tag in ("script", "link", "iframe", "object", "embed", "image", "img"):
+            self.found.append(tag)
+
+
+def test_asks_for_nothing_outside(page: str) -> None:
+    outside = _Outside()
+    outside.feed(page)
+    assert outside.found == []
+    assert not re.search(r"url\((?!#)", page)
+    assert "@import" not in page
+    assert "default-src 'none'" in page
+
+
+def test_holds_every_part(ablation_run: Any, page: str) -> None:
+    for title in (
+        "Perplexity by average bits",
+        "Ways to share the bits",
+        "Bits by block and linear",
+        "Bits by token",
+        "Block errors by width",
+        "Outlier migration",
+        "Average bits, asked and realised",
+        "Provenance",
+    ):
+        assert f"<h2>{title}</h2>" in page
+    assert page.count("<svg") == 4
+    assert ablation_run.document.run in page
+    assert ablation_run.document.model_digest in page
+    assert "sequence_length: 32" in page
+    for way in ("learned router, tokens shuffled", "random mix", "oracle (true errors"):
+        assert way in page
+
+
+def test_shows_the_sample_text_and_the_numbers_measured(ablation_run: Any, page: str) -> None:
+    found = collect(ablation_run.store, ablation_run.document)
+    assert found.results is not None and found.sample is not None
+    assert list(found.sample.bits) == ["2.25", "2.5", "3", "3.5"]
+    # The tiny model has 128 positions: the text is cut there.
+    shown = "".join(found.tokens).removeprefix("<s>")
+    assert len(shown) > 100 and SAMPLE_TEXT.startswith(shown)
+    for average, bits in found.sample.bits.items():
+        assert all(2 <= value <= 8 for value in bits)
+        assert sum(bits) / len(bits) == pytest.approx(float(average), abs=0.8)
+    rows = {row.variant: row for row in found.results.rows}
+    for variant in ("routed-2.5", "oracle-3", "shuffled-2.25", "random-3.5"):
+        assert f"{rows[variant].gap:.4f}" in page
+
+
+def test_rivals_are_measured_beside_the_checkpoint(ablation_run: Any) -> None:
+    found = collect(ablation_run.store, ablation_run.document)
+    assert found.results is not None
+    rows = {row.variant: row for row in found.results.rows}
+    for rival in RIVALS:
+        for bits in (2.25, 2.5, 3, 3.5):
+            read = rows[f"{rival}-{bits:g}"].realised_bits
+            assert read is not None
+            assert read == pytest.approx(bits, abs=0.35), rival
+    # The learned routers are the only ones that read weights of their own.
+    totals = {r: rows[f"{r}-3"].total_bits - rows[f"{r}-3"].realised_bits for r in RIVALS}  # type: ignore[operator]
+    assert totals["learned"] > totals["norm"] > totals["linear"]
+    assert totals["learned"] == pytest.approx(totals["shuffled"])
+    assert totals["linear"] == pytest.approx(totals["random"]) == pytest.approx(totals["oracle"])
+
+
+def test_what_a_user_named_is_text_and_not_markup(ablation_run: Any) -> None:
+    found = collect(ablation_run.store, ablation_run.document)
+    evil = "<script>alert(1)</script>"
+    document = found.document.model_copy(update={"name": evil, "model_location": evil})
+    page = render(type(found)(**{**vars(found), "document": document, "tokens": [evil] * 128}))
+    assert "<script" not in page
+
+
+def test_without_an_evaluation_the_rest_is_there(
+    finish_run: Callable[..., Any], tiny_document: Any
+) -> None:
+    run = finish_run(tiny_document(evaluation=None, slices=1, optimisation={"slice_counts": [1]}))
+    page = render(collect(run.store, run.document))
+    assert "Block errors by width" in page
+    assert "Perplexity by average bits" not in page
+
+
+def test_an_unfinished_run_has_no_report(
+    store: LocalStore, write_run: Callable[..., Any], tiny_document: Any
+) -> None:
+    document = write_run(store, tiny_document())
+    with pytest.raises(NotFoundError, match="has no checkpoint yet"):
+        collect(store, document)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here; install the package chromium")
+def test_a_browser_shows_it(page: str, tmp_path: Path) -> None:
+    assert BROWSER is not None
+    path = tmp_path / "report.html"
+    path.write_text(page, encoding="utf-8")
+    picture = tmp_path / "report.png"
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    options += [f"--user-data-dir={tmp_path}", "--window-size=1000,4000"]
+    shown = subprocess.run(
+        [BROWSER, *options, f"--screenshot={picture}", path.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    # Whatever the page's policy refuses, a browser says on its console.
+    assert "Content Security Policy" not in shown.stderr
+    assert "Refused" not in shown.stderr
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    dumped = subprocess.run(
+        [BROWSER, *options, "--dump-dom", path.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert dumped.stdout.count("<svg") == 4
