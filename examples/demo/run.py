@@ -1,4 +1,4 @@
-"""The demo: submit the demo run, watch it, and let its checkpoint write at two widths.
+"""The demo: submit the demo run, watch it, write its report, and let its checkpoint write.
 
     python examples/demo/run.py
 
@@ -9,6 +9,7 @@ finished run and shows it at once.
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from mbq.artifacts.loading import load_model
 from mbq.cluster.head import find_head
@@ -33,6 +34,8 @@ def main() -> int:
     finally:
         if started_here and find_head(home() / "head") is not None:
             _command("head", "stop")
+    print("report: ", end="", flush=True)
+    _command("report", run, "--out", str(home() / "report.html"))
     store, document = locate(run, str(home() / "store"))
     _write(checkpoint_location(store, document))
     return 0
@@ -46,18 +49,19 @@ def _command(*arguments: str, capture: bool = False) -> "subprocess.CompletedPro
 
 
 def _write(folder: str) -> None:
-    """What the model writes, greedily, at the lowest and at the highest width."""
+    """What the model writes, greedily, at the lowest, an average and the highest width."""
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = load_model(folder)
+    model: Any = load_model(folder)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    for bits in (2, 8):
-        model.set_bits(bits)
+    for bits in (2, 3.2, 8):
+        model.set_average_bits(bits)
         out = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
-        STDOUT.rule(f"written at {bits} bits", align="left")
+        read = f"{model.realised_bits():.2f} read"
+        STDOUT.rule(f"written at an average of {bits} bits ({read})", align="left")
         STDOUT.print(tokenizer.decode(out[0]), markup=False)
 
 
