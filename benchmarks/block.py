@@ -1,4 +1,4 @@
-"""Calibrate one random LLaMA block twice: seconds, peak memory, and whether the bytes are equal.
+"""Calibrate one random LLaMA block and fit its routers, twice: seconds, peak memory, equal bytes.
 
     python benchmarks/block.py --device cuda
     python benchmarks/block.py --device cpu --hidden 256 --intermediate 768 --heads 8 --samples 16
@@ -24,12 +24,14 @@ import transformers
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mbq.artifacts.checkpoint import find_linears, find_routers
 from mbq.artifacts.source import Source
-from mbq.artifacts.spec import Optimisation
+from mbq.artifacts.spec import Optimisation, Routing
 from mbq.workers.calibrate import calibrate_block
 from mbq.workers.determinism import attention, hardware_kind, pin
 from mbq.workers.model import Model, open_model
 from mbq.workers.pack import encode_block
+from mbq.workers.route import fit_routers
 
 
 @click.command()
@@ -61,6 +63,7 @@ def main(**options: Any) -> None:
         "command": "python " + " ".join(sys.argv),
         "options": {k: v for k, v in options.items() if k != "out"},
         "seconds": [run["seconds"] for run in runs],
+        "router_seconds": [run["router_seconds"] for run in runs],
         "peak_gpu_bytes": max(run["peak_gpu_bytes"] for run in runs),
         "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "loss_before": runs[0]["loss_before"],
@@ -111,17 +114,34 @@ def calibrate(model: Model, options: dict[str, Any]) -> dict[str, Any]:
             seed=0,
             report=lambda fraction: None,
         )
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.monotonic() - started
+        _finish(model.device)
+        calibrated = time.monotonic()
+        routers = fit_routers(
+            model.block(0),
+            lambda block, x: model.run(block, 0, x),
+            find_routers(find_linears(model.source.tensors)),
+            done.linears,
+            hidden,
+            Routing(),
+            slices=4,
+            microbatch=options["microbatch"],
+            seed=0,
+        )
+        _finish(model.device)
     peak = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else 0
     return {
-        "seconds": seconds,
+        "seconds": calibrated - started,
+        "router_seconds": time.monotonic() - calibrated,
         "peak_gpu_bytes": peak,
         "loss_before": done.loss_before,
         "loss_after": done.loss_after,
-        "sha256": hashlib.sha256(b"".join(encode_block(done.linears))).hexdigest(),
+        "sha256": hashlib.sha256(b"".join(encode_block(done.linears, routers))).hexdigest(),
     }
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -1,19 +1,27 @@
-"""Record the demo run: perplexity by width, seconds by block, sizes, and where it ran.
+"""Record a finished run: perplexity by width, how bits were shared, seconds by block, and where.
 
-    make demo && MBQ_HOME=build/demo .venv/bin/python benchmarks/demo.py
+    python benchmarks/record.py NAME RUN [COMMAND ...]
 
-Reads the finished demo run of MBQ_HOME's store and writes benchmarks/results/<date>-demo.json.
+Reads the run from MBQ_HOME's store and writes benchmarks/results/<date>-<NAME>.json; COMMAND is
+what made the run.
 """
 
 import datetime
 import json
 import platform
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
 from mbq.artifacts import keys
-from mbq.artifacts.manifest import Manifest, Results, Status, block_records, get_document
-from mbq.artifacts.store import open_store
+from mbq.artifacts.manifest import (
+    Manifest,
+    Results,
+    RoutingRecord,
+    Status,
+    block_records,
+    get_document,
+)
 from mbq.orchestrator.status import locate
 from mbq.orchestrator.submit import home
 
@@ -21,26 +29,35 @@ RESULTS = Path(__file__).with_name("results")
 PACKAGES = ("mbq-cluster", "ray", "torch", "transformers")
 
 
-def main() -> None:
-    store = open_store(str(home() / "store"))
-    run = store.children(keys.RUNS)[-1]
-    _, document = locate(run, store.uri)
+def main(name: str, run: str, *command: str) -> None:
+    store, document = locate(run, str(home() / "store"))
+    run = document.run
     status = get_document(store, keys.status_key(run), Status)
     results = get_document(store, keys.results_key(run), Results)
     manifest = get_document(store, keys.manifest_key(run), Manifest)
     records = block_records(store, run, len(manifest.blocks))
+    methods = [file.removesuffix(".json") for file in store.children(f"runs/{run}/routing")]
+    routing = {m: get_document(store, keys.routing_key(run, m), RoutingRecord) for m in methods}
     found = {
         "date": datetime.date.today().isoformat(),
         "hardware": sorted(set(manifest.hardware)),
         "processor": _processor(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
-        "command": "make demo",
+        "command": " ".join(command),
         "run": run,
+        "method": results.method,
         "spec": document.spec.model_dump(mode="json", exclude={"model", "store", "resources"}),
         "driver_seconds": status.updated_at - status.started_at,
         "block_seconds": [record.seconds for record in records.values()],
         "rows": [row.model_dump() for row in results.rows],
+        "settled": {
+            method: {
+                "router_bits": record.router_bits,
+                "widths": [width.model_dump() for width in record.settled],
+            }
+            for method, record in routing.items()
+        },
         "tokens": results.tokens,
         "slice_bytes": results.slice_bytes,
         "base_bytes": results.base_bytes,
@@ -50,7 +67,7 @@ def main() -> None:
             path = found["spec"][text][key]
             found["spec"][text][key] = Path(path).name if path else None
     RESULTS.mkdir(exist_ok=True)
-    out = RESULTS / f"{found['date']}-demo.json"
+    out = RESULTS / f"{found['date']}-{name}.json"
     out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(out)
 
@@ -62,4 +79,4 @@ def _processor() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
