@@ -1,4 +1,4 @@
-# make demo    the main job on the demo model, about three minutes after installation
+# make demo    the main job on the demo model, about three and a half minutes
 # make test    all tests
 # make check   format, lint and types
 # make types   types only

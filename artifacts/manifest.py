@@ -293,8 +293,8 @@ def find_run(store: Store, run: str) -> RunDocument:
         raise CorruptError(f"{key} is not the document of a run: {error}") from error
     if found[0] != FORMAT_VERSION:
         raise CorruptError(
-            f"run {run} has format {found[0]}, this program reads {FORMAT_VERSION}; use the "
-            f"version that wrote it ({found[1]})"
+            f"run {run} has format {found[0]}, this program reads {FORMAT_VERSION}; submit "
+            f"it again, or use the version that wrote it ({found[1]})"
         )
     return get_document(store, key, RunDocument)
 

@@ -97,7 +97,7 @@ class ElasticLinear(nn.Module):
         tokens = x.numel() // self.in_features
         self.tokens += tokens
         if isinstance(counts, int):
-            self.slices_read += counts * tokens
+            self.slices_read = self.slices_read + counts * tokens
             return self._multiply(x, counts)
         self.slices_read = self.slices_read + counts.sum()
         present = counts.unique().tolist()

@@ -164,7 +164,9 @@ class Router(nn.Module):
         if self.width:
             trunk_HK = unpack_halves(self.get_buffer("trunk"))
             offset_H = _floats(self.get_buffer("offset"))
-        return score(x_TK, trunk_HK, offset_H, _floats(self.get_buffer("head")))
+        # Thresholds were settled on float32 scores.
+        with torch.autocast(x.device.type, enabled=False):
+            return score(x_TK, trunk_HK, offset_H, _floats(self.get_buffer("head")))
 
     def log_earnings(self, x: Tensor) -> Tensor:
         """What each slice is expected to earn: float32 [E, L, T], or [E, L, 1] without features."""

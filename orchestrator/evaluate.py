@@ -101,6 +101,11 @@ def _find(target: str, store_uri: str, text: Mapping[str, Any] | None) -> tuple[
         folder = target
     else:
         store, document = locate(target, store_uri)
+        if store.size(keys.manifest_key(document.run)) is None:
+            raise NotFoundError(
+                f"run {document.run} has no checkpoint yet; `mbq-cluster watch {document.run}` "
+                "follows it"
+            )
         folder = checkpoint_location(store, document)
         if text is None:
             if document.evaluation_tokens is None:

@@ -138,7 +138,7 @@ def submit(prepared: Prepared, store: Store, address: str | None, say: Say) -> J
         for chunks in prepared.blobs:
             put_blob(store, chunks)
         put_document(store, keys.spec_key(prepared.document.run), prepared.document)
-        _start(prepared.document, store, jobs, say)
+        _start(prepared.document, store, jobs)
     return jobs
 
 
@@ -148,7 +148,7 @@ def resume(document: RunDocument, store: Store, address: str | None, say: Say) -
         return None
     jobs = Jobs(address) if address is not None else local_jobs(say)
     if not _is_running(document.run, store, jobs, say):
-        _start(document, store, jobs, say)
+        _start(document, store, jobs)
     return jobs
 
 
@@ -160,7 +160,7 @@ def _is_running(run: str, store: Store, jobs: Jobs, say: Say) -> bool:
     return True
 
 
-def _start(document: RunDocument, store: Store, jobs: Jobs, say: Say) -> None:
+def _start(document: RunDocument, store: Store, jobs: Jobs) -> None:
     run = document.run
     status = find_document(store, keys.status_key(run), Status)
     attempt = 1 + max(jobs.attempts(run), status.attempt if status else 0)

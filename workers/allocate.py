@@ -27,6 +27,8 @@ from mbq.kernels.router import Curve
 _SMALLEST = 1e-30
 # Points of a curve lie this far apart.
 _STEP_BITS = 0.125
+# How often that is halved towards the ends.
+_HALVINGS = 6
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,16 @@ def realised_bits(earnings: Sequence[Earnings], log_threshold: float, ceiling_bi
 
 
 def grid(ceiling_bits: int) -> tuple[float, ...]:
-    """The average widths of a curve's points, from 2 bits to the ceiling."""
+    """The average widths of a curve's points, from 2 bits to the ceiling.
+
+    Towards both ends they lie ever closer: there the threshold runs off to the most and the least
+    that any token earns.
+    """
     steps = round((ceiling_bits - SLICE_BITS) / _STEP_BITS)
-    return tuple(SLICE_BITS + _STEP_BITS * step for step in range(steps + 1))
+    points = {SLICE_BITS + _STEP_BITS * step for step in range(steps + 1)}
+    near = [_STEP_BITS / 2**halving for halving in range(1, _HALVINGS + 1)]
+    points |= {SLICE_BITS + bits for bits in near} | {ceiling_bits - bits for bits in near}
+    return tuple(sorted(points))
 
 
 def budget_curve(settled: Mapping[float, Sequence[Earnings]], ceiling_bits: int) -> Curve:

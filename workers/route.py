@@ -292,7 +292,11 @@ def _gate_loss(
     soft_ELT = (steepness * (score_ELT - threshold)).sigmoid()
     if done > 2 / 3:
         soft_ELT = soft_ELT + ((score_ELT > threshold).float() - soft_ELT).detach()
-    gate_ELT = soft_ELT.cumprod(0)
+    gates = [soft_ELT[0]]
+    for soft_LT in soft_ELT[1:]:
+        # Not cumprod: its gradient is not deterministic on a GPU, and refused there.
+        gates.append(gates[-1] * soft_LT)
+    gate_ELT = torch.stack(gates)
     left = ((1 - gate_ELT) * relative_ELT).mean(2)
     if target is None:
         # At this price a slice pays for itself exactly where its score is the threshold.

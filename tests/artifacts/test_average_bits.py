@@ -18,6 +18,7 @@ from mbq.artifacts import keys
 from mbq.artifacts.checkpoint import (
     INDEX_FILE,
     config_document,
+    find_linears,
     index_document,
     plan_shards,
     router_shape,
@@ -31,6 +32,7 @@ from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.quantize import unpack_pair
 from mbq.kernels.reference import count_slices, routed_linear
 from mbq.kernels.router import Router
+from mbq.workers.settle import choose
 
 IDS = torch.arange(3 * 24).view(3, 24) * 7 % 320
 ROOT = Path(__file__).parents[2]
@@ -188,8 +190,6 @@ def _cut(run: Any, folder: Path, slices: int) -> Path:
     document, spec = run.document, run.document.spec
     linears = json.loads((folder / "config.json").read_text())["quantization_config"]["routing"]
     shape = router_shape(linears["method"], spec.routing.width)
-    from mbq.artifacts.checkpoint import find_linears
-
     found = find_linears(document.source.tensors)
     shards = plan_shards(document.source.tensors, slices, spec.group_size)
     shards.append(routing_shard(found, spec.slices, shape))
@@ -240,7 +240,10 @@ def test_the_method_chosen_is_the_one_that_loses_least(finished_run: Any) -> Non
     config = json.loads((finished_run.checkpoint / "config.json").read_text())
     chosen = config["quantization_config"]["routing"]
     store, run = finished_run.store, finished_run.document.run
-    record = get_document(store, keys.routing_key(run, chosen["method"]), RoutingRecord)
+    methods = ("linear", "norm", "token")
+    records = [get_document(store, keys.routing_key(run, m), RoutingRecord) for m in methods]
+    record = choose(records)
+    assert record.method == chosen["method"]
     for ceiling, curve in record.curves.items():
         stored = chosen["curves"][str(ceiling)]
         assert tuple(stored["average_bits"]) == curve.average_bits
@@ -261,6 +264,11 @@ def test_mixed_widths_run_under_autocast(token_run: Any) -> None:
     model: Any = load_model(token_run.checkpoint, average_bits=3)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.isfinite(model(IDS).logits).all()
+    router = next(m for m in model.modules() if isinstance(m, Router))
+    x = torch.randn(9, 64)
+    expected = router.scores(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(router.scores(x), expected)
 
 
 @pytest.mark.parametrize(

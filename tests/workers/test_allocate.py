@@ -99,6 +99,15 @@ def test_curves_fall_and_keep_their_promise(seed: int, ceiling: int, tokens: int
         assert abs(realised_bits(earnings, value, ceiling) - bits) <= step / 2 + 1e-6
 
 
+@pytest.mark.parametrize("ceiling", [4, 8])
+def test_curves_keep_their_promise_close_to_the_ends(ceiling: int) -> None:
+    earnings = [Earnings(_falling(3, 2, 4000, 0), (10, 30))]
+    curve = budget_curve({3.0: earnings}, ceiling)
+    for bits in (2.01, 2.03, 2.0625, 2.1, ceiling - 0.1, ceiling - 0.06, ceiling - 0.01):
+        found = realised_bits(earnings, curve.log_threshold(bits), ceiling)
+        assert found == pytest.approx(bits, abs=0.008)
+
+
 def test_one_earning_for_all_tokens_is_a_step() -> None:
     earnings = [Earnings(torch.tensor([[[2.0], [1.0]]]), (10, 30))]
     found = [realised_bits(earnings, t, 4) for t in thresholds(earnings, [2.2, 2.3, 3.9], 4)]

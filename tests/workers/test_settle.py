@@ -68,7 +68,7 @@ def test_curves_hold_between_the_settled_widths(finished_run: Any) -> None:
     for ceiling in (4, 6, 8):
         curve = opened.curve("norm", ceiling)
         assert isinstance(curve, Curve)
-        asked = [bits for bits in (2.3, 2.7, 3.3, 3.9, 4.6, 5.7, 7.2) if bits < ceiling]
+        asked = [bits for bits in (2.04, 2.3, 2.7, 3.3, 3.9, 4.6, 5.7, 7.2) if bits < ceiling]
         settings = [Setting(ceiling, bits, curve.log_threshold(bits)) for bits in asked]
         precision = Precision(4)
         blocks = [opened.elastic_block(b, precision, "norm") for b in range(3)]
