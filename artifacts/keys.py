@@ -13,7 +13,11 @@ runs/<run>/checkpoint/...                       the packed checkpoint; manifest.
 blobs/sha256/<aa>/<sha256>                      immutable bytes, named by their digest
 """
 
+import re
+
 RUNS = "runs"
+BLOBS = "blobs"
+_NAMES_BLOBS = re.compile(rf"{RUNS}/[^/]+/(spec\.json|blocks/[^/]+/record\.json)")
 
 
 def spec_key(run: str) -> str:
@@ -52,8 +56,12 @@ def results_key(run: str) -> str:
     return f"{RUNS}/{run}/results.json"
 
 
+def checkpoint_prefix(run: str) -> str:
+    return f"{RUNS}/{run}/checkpoint"
+
+
 def checkpoint_key(run: str, file: str) -> str:
-    return f"{RUNS}/{run}/checkpoint/{file}"
+    return f"{checkpoint_prefix(run)}/{file}"
 
 
 def manifest_key(run: str) -> str:
@@ -61,4 +69,9 @@ def manifest_key(run: str) -> str:
 
 
 def blob_key(sha256: str) -> str:
-    return f"blobs/sha256/{sha256[:2]}/{sha256}"
+    return f"{BLOBS}/sha256/{sha256[:2]}/{sha256}"
+
+
+def names_blobs(key: str) -> bool:
+    """Whether the document of that key names blobs that are read by it."""
+    return _NAMES_BLOBS.fullmatch(key) is not None

@@ -2,51 +2,60 @@
 
 Written in this order, so that whatever exists is true: blobs, then the records that name them,
 then the checkpoint's files, and the manifest last. The manifest holds nothing that may differ
-between two runs of the same id: no times, attempts, stores or paths.
+between two runs of the same id: no times, attempts, stores or paths. Every document ends with a
+seal, so that a bit that flips on the way to or from a store cannot become a threshold.
 """
 
+import hashlib
 import json
+import reprlib
+import time
 from collections.abc import Iterable
 from functools import cached_property
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from mbq.artifacts import keys
+from mbq.artifacts.digests import READS, Digest, Digester
 from mbq.artifacts.errors import CorruptError, NotFoundError
 from mbq.artifacts.source import Source
-from mbq.artifacts.spec import FORMAT_VERSION, Document, RunSpec, explain
-from mbq.artifacts.store import Store
-from mbq.artifacts.tensors import Digest, Digester
+from mbq.artifacts.spec import FORMAT_VERSION, SLICE_BITS, Document, RunSpec, explain
+from mbq.artifacts.store import Store, is_name
 
 DocumentT = TypeVar("DocumentT", bound=Document)
 
-
-class BlobRef(Document):
-    """Bytes in the store by their content."""
-
-    sha256: str
-    size_bytes: int
+MAX_DOCUMENT_BYTES = 8 * 1024 * 1024
+# Validation costs a kilobyte for every member that is wrong.
+_MAX_MEMBERS = 250_000
+_SEAL = b',\n "seal": "%s"\n}\n'
+# Far less than the grace that unreferenced blobs are given.
+_YOUNG_SECONDS = 3600.0
 
 
 class RunDocument(Document):
-    """A resolved run: the spec, and what its names stood for when it was submitted."""
+    """A resolved run: the spec, and what its names stood for when it was submitted.
 
-    format_version: int = FORMAT_VERSION
+    Attributes:
+        model_files: what the files of the source were; None for a commit, which says it all.
+    """
+
+    format_version: Annotated[int, Field(ge=FORMAT_VERSION, le=FORMAT_VERSION)] = FORMAT_VERSION
     run: str
     name: str
     spec: RunSpec
     model_location: str
     model_commit: str | None
     model_digest: str
-    calibration_tokens: BlobRef
-    evaluation_tokens: BlobRef | None
-    sample_tokens: BlobRef | None
+    model_files: dict[str, Digest] | None
+    calibration_tokens: Digest
+    evaluation_tokens: Digest | None
+    sample_tokens: Digest | None
     code_version: str
 
     @cached_property
     def source(self) -> Source:
-        return Source(self.model_location, self.model_commit)
+        return Source(self.model_location, self.model_commit, self.model_files)
 
 
 class BlockRecord(Document):
@@ -59,27 +68,13 @@ class BlockRecord(Document):
     """
 
     block: int
-    blob: BlobRef
+    blob: Digest
     hardware: str
     loss_before: dict[int, float]
     loss_after: dict[int, float]
     outlier_overlap: dict[int, dict[int, float]]
     attempt: int
     seconds: float
-
-
-class FileRecord(Document):
-    """A file of the checkpoint."""
-
-    size_bytes: int
-    sha256: str
-    part_sha256: tuple[str, ...]
-
-    @classmethod
-    def of(cls, digest: Digest) -> "FileRecord":
-        return cls(
-            size_bytes=digest.size_bytes, sha256=digest.sha256, part_sha256=digest.part_sha256
-        )
 
 
 class ShardRecord(Document):
@@ -89,7 +84,7 @@ class ShardRecord(Document):
         method: how bits are shared, for the routers' file.
     """
 
-    file: FileRecord
+    file: Digest
     blobs: tuple[str, ...]
     method: str | None = None
 
@@ -107,12 +102,24 @@ class Manifest(Document):
     format_version: int
     run: str
     model_digest: str
-    max_bits: int
-    group_size: int
-    files: dict[str, FileRecord]
+    max_bits: Annotated[int, Field(ge=2, le=8, multiple_of=2)]
+    group_size: Annotated[int, Field(ge=32, le=4096)]
+    files: dict[str, Digest]
     slice_files: tuple[tuple[str, ...], ...]
     blocks: tuple[str, ...]
     hardware: tuple[str, ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        # A manifest may come from anywhere, and its names become files.
+        foreign = [name for name in self.files if not is_name(name) or name == "manifest.json"]
+        named = [name for names in self.slice_files for name in names]
+        if foreign or not set(named) <= set(self.files) or len(set(named)) < len(named):
+            shown = reprlib.repr(foreign or named)
+            raise ValueError(f"its files are not plain names, each in one place: {shown}")
+        if len(self.slice_files) * SLICE_BITS != self.max_bits:
+            raise ValueError(f"{len(self.slice_files)} slices are not {self.max_bits} bits")
+        return self
 
 
 class Failure(Document):
@@ -248,7 +255,9 @@ class Results(Document):
 
 
 def put_document(store: Store, key: str, document: Document) -> None:
-    store.put(key, [document.model_dump_json(indent=1).encode() + b"\n"])
+    """Write a document with its seal: the sha256 of everything before it, as its last member."""
+    body = document.model_dump_json(indent=1).encode()[:-2]
+    store.put(key, [body + _SEAL % hashlib.sha256(body).hexdigest().encode()])
 
 
 def get_document(store: Store, key: str, kind: type[DocumentT]) -> DocumentT:
@@ -256,9 +265,11 @@ def get_document(store: Store, key: str, kind: type[DocumentT]) -> DocumentT:
 
     Raises:
         NotFoundError: there is none.
-        CorruptError: it is not a document of that kind.
+        CorruptError: it is not a document of that kind, or not as it was written.
     """
-    data = store.read(key)
+    data = read_sealed(store, key)
+    if data.count(b",") > _MAX_MEMBERS:
+        raise CorruptError(f"{key} has more members than any document of mbq-cluster")
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
@@ -272,31 +283,68 @@ def find_document(store: Store, key: str, kind: type[DocumentT]) -> DocumentT | 
         return None
 
 
-def put_blob(store: Store, chunks: Iterable[bytes]) -> BlobRef:
-    """Store bytes under their digest; bytes that are already there are not written again."""
+def read_sealed(store: Store, key: str) -> bytes:
+    """A document without its seal, as it was written.
+
+    Raises:
+        NotFoundError: there is none.
+        CorruptError: it has no seal, or one of other bytes.
+    """
+    size = len(_SEAL % (b"0" * 64))
+    for _ in range(READS):
+        data = store.read(key, 0, MAX_DOCUMENT_BYTES)
+        body = data[:-size]
+        if data[-size:] == _SEAL % hashlib.sha256(body).hexdigest().encode():
+            return body + b"\n}"
+    raise CorruptError(
+        f"{store.uri}/{key} is not as it was written: it was damaged or edited, or is no document "
+        "of mbq-cluster; restore it, or delete it and resume its run"
+    )
+
+
+def document_sha256(store: Store, key: str) -> str:
+    """The sha256 of a document as it lies in the store, seal and all. Raises as `read_sealed`."""
+    body = read_sealed(store, key)[:-2]
+    return hashlib.sha256(body + _SEAL % hashlib.sha256(body).hexdigest().encode()).hexdigest()
+
+
+def put_blob(store: Store, chunks: Iterable[bytes]) -> Digest:
+    """Store bytes under their digest; bytes that are there and young are not written again.
+
+    What is old and named by no document may be about to be collected (`garbage.py`): writing it
+    again makes it young.
+    """
     digester = Digester()
     data = list(digester.through(chunks))
     digest = digester.digest()
-    blob = BlobRef(sha256=digest.sha256, size_bytes=digest.size_bytes)
-    if not is_stored(store, blob):
-        store.put(keys.blob_key(blob.sha256), data)
-    return blob
+    key = keys.blob_key(digest.sha256)
+    stat = store.stat(key)
+    complete = stat is not None and stat.size_bytes == digest.size_bytes
+    if stat is None or not complete or time.time() - stat.modified > _YOUNG_SECONDS:
+        store.put(key, data)
+    return digest
 
 
 def find_run(store: Store, run: str) -> RunDocument:
     """Raises NotFoundError or CorruptError; refuses a run of another format."""
     key = keys.spec_key(run)
     try:
-        raw = json.loads(store.read(key))
-        found = raw["format_version"], raw["code_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptError(f"{key} is not the document of a run: {error}") from error
-    if found[0] != FORMAT_VERSION:
+        document = get_document(store, key, RunDocument)
+        if document.run != run:
+            raise CorruptError(f"{key} is the document of another run, {document.run}")
+        return document
+    except CorruptError as error:
+        try:
+            raw = json.loads(store.read(key, 0, MAX_DOCUMENT_BYTES))
+            found = raw["format_version"], raw["code_version"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise error from None
+        if found[0] == FORMAT_VERSION:
+            raise
         raise CorruptError(
             f"run {run} has format {found[0]}, this program reads {FORMAT_VERSION}; submit "
             f"it again, or use the version that wrote it ({found[1]})"
-        )
-    return get_document(store, key, RunDocument)
+        ) from error
 
 
 def block_records(store: Store, run: str, blocks: int) -> dict[int, BlockRecord]:
@@ -309,6 +357,7 @@ def block_records(store: Store, run: str, blocks: int) -> dict[int, BlockRecord]
     return found
 
 
-def is_stored(store: Store, blob: BlobRef) -> bool:
+def is_stored(store: Store, blob: Digest) -> bool:
     """Whether a blob is there in full."""
-    return store.size(keys.blob_key(blob.sha256)) == blob.size_bytes
+    stat = store.stat(keys.blob_key(blob.sha256))
+    return stat is not None and stat.size_bytes == blob.size_bytes

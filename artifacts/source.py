@@ -1,26 +1,26 @@
-"""A source checkpoint: a local folder or a Hugging Face repository, read file by file.
+"""A source checkpoint: a local folder, a prefix of an object store, or a Hub repository.
 
 Knows names, shapes and digests, never tensors: everything here works without torch, so a wrong
 model is refused before any heavy import. Only safetensors files are read; pickled weights are not.
-
-What the Hub answers becomes one of our errors: InputError for what the user must change,
-StoreError for what may pass.
+Folders and object stores are read in ranges, block by block, and once their digests are known
+everything is held against them: a model that changes under a run is an error, not another result.
 """
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mbq.artifacts.errors import CorruptError, InputError, MbqError, StoreError
+from mbq.artifacts import hub
+from mbq.artifacts.digests import CheckedObject, Digest, digest_of, read_chunks
+from mbq.artifacts.errors import CorruptError, InputError, NotFoundError, StoreError
 from mbq.artifacts.spec import is_path
-from mbq.artifacts.store import LocalStore
-from mbq.artifacts.tensors import Entry, open_tensors
+from mbq.artifacts.store import WORKING_SECONDS, LocalStore, Store, is_name, open_store
+from mbq.artifacts.tensors import Entry, TensorFile, open_tensors
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -31,6 +31,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+# Tokenizers of large vocabularies have tens of megabytes; nothing but weights has more.
+_MAX_FILE_BYTES = 256 * 1024 * 1024
+_MAX_JSON_BYTES = 16 * 1024 * 1024
 # Early LLaMA checkpoints store this buffer, which every model computes for itself.
 _COMPUTED = "rotary_emb.inv_freq"
 
@@ -40,44 +43,59 @@ class Source:
     """Where a checkpoint lies.
 
     Attributes:
-        location: a local folder, or a repository id such as `meta-llama/Llama-2-13b-hf`.
-        revision: the repository's commit; None for a local folder.
+        location: a local folder, an `s3://` URI, or a repository id such as
+            `meta-llama/Llama-2-13b-hf`.
+        revision: the repository's commit; None for anything else.
+        files: digests of its files, to hold what is read against; None if they are not known.
     """
 
     location: str
     revision: str | None = None
+    files: Mapping[str, Digest] | None = None
 
-    def path(self, name: str) -> Path | None:
-        """Local path of one file, downloaded if need be; None when there is no such file."""
-        if self.revision is None:
-            path = Path(self.location) / name
-            return path if path.is_file() else None
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    def read(self, name: str) -> bytes | None:
+        """A whole file that is no weight file; None when there is no such file.
 
-        # Tasks read files long after the repository was looked up: the network may come back.
-        with _hub_errors(self.location, unreachable=StoreError):
-            try:
-                return Path(hf_hub_download(self.location, name, revision=self.revision))
-            except LocalEntryNotFoundError as error:
-                # A subclass of EntryNotFoundError that says the opposite: nobody was asked.
-                raise StoreError(f"cannot reach the Hub for {self.location}/{name}") from error
-            except EntryNotFoundError:
-                return None
+        Raises:
+            CorruptError: it is not what its digest says.
+            StoreError: it cannot be read.
+        """
+        store = self._holder(name)
+        if store is None:
+            return None
+        try:
+            if self.files is not None and name in self.files:
+                return CheckedObject(store, name, self.files[name]).read()
+            return store.read(name, 0, _MAX_FILE_BYTES)
+        except NotFoundError:
+            return None
 
-    def require(self, name: str) -> Path:
-        path = self.path(name)
-        if path is None:
-            raise InputError(
-                f"model.source: {self.location} has no {name}; give a folder or repository in "
-                "Hugging Face layout with safetensors weights (pickled weights are not read)"
-            )
-        return path
+    def require(self, name: str) -> bytes:
+        """`read` for a file that must be there. Raises InputError if it is not."""
+        data = self.read(name)
+        if data is None:
+            raise self._lacks(name)
+        return data
+
+    def open(self, file: str) -> TensorFile:
+        """A weight file, read tensor by tensor.
+
+        Raises:
+            CorruptError: it is no safetensors file.
+            InputError: there is no such file.
+        """
+        if file not in self._opened:
+            store = self._holder(file)
+            if store is None or store.stat(file) is None:
+                raise self._lacks(file)
+            digest = self.files.get(file) if self.files is not None else None
+            self._opened[file] = open_tensors(store, file, digest)
+        return self._opened[file]
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """The parsed config.json."""
-        config = _read_json(self.require("config.json"))
+        config = self._parse("config.json", self.require("config.json"))
         sizes = ("hidden_size", "num_hidden_layers", "vocab_size")
         missing = [key for key in sizes if not isinstance(config.get(key), int)]
         if not isinstance(config.get("model_type"), str) or missing:
@@ -90,54 +108,119 @@ class Source:
     @cached_property
     def weight_map(self) -> dict[str, str]:
         """Name of every tensor and the file that holds it."""
-        index = self.path(_INDEX)
+        index = self.read(_INDEX)
         if index is None:
-            names = dict.fromkeys(_read_header(self.require(_SINGLE)), _SINGLE)
+            names = dict.fromkeys(self._header(_SINGLE), _SINGLE)
         else:
-            found = _read_json(index).get("weight_map")
+            found = self._parse(_INDEX, index).get("weight_map")
             if not isinstance(found, dict) or not found:
-                raise InputError(f"model.source: {index} has no weight_map; fetch it again")
+                raise InputError(
+                    f"model.source: {_INDEX} of {self.location} has no weight_map; fetch it again"
+                )
             names = found
-            if not all(isinstance(file, str) and "/" not in file for file in names.values()):
-                raise InputError(f"model.source: {index} names files outside its folder")
+            if not all(isinstance(file, str) and is_name(file) for file in names.values()):
+                raise InputError(
+                    f"model.source: {_INDEX} of {self.location} names files outside its folder"
+                )
         return {name: file for name, file in names.items() if not name.endswith(_COMPUTED)}
 
     @cached_property
     def tensors(self) -> dict[str, Entry]:
         """Every tensor by name. Reads the headers of the weight files, nothing else."""
-        entries: dict[str, Entry] = {}
-        if self.revision is None:
-            for file in sorted(set(self.weight_map.values())):
-                entries |= _read_header(self.require(file))
+        if self.revision is not None:
+            entries = hub.read_entries(self.location, self.revision)
         else:
-            from huggingface_hub import get_safetensors_metadata
-
-            with _hub_errors(self.location):
-                metadata = get_safetensors_metadata(self.location, revision=self.revision)
-            for header in metadata.files_metadata.values():
-                for name, info in header.tensors.items():
-                    entries[name] = Entry(name, info.dtype, tuple(info.shape))
+            files = sorted(set(self.weight_map.values()))
+            headers = [(name, file, e) for file in files for name, e in self._header(file).items()]
+            entries = {name: e for name, _, e in headers}
+            there = {name: file for name, file, _ in headers if not name.endswith(_COMPUTED)}
+            if there != self.weight_map:
+                raise InputError(
+                    f"model.source: {_INDEX} of {self.location} does not name the tensors that its "
+                    "files hold; fetch it again"
+                )
         return {name: entry for name, entry in entries.items() if not name.endswith(_COMPUTED)}
 
     @cached_property
-    def digest(self) -> str:
-        """What the model's bytes are: the commit, or the sha256 over a local folder's files."""
+    def digests(self) -> dict[str, Digest] | None:
+        """Digests of the files that make the model, read in full; None for a commit."""
         if self.revision is not None:
-            return f"{self.location}@{self.revision}"
+            return None
         names = ["config.json", *TOKENIZER_FILES, *sorted(set(self.weight_map.values()))]
-        paths = {name: path for name in names if (path := self.path(name)) is not None}
+        store = open_store(self.location, WORKING_SECONDS)
+        present = [name for name in names if store.stat(name) is not None]
         with ThreadPoolExecutor() as pool:
-            digests = list(pool.map(_sha256_file, paths.values()))
-        lines = [f"{digest}  {name}\n" for name, digest in zip(paths, digests, strict=True)]
+            digests = pool.map(lambda name: digest_of(read_chunks(store, name)), present)
+            return dict(zip(present, digests, strict=True))
+
+    @property
+    def digest(self) -> str:
+        """What the model's bytes are: the commit, or the sha256 over its files."""
+        if self.digests is None:
+            return f"{self.location}@{self.revision}"
+        lines = [f"{digest.sha256}  {name}\n" for name, digest in self.digests.items()]
         return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    @cached_property
+    def _opened(self) -> dict[str, TensorFile]:
+        return {}
+
+    def _holder(self, name: str) -> Store | None:
+        """The store that holds a file under its name, downloaded if need be."""
+        if self.revision is None:
+            return open_store(self.location, WORKING_SECONDS)
+        path = hub.download(self.location, self.revision, name)
+        return None if path is None else LocalStore(path.parent)
+
+    def _lacks(self, name: str) -> InputError:
+        return InputError(
+            f"model.source: {self.location} has no {name}; give a folder or repository in "
+            "Hugging Face layout with safetensors weights (pickled weights are not read)"
+        )
+
+    def _header(self, file: str) -> dict[str, Entry]:
+        try:
+            return self.open(file).entries
+        except (CorruptError, StoreError) as error:
+            raise InputError(
+                f"model.source: {self.location}/{file}: {error}; fetch it again"
+            ) from error
+
+    def _parse(self, name: str, data: bytes) -> dict[str, Any]:
+        if len(data) > _MAX_JSON_BYTES:
+            raise InputError(
+                f"model.source: {name} of {self.location} has {len(data):,} bytes; no such file has"
+            )
+        try:
+            document = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise InputError(
+                f"model.source: {name} of {self.location} is not JSON ({error}); fetch it again"
+            ) from error
+        if not isinstance(document, dict):
+            raise InputError(
+                f"model.source: {name} of {self.location} holds no JSON object; fetch it again"
+            )
+        return document
 
 
 def open_source(location: str, revision: str) -> Source:
-    """Find a checkpoint and fix what it is: a local folder, or a repository's present commit.
+    """Find a checkpoint and fix what it is: a folder, a prefix, or a repository's present commit.
 
     Raises:
-        InputError: there is no such folder or repository, or the Hub cannot be reached.
+        InputError: there is none, or the Hub or the object store cannot be used.
     """
+    if "://" in location:
+        store = open_store(location)
+        try:
+            if store.stat("config.json") is None:
+                raise InputError(
+                    f"model.source: there is no config.json in {location}; give the prefix of a "
+                    "model in Hugging Face layout"
+                )
+        except StoreError as error:
+            raise InputError(f"model.source: {error}") from error
+        return Source(store.uri)
     if Path(location).is_dir():
         return Source(str(Path(location).resolve()))
     if is_path(location) or location.count("/") != 1:
@@ -145,82 +228,4 @@ def open_source(location: str, revision: str) -> Source:
             f"model.source: there is no folder {location}; give a folder that exists or a "
             "repository id such as meta-llama/Llama-2-13b-hf"
         )
-    return Source(location, _resolve_commit(location, revision))
-
-
-def _resolve_commit(repository: str, revision: str) -> str:
-    from huggingface_hub import HfApi
-
-    with _hub_errors(repository):
-        commit = HfApi().model_info(repository, revision=revision, timeout=15).sha
-    if commit is None:
-        raise InputError(f"model.source: the Hub names no commit for {repository}@{revision}")
-    return commit
-
-
-@contextlib.contextmanager
-def _hub_errors(repository: str, unreachable: type[MbqError] = InputError) -> Iterator[None]:
-    """Say in our words what the Hub said, or that it said nothing."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        NotASafetensorsRepoError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        yield
-    except GatedRepoError as error:
-        raise InputError(
-            f"model.source: {repository} is gated; accept its licence on huggingface.co, then run "
-            "`hf auth login` here and on the cluster's nodes (or set HF_TOKEN there)"
-        ) from error
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        raise InputError(
-            f"model.source: the Hub has no {repository} that you may read at that revision; check "
-            "both names, or log in with `hf auth login` if it is private"
-        ) from error
-    except NotASafetensorsRepoError as error:
-        raise InputError(
-            f"model.source: {repository} holds no safetensors weights; pickled weights are not "
-            "read, use a repository that was converted"
-        ) from error
-    except MbqError:
-        raise
-    except Exception as error:  # the client passes on whatever its HTTP library raises
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise unreachable(
-            f"model.source: cannot read {repository} from the Hub ({reason}); check the network, "
-            "or give a local folder"
-        ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise InputError(f"model.source: {path} is not JSON ({error}); fetch it again") from error
-    if not isinstance(document, dict):
-        raise InputError(f"model.source: {path} holds no JSON object; fetch it again")
-    return document
-
-
-def _read_header(path: Path) -> dict[str, Entry]:
-    try:
-        return open_tensors(LocalStore(path.parent), path.name).entries
-    except (CorruptError, StoreError) as error:
-        raise InputError(f"model.source: {path}: {error}; fetch it again") from error
-
-
-def _sha256_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    for chunk in _chunks(path):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _chunks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(size):
-            yield chunk
+    return Source(location, hub.resolve_commit(location, revision))

@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
@@ -21,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from mbq.artifacts.errors import InputError, NotFoundError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 SLICE_BITS = 2
 WORD_INPUTS = 32
 
@@ -251,15 +252,17 @@ def explain(error: ValidationError) -> str:
     field = ".".join(parts) or "spec"
     rest = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     if fault["type"] == "extra_forbidden":
+        field = field[:200]
         return f"{field}: unknown key{_suggest(fault['loc'])}{rest}"
     if fault["type"] == "missing":
         return f"{field}: missing; add it to the spec or pass --set {field}=...{rest}"
     rule = fault["msg"].removeprefix("Value error, ").replace("Input should", "must")
     value = fault["input"]
-    shown = "" if isinstance(value, dict | BaseModel) else f"{value!r} "
+    shown = "" if isinstance(value, dict | list | BaseModel) else f"{reprlib.repr(value)} "
+    field, rule = field[:200], rule[:500]
     if not fault["loc"]:
         # The rule concerns several fields and names them.
-        return f"{rule}{rest}"
+        return f"{rule[:1000]}{rest}"
     return f"{field}: {shown}{rule}; change it in the spec or with --set {field}=...{rest}"
 
 
@@ -296,10 +299,12 @@ def is_path(location: str) -> bool:
 def _suggest(location: tuple[int | str, ...]) -> str:
     model: Any = RunSpec
     for part in location[:-1]:
+        if str(part) not in getattr(model, "model_fields", {}):
+            return ""
         kind = model.model_fields[str(part)].annotation
         # An optional section is a union with None.
         model = next((k for k in get_args(kind) if k is not NoneType), kind)
-    known = list(model.model_fields)
+    known = list(getattr(model, "model_fields", {}))
     close = difflib.get_close_matches(str(location[-1]), known, n=1)
     return f"; did you mean {close[0]}?" if close else f"; known keys are {', '.join(known)}"
 

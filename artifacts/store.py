@@ -1,14 +1,17 @@
 """Where artifacts live: a flat map from keys to bytes, with the few calls an object store has.
 
-    put      PUT        atomic: readers see the old object, the new one, or none; never a part
-    read     GET        the whole object, or a byte range of it
-    size     HEAD       None when there is no such object
-    children LIST       sorted names one level below a prefix
-    delete   DELETE     deleting what is not there is fine
+    put         PUT        atomic: readers see the old object, the new one, or none; never a part
+    read        GET        the whole object, or a byte range of it
+    stat        HEAD       None when there is no such object
+    children    LIST       sorted names one level below a prefix
+    walk        LIST       every object below a prefix
+    delete      DELETE     deleting what is not there is fine
+    unfinished             what killed writers left behind; `discard` removes one of them
 
 A key is made of plain names joined by `/`; `..`, empty and hidden parts are refused, so that a
 name read from a document cannot leave the store. Instances hold configuration, not connections:
-they are pickled into tasks.
+they are pickled into tasks. Nothing here relies on locks or on conditional writes: not every
+object store has them.
 """
 
 import contextlib
@@ -22,8 +25,38 @@ from urllib.parse import unquote, urlparse
 
 from mbq.artifacts.errors import InputError, NotFoundError, StoreError
 
+# How long a person waits for a store that does not answer, and how long work does: a restarted
+# server must not cost a block.
+ASKING_SECONDS = 10.0
+WORKING_SECONDS = 300.0
+# Where probes lie, so that those of killed processes are found again.
+PROBES = "probes"
 # A file being written; readers and listings skip hidden names.
 _PARTIAL = ".partial-"
+
+
+@dataclass(frozen=True)
+class Stat:
+    """What a store says of an object; `modified` is in seconds since the epoch by its own clock."""
+
+    key: str
+    size_bytes: int
+    modified: float
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """An object whose writer has not come to its end, or never will.
+
+    Attributes:
+        handle: how the store finds it: a file, or the id of a multipart upload.
+        started: in seconds since the epoch by the store's clock.
+    """
+
+    key: str
+    handle: str
+    size_bytes: int
+    started: float
 
 
 class Store(Protocol):
@@ -34,13 +67,24 @@ class Store(Protocol):
         """Write an object, replacing one of the same key. Raises StoreError."""
 
     def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
-        """Bytes [start, start + length) of an object. Raises NotFoundError, StoreError."""
+        """Bytes [start, start + length) of an object; fewer where it ends.
 
-    def size(self, key: str) -> int | None: ...
+        Raises:
+            NotFoundError: there is no such object.
+            StoreError: it cannot be read.
+        """
+
+    def stat(self, key: str) -> Stat | None: ...
 
     def children(self, prefix: str) -> list[str]: ...
 
+    def walk(self, prefix: str) -> Iterator[Stat]: ...
+
     def delete(self, key: str) -> None: ...
+
+    def unfinished(self) -> Iterator[Unfinished]: ...
+
+    def discard(self, unfinished: Unfinished) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +109,7 @@ class LocalStore:
                     file.flush()
                     os.fsync(file.fileno())
                 partial.replace(path)
-                _sync_folder(path.parent)
+                sync_folder(path.parent)
         finally:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
@@ -80,61 +124,128 @@ class LocalStore:
                 file.seek(start)
                 return file.read(-1 if length is None else length)
 
-    def size(self, key: str) -> int | None:
+    def stat(self, key: str) -> Stat | None:
         with _errors("read", self.path(key)) as path:
-            return path.stat().st_size if path.is_file() else None
+            if not path.is_file():
+                return None
+            found = path.stat()
+            return Stat(key, found.st_size, found.st_mtime)
 
     def children(self, prefix: str) -> list[str]:
         with _errors("list", self.path(prefix)) as folder:
             if not folder.is_dir():
                 return []
-            return sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+            return sorted(p.name for p in folder.iterdir() if is_name(p.name))
+
+    def walk(self, prefix: str) -> Iterator[Stat]:
+        with _errors("list", self.path(prefix)) as folder:
+            for path in sorted(folder.rglob("*")):
+                key = path.relative_to(self.root).as_posix()
+                # Files come and go while we look.
+                if is_key(key) and (stat := self.stat(key)) is not None:
+                    yield stat
 
     def delete(self, key: str) -> None:
         with _errors("delete", self.path(key)) as path:
             path.unlink(missing_ok=True)
 
+    def unfinished(self) -> Iterator[Unfinished]:
+        with _errors("list", self.root) as root:
+            for path in sorted(root.rglob(f"{_PARTIAL}*")):
+                with contextlib.suppress(FileNotFoundError):
+                    found = path.stat()
+                    name = path.relative_to(root).as_posix()
+                    yield Unfinished(name, str(path), found.st_size, found.st_mtime)
+
+    def discard(self, unfinished: Unfinished) -> None:
+        with _errors("delete", Path(unfinished.handle)) as path:
+            path.unlink(missing_ok=True)
+
     def path(self, key: str) -> Path:
         """The file that holds an object."""
-        parts = key.split("/")
-        if any(not part or part.startswith(".") or "\\" in part or "\0" in part for part in parts):
-            raise StoreError(f"{key!r} is not a key: use plain names joined by /")
-        return self.root.joinpath(*parts)
+        return self.root.joinpath(*check_key(key).split("/"))
 
 
-def open_store(uri: str) -> LocalStore:
-    """The store at a folder's path or `file://` URI; nothing is created or contacted.
+def open_store(uri: str, patience_seconds: float = ASKING_SECONDS) -> Store:
+    """The store at a folder's path, a `file://` or an `s3://` URI; nothing is contacted.
+
+    Args:
+        patience_seconds: how long a call keeps trying while an object store does not answer.
 
     Raises:
-        InputError: the scheme is unknown.
+        InputError: the scheme is unknown, or there is no bucket.
     """
     parsed = urlparse(uri)
+    if parsed.scheme == "s3":
+        from mbq.artifacts.s3 import S3Store
+
+        prefix = parsed.path.strip("/")
+        if not parsed.netloc or parsed.query or parsed.fragment or (prefix and not is_key(prefix)):
+            raise InputError(f"{uri}: write s3://bucket/prefix, with plain names joined by /")
+        return S3Store(parsed.netloc, prefix, patience_seconds)
     if parsed.scheme == "file" and parsed.netloc in ("", "localhost"):
         return LocalStore(Path(unquote(parsed.path)))
     if "://" in uri:
         raise InputError(
-            f"store: {uri} has an unknown scheme {parsed.scheme}://; use a folder's path, or "
-            "file:// for a folder that every node of the cluster mounts"
+            f"store: {uri} has an unknown scheme {parsed.scheme}://; use a folder's path, "
+            "file:// for a folder that every node of the cluster mounts, or s3://bucket/prefix"
         )
     return LocalStore(Path(uri).expanduser().resolve())
 
 
+def open_object(uri: str) -> tuple[Store, str]:
+    """The store and the key of a single object by its URI. Raises InputError."""
+    folder, _, name = uri.rpartition("/")
+    if not is_key(name) or folder.endswith(":/"):
+        raise InputError(f"{uri} names no object; write s3://bucket/prefix/name")
+    return open_store(folder), name
+
+
+def is_name(name: str) -> bool:
+    """Whether one part of a key is a plain name: not empty, hidden, or able to leave its folder."""
+    return name.isprintable() and bool(name) and name[0] != "." and not set(name) & {"/", "\\"}
+
+
+def is_key(key: str) -> bool:
+    return all(map(is_name, key.split("/")))
+
+
+def check_key(key: str) -> str:
+    """The key, if it is one. Raises StoreError."""
+    if not is_key(key):
+        raise StoreError(f"{key!r} is not a key: use plain names joined by /")
+    return key
+
+
 def probe(store: Store) -> None:
-    """Write, read and delete a small object.
+    """Write, read (whole and in part), list and delete a small object.
 
     Raises:
         InputError: the store cannot be used.
     """
-    key = f"probe-{secrets.token_hex(8)}"
+    name = secrets.token_hex(8)
+    key = f"{PROBES}/{name}"
     try:
         store.put(key, [b"mbq"])
-        if store.read(key) != b"mbq":
+        if (store.read(key), store.read(key, 1, 1)) != (b"mbq", b"b"):
             raise StoreError("it returns other bytes than it was given")
+        if name not in store.children(PROBES):
+            raise StoreError("it does not list what it was given")
         store.delete(key)
     except (StoreError, NotFoundError) as error:
         raise InputError(
-            f"store: {store.uri} cannot be used ({error}); give a folder you may write to"
+            f"store: {store.uri} cannot be used ({error}); give a folder or bucket that you may "
+            "write, read, list and delete in"
         ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -143,11 +254,3 @@ def _errors(what: str, path: Path) -> Iterator[Path]:
         yield path
     except OSError as error:
         raise StoreError(f"cannot {what} {path}: {error.strerror or error}") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -6,22 +6,26 @@ the data starts at a multiple of 4096 bytes (planes of real models then start at
 
     header = encode_header([Entry("a.plane_0", "I32", (256, 8))])
     file   = header + data of each entry in that order, no holes
+
+What is read back is held against the digests of the parts it lies in (`digests.py`).
 """
 
-import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from mbq.artifacts.digests import CheckedObject, Digest
 from mbq.artifacts.errors import CorruptError
 from mbq.artifacts.store import Store
 
 ALIGNMENT_BYTES = 4096
-PART_BYTES = 16 * 1024 * 1024
-_MAX_HEADER_BYTES = 100_000_000
+# The library allows 100 MB, which as JSON of the worst kind are gigabytes of objects.
+_MAX_HEADER_BYTES = 16 * 1024 * 1024
+_MAX_ELEMENTS = 2**60
 # Those that a checkpoint we quantize or write may hold.
 _DTYPE_BYTES = {"U8": 1, "I32": 4, "I64": 8, "F16": 2, "BF16": 2, "F32": 4}
 
@@ -37,15 +41,6 @@ class Entry:
     @property
     def size_bytes(self) -> int:
         return math.prod(self.shape) * _DTYPE_BYTES[self.dtype]
-
-
-@dataclass(frozen=True)
-class Digest:
-    """What bytes are: sha256 of the whole and of every 16 MiB part."""
-
-    sha256: str
-    size_bytes: int
-    part_sha256: tuple[str, ...]
 
 
 def encode_header(entries: Sequence[Entry]) -> bytes:
@@ -81,60 +76,19 @@ def encode(entries: Sequence[Entry], data: Iterable[bytes]) -> Iterator[bytes]:
         yield chunk
 
 
-class Digester:
-    """Passes chunks through and remembers what they were."""
-
-    def __init__(self) -> None:
-        self._whole = hashlib.sha256()
-        self._size_bytes = 0
-        self._part = hashlib.sha256()
-        self._parts: list[str] = []
-
-    def through(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
-        for chunk in chunks:
-            self._whole.update(chunk)
-            self._update_parts(memoryview(chunk))
-            yield chunk
-
-    def digest(self) -> Digest:
-        parts = list(self._parts)
-        if self._size_bytes % PART_BYTES:
-            parts.append(self._part.hexdigest())
-        return Digest(self._whole.hexdigest(), self._size_bytes, tuple(parts))
-
-    def _update_parts(self, view: memoryview) -> None:
-        while view:
-            room = PART_BYTES - self._size_bytes % PART_BYTES
-            self._part.update(view[:room])
-            self._size_bytes += len(view[:room])
-            if self._size_bytes % PART_BYTES == 0:
-                self._parts.append(self._part.hexdigest())
-                self._part = hashlib.sha256()
-            view = view[room:]
-
-
-def digest_of(chunks: Iterable[bytes]) -> Digest:
-    digester = Digester()
-    for _ in digester.through(chunks):
-        pass
-    return digester.digest()
-
-
-def read_chunks(store: Store, key: str) -> Iterator[bytes]:
-    """An object in parts of 16 MiB."""
-    size = store.size(key) or 0
-    for start in range(0, size, PART_BYTES):
-        yield store.read(key, start, PART_BYTES)
-
-
 @dataclass(frozen=True)
 class TensorFile:
-    """A safetensors object in a store, read tensor by tensor with ranged reads."""
+    """A safetensors object in a store, read tensor by tensor with ranged reads.
 
-    store: Store
+    Attributes:
+        starts: where each tensor begins in the object, in bytes.
+        read_range: reads `length` bytes from `start` on.
+    """
+
     key: str
     entries: dict[str, Entry]
     starts: dict[str, int]
+    read_range: Callable[[int, int], bytes]
 
     def read(self, name: str) -> bytes:
         """Bytes of one tensor, row-major, little-endian.
@@ -145,39 +99,98 @@ class TensorFile:
         if name not in self.entries:
             raise CorruptError(f"{self.key} holds no tensor {name}; it was packed by another plan")
         size = self.entries[name].size_bytes
-        data = self.store.read(self.key, self.starts[name], size)
+        data = self.read_range(self.starts[name], size)
         if len(data) != size:
             raise CorruptError(f"{self.key} ends inside {name}: {len(data)} of {size} bytes")
         return data
 
 
-def open_tensors(store: Store, key: str) -> TensorFile:
+def open_tensors(store: Store, key: str, digest: Digest | None = None) -> TensorFile:
     """Read and check the header of a safetensors object.
 
+    Args:
+        digest: what the object is; every byte read is then held against it.
+
     Raises:
-        CorruptError: the header is not that of a safetensors file of this size.
+        CorruptError: the header is not that of a safetensors file of this size, or the bytes are
+            not those of the digest.
     """
-    prefix = store.read(key, 0, 8)
+    read_range = (
+        partial(store.read, key) if digest is None else CheckedObject(store, key, digest).read
+    )
+    prefix = read_range(0, 8)
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
     if not 2 <= length <= _MAX_HEADER_BYTES:
         raise CorruptError(f"{key} is not a safetensors file: it announces a {length} byte header")
+    entries, starts = _parse_header(key, read_range(8, length), 8 + length)
+    end = max(
+        (starts[name] + entry.size_bytes for name, entry in entries.items()), default=8 + length
+    )
+    size = _size(store, key) if digest is None else digest.size_bytes
+    if size != end:
+        raise CorruptError(f"{key} has {size} bytes, its header promises {end}")
+    return TensorFile(key, entries, starts, read_range)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object in which no name stands twice, which readers would understand differently."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands there twice")
+    return found
+
+
+def _parse_header(
+    key: str, text: bytes, data_start: int
+) -> tuple[dict[str, Entry], dict[str, int]]:
+    """Tensors and where they begin; they follow each other without a gap."""
     entries: dict[str, Entry] = {}
     starts: dict[str, int] = {}
     end = 0
     try:
-        header = json.loads(store.read(key, 8, length))
+        header = json.loads(text.decode(), object_pairs_hook=_once)
         header.pop("__metadata__", None)
         for name, fields in header.items():
-            entry = Entry(name, str(fields["dtype"]), tuple(int(n) for n in fields["shape"]))
+            entry = Entry(_checked_name(name), fields["dtype"], _checked_shape(fields["shape"]))
             start, stop = fields["data_offsets"]
-            if start != end or stop - start != entry.size_bytes or min(entry.shape, default=0) < 0:
+            if type(start) is not int or type(stop) is not int:
+                raise ValueError("an offset is no integer")
+            if start != end or stop - start != entry.size_bytes:
                 raise CorruptError(f"{key}: {name} does not lie where its shape says")
-            entries[name], starts[name] = entry, 8 + length + start
+            entries[name], starts[name] = entry, data_start + start
             end = stop
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptError(f"{key} has a broken header: {error}") from error
-    if store.size(key) != 8 + length + end:
-        raise CorruptError(
-            f"{key} has {store.size(key)} bytes, its header promises {8 + length + end}"
-        )
-    return TensorFile(store, key, entries, starts)
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+    ) as error:
+        raise CorruptError(f"{key} has a broken header: {error!s:.200}") from error
+    return entries, starts
+
+
+def _checked_name(name: str) -> str:
+    if not 0 < len(name.encode()) <= 255:
+        raise ValueError("a name is empty or has more than 255 bytes")
+    return name
+
+
+def _checked_shape(shape: Any) -> tuple[int, ...]:
+    """Sizes whose product, however many there are, stays a number that a file can have."""
+    if not isinstance(shape, list):
+        raise ValueError("a shape is no list")
+    count = 1
+    for size in shape:
+        if type(size) is not int or not 0 <= size < _MAX_ELEMENTS:
+            raise ValueError("a shape holds what is no size")
+        count *= max(size, 1)
+        if count >= _MAX_ELEMENTS:
+            raise ValueError("a shape is larger than any file")
+    return tuple(shape)
+
+
+def _size(store: Store, key: str) -> int:
+    stat = store.stat(key)
+    return stat.size_bytes if stat else 0

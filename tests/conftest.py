@@ -4,10 +4,12 @@ import os
 
 # Before torch or ray are imported: what a run's processes have, and no accidental cluster.
 os.environ.update({"MKL_CBWR": "AUTO", "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"})
-for name in ("RAY_ADDRESS", "MBQ_STORE", "MBQ_ADDRESS", "MBQ_HOME"):
-    os.environ.pop(name, None)
+for name in list(os.environ):
+    if name.startswith(("AWS_", "MBQ_")) or name == "RAY_ADDRESS":
+        del os.environ[name]
 
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,17 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from mbq.artifacts import keys
+from mbq.artifacts import keys, s3
 from mbq.artifacts.manifest import RunDocument, put_blob, put_document
+from mbq.artifacts.s3 import S3Store
 from mbq.artifacts.spec import parse_spec
-from mbq.artifacts.store import LocalStore
+from mbq.artifacts.store import LocalStore, Store
 from mbq.cluster.runner import LocalRunner
 from mbq.orchestrator.run import drive
 from mbq.orchestrator.submit import prepare
+from tests.support import servers
+from tests.support.proxy import Proxy
+from tests.support.servers import BUCKET, Server
 
 # Two busy cores are slow at times; what is too slow is for the benchmarks to say.
 hypothesis.settings.register_profile("patient", deadline=None)
@@ -98,6 +104,52 @@ def tiny_model(make_model: Callable[..., Path]) -> Path:
 @pytest.fixture
 def store(tmp_path: Path) -> LocalStore:
     return LocalStore(tmp_path / "store")
+
+
+@pytest.fixture(scope="session")
+def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Server]]:
+    """One server of each kind for all tests; a test whose server is not installed is skipped."""
+    running: dict[str, Server] = {}
+
+    def start(name: str) -> Server:
+        if reason := servers.missing(name):
+            pytest.skip(reason)
+        if name not in running:
+            running[name] = servers.start(name, tmp_path_factory.mktemp(name))
+        return running[name]
+
+    yield start
+    for server in running.values():
+        server.stop()
+
+
+@pytest.fixture
+def connect(monkeypatch: pytest.MonkeyPatch) -> Callable[..., S3Store]:
+    """A new prefix on a server, reached directly or through a proxy, with little patience."""
+
+    def connect(server: Server, proxy: Proxy | None = None, prefix: str = "") -> S3Store:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        if proxy is not None:
+            monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+        s3._make_client.cache_clear()
+        prefix = prefix or f"{secrets.token_hex(4)}/store"
+        return S3Store(BUCKET, prefix, patience_seconds=20.0, stall_seconds=2.0)
+
+    return connect
+
+
+@pytest.fixture(params=["local", *servers.NAMES])
+def any_store(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    start_server: Callable[[str], Server],
+    connect: Callable[..., S3Store],
+) -> Store:
+    """A store of each kind, empty."""
+    if request.param == "local":
+        return LocalStore(tmp_path / "store")
+    return connect(start_server(request.param))
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ evaluation windows follow each other from the first document on. Windows never o
 import itertools
 import random
 import sysconfig
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +22,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mbq.artifacts.errors import InputError
+from mbq.artifacts.digests import read_chunks
+from mbq.artifacts.errors import InputError, StoreError
 from mbq.artifacts.source import Source
 from mbq.artifacts.spec import CalibrationText, Evaluation, Text
+from mbq.artifacts.store import open_object
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -159,12 +162,13 @@ def _stream(
 def _tokenizer(source: Source) -> "Tokenizer":
     from tokenizers import Tokenizer
 
-    path = source.require("tokenizer.json")
+    data = source.require("tokenizer.json")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises nothing narrower
         raise InputError(
-            f"model.source: {path} is no tokenizer ({error}); fetch it again"
+            f"model.source: tokenizer.json of {source.location} is no tokenizer ({error}); fetch "
+            "it again"
         ) from error
     # Calibration wants whole documents: a tokenizer's own truncation and padding are for serving.
     tokenizer.no_truncation()
@@ -219,11 +223,34 @@ def _listed(path: str, field: str) -> set[str]:
 
 def _loaded(text: Text, field: str) -> list[str]:
     """Documents of a dataset that the `datasets` library reads."""
-    for file in text.files:
+    with tempfile.TemporaryDirectory() as folder:
+        local = [_local_file(file, field, Path(folder), n) for n, file in enumerate(text.files)]
+        return _read_dataset(text, field, local)
+
+
+def _local_file(file: str, field: str, folder: Path, number: int) -> str:
+    """Path of a text file here; one of an object store is downloaded into the folder."""
+    if "://" not in file:
         if not Path(file).is_file():
             raise InputError(f"{field}.files: there is no file {file}; give paths that exist")
+        return file
+    store, key = open_object(file)
+    try:
+        if store.stat(key) is None:
+            raise InputError(f"{field}.files: there is no {file}; give objects that exist")
+        path = folder / f"{number}-{key}"
+        with path.open("wb") as out:
+            for chunk in read_chunks(store, key):
+                out.write(chunk)
+    except StoreError as error:
+        raise InputError(f"{field}.files: {error}") from error
+    return str(path)
+
+
+def _read_dataset(text: Text, field: str, local: list[str]) -> list[str]:
+    """Documents of a dataset, or of the local files that stand for those of the text."""
     load = _LOADS[text.dataset]
-    files = list(text.files) or load.files.get(field)
+    files = local or load.files.get(field)
     from datasets import load_dataset
     from datasets.utils.logging import disable_progress_bar
 
@@ -251,5 +278,7 @@ def _loaded(text: Text, field: str) -> list[str]:
             "text files of your own"
         ) from error
     if not all(isinstance(value, str) for value in texts):
-        raise InputError(f'{field}.files: every line of {files} must hold a string "text"')
+        raise InputError(
+            f'{field}.files: every line of {list(text.files)} must hold a string "text"'
+        )
     return texts if load.joiner is None else [load.joiner.join(texts)]

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from mbq.artifacts.source import Source
+from mbq.workers.tensors import read_tensor
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,10 @@ class Model:
                 by_file.setdefault(file, []).append(name)
         tensors = {}
         for file, names in by_file.items():
-            with safe_open(self.source.require(file), framework="pt") as opened:
-                for name in names:
-                    tensors[name.removeprefix(prefix)] = opened.get_tensor(name)
+            opened = self.source.open(file)
+            # In the order they lie in, so that each part of the file is read once.
+            for name in sorted(names, key=lambda name: opened.starts.get(name, 0)):
+                tensors[name.removeprefix(prefix)] = read_tensor(opened, name)
         return tensors
 
     def _placed(self, prefix: str) -> dict[str, Tensor]:
@@ -111,7 +112,7 @@ class Model:
 
 def open_model(source: Source, dtype: torch.dtype, device: torch.device) -> Model:
     """Build the modules without weights. Nothing but config.json is read."""
-    config = AutoConfig.from_pretrained(str(source.require("config.json").parent))
+    config = CONFIG_MAPPING[source.config["model_type"]].from_dict(dict(source.config))
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

@@ -26,16 +26,17 @@ from mbq.artifacts.checkpoint import (
     router_shape,
     routing_shard,
 )
+from mbq.artifacts.digests import Digest
 from mbq.artifacts.manifest import (
-    BlobRef,
     BlockRecord,
+    Manifest,
     RoutingRecord,
     RunDocument,
     SensitivityRecord,
     find_run,
     get_document,
 )
-from mbq.artifacts.store import Store, open_store
+from mbq.artifacts.store import WORKING_SECONDS, Store, open_store
 from mbq.artifacts.tensors import TensorFile, open_tensors
 from mbq.kernels.router import Curve, Precision
 from mbq.workers.allocate import log_worth
@@ -46,9 +47,9 @@ from mbq.workers.pack import (
     elastic_block,
     elastic_tensors,
     read_linear,
-    read_tensor,
     router_buffers,
 )
+from mbq.workers.tensors import read_tensor
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Opened:
     """A job with its documents read; opened once per task."""
 
     def __init__(self, job: Job) -> None:
-        self.store: Store = open_store(job.store_uri)
+        self.store: Store = open_store(job.store_uri, WORKING_SECONDS)
         self.document: RunDocument = find_run(self.store, job.run)
         self.spec = self.document.spec
         self.device = torch.device(job.device)
@@ -97,11 +98,29 @@ class Opened:
         """Slice counts with hidden states of their own."""
         return self.spec.optimisation.slice_counts if self.spec.propagation == "sequential" else ()
 
-    def tokens(self, blob: BlobRef) -> Tensor:
-        return read_tensor(open_tensors(self.store, keys.blob_key(blob.sha256)), "tokens")
+    @cached_property
+    def manifest(self) -> Manifest:
+        return get_document(self.store, keys.manifest_key(self.document.run), Manifest)
+
+    def tokens(self, blob: Digest) -> Tensor:
+        return read_tensor(self._open_blob(blob), "tokens")
 
     def blob(self, block: int) -> TensorFile:
-        return open_tensors(self.store, keys.blob_key(self.record(block).blob.sha256))
+        return self._open_blob(self.record(block).blob)
+
+    def packed_file(self, file: str) -> TensorFile:
+        """A file of the published checkpoint; opened once, since every block reads from it."""
+        if file not in self._packed_files:
+            key = keys.checkpoint_key(self.document.run, file)
+            self._packed_files[file] = open_tensors(self.store, key, self.manifest.files[file])
+        return self._packed_files[file]
+
+    @cached_property
+    def _packed_files(self) -> dict[str, TensorFile]:
+        return {}
+
+    def _open_blob(self, blob: Digest) -> TensorFile:
+        return open_tensors(self.store, keys.blob_key(blob.sha256), blob)
 
     def record(self, block: int) -> BlockRecord:
         return get_document(self.store, keys.block_key(self.document.run, block), BlockRecord)
@@ -179,7 +198,7 @@ class Opened:
         for shard in shards:
             if block not in shard.blocks:
                 continue
-            file = open_tensors(self.store, keys.checkpoint_key(self.document.run, shard.file))
+            file = self.packed_file(shard.file)
             for entry in shard.entries:
                 module, _, buffer = entry.name.rpartition(".")
                 if module in modules and buffer != "bias":

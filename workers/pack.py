@@ -18,23 +18,14 @@ from torch import Tensor, nn
 
 from mbq.artifacts.checkpoint import Linear, RouterShape, Shard
 from mbq.artifacts.loading import add_routers, replace_linears
-from mbq.artifacts.tensors import Entry, TensorFile, encode
+from mbq.artifacts.tensors import TensorFile, encode
 from mbq.kernels.bitplanes import pack_planes
 from mbq.kernels.quantize import SLICE_BITS
 from mbq.kernels.router import Precision, pack_halves
 from mbq.workers.calibrate import CalibratedLinear
 from mbq.workers.model import Model, linears
 from mbq.workers.route import FittedInput, norm_head
-
-_DTYPES = {
-    torch.uint8: "U8",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-}
-_TORCH = {name: dtype for dtype, name in _DTYPES.items()}
+from mbq.workers.tensors import entry_of, read_tensor, tensor_bytes
 
 
 @dataclass(frozen=True)
@@ -62,7 +53,7 @@ def encode_block(
         tensors[f"{name}.head"] = fitted.learned.head_ELF
         for method in sorted(fitted.knots):
             tensors[f"{name}.knots_{method}"] = fitted.knots[method]
-    entries = [Entry(n, _DTYPES[t.dtype], tuple(t.shape)) for n, t in tensors.items()]
+    entries = [entry_of(name, tensor) for name, tensor in tensors.items()]
     return encode(entries, map(tensor_bytes, tensors.values()))
 
 
@@ -159,17 +150,6 @@ def elastic_tensors(name: str, linear: CalibratedLinear) -> dict[str, Tensor]:
     for k, row in enumerate(linear.gain_bias_SN, start=1):
         tensors[f"{name}.gain_bias_{k}"] = row
     return tensors
-
-
-def read_tensor(file: TensorFile, name: str) -> Tensor:
-    data = bytearray(file.read(name))
-    entry = file.entries[name]
-    return torch.frombuffer(data, dtype=_TORCH[entry.dtype]).view(entry.shape)
-
-
-def tensor_bytes(tensor: Tensor) -> bytes:
-    flat = tensor.contiguous().view(-1)
-    return flat.view(torch.uint8).numpy().tobytes()
 
 
 def _shard_data(

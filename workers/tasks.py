@@ -22,23 +22,22 @@ from importlib.metadata import version
 
 from mbq.artifacts import keys
 from mbq.artifacts.checkpoint import ROUTING_FILE, router_bits, routing_shard
-from mbq.artifacts.errors import CorruptError
+from mbq.artifacts.digests import Digest, Digester, digest_of, read_chunks
+from mbq.artifacts.errors import CorruptError, MbqError
 from mbq.artifacts.manifest import (
-    BlobRef,
     BlockRecord,
-    FileRecord,
     RoutingRecord,
     SensitivityRecord,
     ShardRecord,
     TokenBits,
     VariantLosses,
+    document_sha256,
     find_document,
     is_stored,
     put_blob,
     put_document,
 )
-from mbq.artifacts.store import open_store
-from mbq.artifacts.tensors import Digester, digest_of, read_chunks
+from mbq.artifacts.store import open_store, probe
 from mbq.kernels.router import Precision
 from mbq.workers import capture as capturing
 from mbq.workers.blocks import variant_blocks
@@ -62,10 +61,10 @@ _TRAINING_SHARE = 0.9
 
 @dataclass(frozen=True)
 class Host:
-    """What a node says of itself."""
+    """What a node says of itself; `fault` says why it cannot use the store."""
 
     code_version: str
-    sees_store: bool
+    fault: str | None
 
 
 def capture(job: Job, block: int, before: Hidden | None, report: Report) -> Hidden:
@@ -206,7 +205,7 @@ def route(job: Job, method: str, report: Report) -> ShardRecord:
     return _write_file(opened, ROUTING_FILE, shard.blocks, chunks, method, report)
 
 
-def evaluate(job: Job, variant: str, text: BlobRef, report: Report) -> VariantLosses:
+def evaluate(job: Job, variant: str, text: Digest, report: Report) -> VariantLosses:
     """Losses of one variant over a token file; packed variants are read back from the store."""
     opened = Opened(job)
     ids = opened.tokens(text)
@@ -223,7 +222,7 @@ def evaluate(job: Job, variant: str, text: BlobRef, report: Report) -> VariantLo
     return document
 
 
-def sample(job: Job, text: BlobRef, average_bits: Iterable[float], report: Report) -> TokenBits:
+def sample(job: Job, text: Digest, average_bits: Iterable[float], report: Report) -> TokenBits:
     """Average bits of every token of the sample text in the packed checkpoint."""
     opened = Opened(job)
     ids = opened.tokens(text)
@@ -239,12 +238,17 @@ def sample(job: Job, text: BlobRef, average_bits: Iterable[float], report: Repor
 
 
 def inspect(job: Job, probe_key: str, report: Report) -> Host:
-    """What this node runs, and whether it sees an object that the driver wrote."""
+    """What this node runs, and whether it can use the store that the driver writes to."""
+    fault = None
+    try:
+        store = open_store(job.store_uri)
+        if store.stat(probe_key) is None:
+            fault = "it does not hold what the driver wrote there"
+        probe(store)
+    except MbqError as error:
+        fault = str(error)
     report(1.0)
-    return Host(
-        code_version=version("mbq-cluster"),
-        sees_store=open_store(job.store_uri).size(probe_key) is not None,
-    )
+    return Host(code_version=version("mbq-cluster"), fault=fault)
 
 
 def _write_file(
@@ -264,7 +268,7 @@ def _write_file(
     if digest_of(read_chunks(opened.store, key)) != digest:
         raise CorruptError(f"{key} reads back differently than it was written; check the store")
     record = ShardRecord(
-        file=FileRecord.of(digest),
+        file=digest,
         blobs=tuple(opened.record(block).blob.sha256 for block in blocks),
         method=method,
     )
@@ -274,4 +278,4 @@ def _write_file(
 
 
 def _manifest(opened: Opened) -> str:
-    return digest_of(read_chunks(opened.store, keys.manifest_key(opened.document.run))).sha256
+    return document_sha256(opened.store, keys.manifest_key(opened.document.run))

@@ -127,7 +127,7 @@ sums = []
 for source in (open_source("team/tiny", "main"), Source({folder!r})):
     model = open_model(source, torch.float32, torch.device("cpu"))
     sums.append([p.double().sum().item() for p in model.block(1).parameters()])
-    assert source.path("chat_template.jinja") is None
+    assert source.read("chat_template.jinja") is None
 print(json.dumps(sums))
 """
     ours, local = _python(hub, tmp_path, script.format(folder=str(tiny_model)))
@@ -160,7 +160,7 @@ def test_a_failing_network_is_not_a_missing_file(hub: str, tmp_path: Path) -> No
 from mbq.artifacts.errors import StoreError
 from mbq.artifacts.source import Source
 try:
-    Source("team/tiny", "{commit}").path("tokenizer.json")
+    Source("team/tiny", "{commit}").read("tokenizer.json")
 except StoreError as error:
     print(json.dumps(str(error)))
 """

@@ -1,6 +1,5 @@
 """Hand-written safetensors: readable by the library, streamed, and refused when damaged."""
 
-import hashlib
 import json
 import struct
 
@@ -12,14 +11,10 @@ from mbq.artifacts.errors import CorruptError
 from mbq.artifacts.store import LocalStore
 from mbq.artifacts.tensors import (
     ALIGNMENT_BYTES,
-    PART_BYTES,
-    Digester,
     Entry,
-    digest_of,
     encode,
     encode_header,
     open_tensors,
-    read_chunks,
 )
 
 ENTRIES = [Entry("z", "I32", (2, 3)), Entry("a", "U8", (5,)), Entry("empty", "F16", (0, 4))]
@@ -58,28 +53,6 @@ def test_refuses_data_of_the_wrong_size() -> None:
         list(encode(ENTRIES, [DATA[0], b"hell", b""]))
 
 
-@pytest.mark.parametrize("size", [0, 1, PART_BYTES - 1, PART_BYTES, PART_BYTES + 1])
-def test_digest_is_that_of_the_whole_and_of_its_parts(size: int) -> None:
-    data = bytes(range(256)) * (size // 256) + bytes(size % 256)
-    digester = Digester()
-    pieces = [data[: size // 3], data[size // 3 :]]
-    assert b"".join(digester.through(pieces)) == data
-    digest = digester.digest()
-    assert digest == digest_of([data])
-    assert digest.sha256 == hashlib.sha256(data).hexdigest()
-    assert digest.size_bytes == size
-    parts = [data[start : start + PART_BYTES] for start in range(0, size, PART_BYTES)]
-    assert list(digest.part_sha256) == [hashlib.sha256(part).hexdigest() for part in parts]
-
-
-def test_chunks_of_an_object_are_the_object(store: LocalStore) -> None:
-    data = bytes(PART_BYTES + 17)
-    store.put("big", [data])
-    chunks = list(read_chunks(store, "big"))
-    assert [len(chunk) for chunk in chunks] == [PART_BYTES, 17]
-    assert b"".join(chunks) == data
-
-
 def _file(header: object, data: bytes = b"") -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
@@ -101,7 +74,7 @@ def _file(header: object, data: bytes = b"") -> bytes:
         ),
         (
             _file({"x": {"dtype": "U8", "shape": [-1, -3], "data_offsets": [0, 3]}}, b"abc"),
-            "does not lie where its shape says",
+            "broken header",
         ),
         (
             _file({"x": {"dtype": "U8", "shape": [2], "data_offsets": [1, 3]}}, b"abc"),

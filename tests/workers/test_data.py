@@ -66,7 +66,7 @@ def test_standard_library_by_list(source: Source, tmp_path: Path) -> None:
     only = evaluation_tokens(
         _evaluation(dataset="stdlib", include=str(chosen), tokens=100_000), source
     )
-    tokenizer = Tokenizer.from_file(str(source.require("tokenizer.json")))
+    tokenizer = Tokenizer.from_buffer(source.require("tokenizer.json"))
     text = tokenizer.decode(only[0].tolist())
     assert text.startswith("# Copyright 2007")
     rest = evaluation_tokens(_evaluation(dataset="stdlib", exclude=str(chosen), tokens=256), source)

@@ -1,0 +1,137 @@
+"""Writing a large object in parts: a few at a time, and taken up where a killed writer stopped.
+
+    find or begin an upload -> send the parts it does not have -> complete
+
+Memory is bounded by the parts in flight. A part counts as stored when the store's tag for it is its
+MD5; where tags are something else (encrypted buckets), it is sent again, which is always right. Two
+writers of the same bytes may share an upload: whoever loses it finds the object complete.
+"""
+
+import contextlib
+import hashlib
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+from mbq.artifacts.errors import StoreError
+
+# A store allows 10,000 parts: objects up to 160 GiB. Files of a checkpoint are 4 GiB at most.
+PARTS_IN_FLIGHT = 4
+
+
+class UploadLost(StoreError):
+    """The store no longer knows an upload."""
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """A part that the store has; `tag` is its name for it."""
+
+    tag: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the object to write."""
+
+    number: int
+    data: bytes
+    md5: bytes
+
+
+@dataclass(frozen=True)
+class SentPart:
+    """A part whose bytes are no longer in memory."""
+
+    number: int
+    stored: StoredPart
+    md5: bytes
+
+
+class Upload(Protocol):
+    """The calls that one upload of one object needs. All of them may raise UploadLost."""
+
+    def stored_parts(self) -> Mapping[int, StoredPart]: ...
+
+    def send(self, part: Part) -> StoredPart: ...
+
+    def complete(self, parts: Sequence[SentPart]) -> None: ...
+
+    def abort(self) -> None: ...
+
+    def read_back(self, start: int, length: int) -> bytes:
+        """Bytes of the object as it is now; none if there is no object."""
+
+
+def write_parts(upload: Upload, pieces: Iterator[bytes]) -> None:
+    """Send pieces as the parts of an upload and complete it.
+
+    Raises:
+        StoreError: the store failed; the upload stays, to be taken up again.
+    """
+    stored = upload.stored_parts()
+    sent: list[SentPart] = []
+    flying: deque[Future[SentPart]] = deque()
+    try:
+        with ThreadPoolExecutor(PARTS_IN_FLIGHT) as pool:
+            for number in itertools.count(1):
+                if len(flying) == PARTS_IN_FLIGHT:
+                    sent.append(flying.popleft().result())
+                # Drawn only now: pieces that wait would be in memory, too.
+                piece = next(pieces, None)
+                if piece is None:
+                    break
+                flying.append(pool.submit(_send, upload, number, piece, stored.get(number)))
+            sent += [future.result() for future in flying]
+    except StoreError:
+        raise
+    except Exception:
+        # The source of the bytes failed, not the store: nobody will take this upload up.
+        with contextlib.suppress(StoreError):
+            upload.abort()
+        raise
+    try:
+        upload.complete(sent)
+    except UploadLost:
+        # An earlier try may have succeeded and its answer been lost.
+        if not _holds(upload, sent):
+            raise
+
+
+def cut(chunks: Iterable[bytes], size: int) -> Iterator[bytes]:
+    """The same bytes in pieces of `size`; the last one may be smaller."""
+    held: list[memoryview] = []
+    count = 0
+    for chunk in chunks:
+        view = memoryview(chunk)
+        while count + len(view) >= size:
+            room = size - count
+            yield b"".join([*held, view[:room]])
+            held, count, view = [], 0, view[room:]
+        if view:
+            held.append(view)
+            count += len(view)
+    if held:
+        yield b"".join(held)
+
+
+def _send(upload: Upload, number: int, data: bytes, stored: StoredPart | None) -> SentPart:
+    digest = hashlib.md5(data)
+    if stored != StoredPart(digest.hexdigest(), len(data)):
+        stored = upload.send(Part(number, data, digest.digest()))
+    return SentPart(number, stored, digest.digest())
+
+
+def _holds(upload: Upload, parts: Sequence[SentPart]) -> bool:
+    """Whether the object consists of these parts, byte for byte, and of nothing more."""
+    start = 0
+    for part in parts:
+        data = upload.read_back(start, part.stored.size_bytes)
+        if hashlib.md5(data).digest() != part.md5:
+            return False
+        start += part.stored.size_bytes
+    return not upload.read_back(start, 1)
