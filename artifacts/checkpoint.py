@@ -46,7 +46,7 @@ _ROUTERS = {
     "mlp.gate_up_router": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.down_router": ("mlp.down_proj",),
 }
-_BLOCK_WEIGHT = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
+_BLOCK_WEIGHT = re.compile(r"model\.layers\.(\d{1,6})\.(.+)\.weight")
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mbq.artifacts.checkpoint import PACKING, QUANT_METHOD, RouterShape
+from mbq.artifacts.config import check_quantization, stored_quantization
 from mbq.artifacts.errors import CorruptError, InputError, NotFoundError
 from mbq.artifacts.spec import FORMAT_VERSION, SLICE_BITS
 from mbq.kernels.linear import ElasticLinear
@@ -50,18 +51,28 @@ def load_model(
 
     Raises:
         NotFoundError: the folder is not a packed checkpoint.
-        CorruptError: a tensor is missing or the format is unknown.
+        CorruptError: a tensor is missing or of another kind, or the format is unknown.
         InputError: the width is not stored, or two were given.
     """
     if bits is not None and average_bits is not None:
         raise InputError(f"bits {bits} and average_bits {average_bits}: give one of them")
     if not (Path(path) / "config.json").is_file():
         raise NotFoundError(f"{path} holds no config.json; give the folder of a packed checkpoint")
-    config = AutoConfig.from_pretrained(path)
-    stored = getattr(config, "quantization_config", None) or {}
-    if stored.get("quant_method") != QUANT_METHOD:
+    stored = stored_quantization((Path(path) / "config.json").read_bytes())
+    if stored is None:
         raise NotFoundError(f"{path} is not a checkpoint packed by mbq-cluster")
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, config=config, **kwargs)
+    check_quantization(stored)
+    config = AutoConfig.from_pretrained(path)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, config=config, output_loading_info=True, **kwargs
+        )
+    except RuntimeError as error:
+        raise CorruptError(f"{path} holds tensors of other shapes ({error})"[:500]) from error
+    model: PreTrainedModel = loaded[0]
+    if loaded[1]["missing_keys"]:
+        missing = ", ".join(sorted(loaded[1]["missing_keys"]))
+        raise CorruptError(f"{path} lacks {missing:.500}; fetch it again")
     if bits is not None:
         set_bits(model, bits)
     if average_bits is not None:
@@ -90,11 +101,7 @@ class MbqConfig(QuantizationConfigMixin):
         self.packing = packing
         self.linears = linears
         self.routing = routing
-        if (format_version, packing) != (FORMAT_VERSION, PACKING):
-            raise CorruptError(
-                f"the checkpoint has format {format_version} with packing {packing}, this program "
-                f"reads {FORMAT_VERSION} with {PACKING}; install the version that wrote it"
-            )
+        check_quantization(dict(vars(self)))
 
 
 class MbqQuantizer(HfQuantizer):
@@ -289,20 +296,37 @@ def _curve(model: PreTrainedModel, precision: Precision) -> Curve:
 
 def _require_tensors(model: nn.Module, names: list[str], files: list[str]) -> None:
     """Transformers only warns about missing tensors and runs on uninitialised memory."""
+    # A Hub's cache links to files elsewhere; an index must not.
+    folders = {Path(file).resolve().parent for file in files if not Path(file).is_symlink()}
+    if len(folders) > 1:
+        raise CorruptError("the index names files outside of its folder; fetch it again")
+    wanted = {
+        f"{name}.{key}": buffer
+        for name in names
+        for key, buffer in model.get_submodule(name).state_dict().items()
+    }
     present: set[str] = set()
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
-                present.update(opened.keys())
+                for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                    _require_kind(file, name, opened.get_slice(name), wanted.get(name))
+                    present.add(name)
         except SafetensorError as error:
             raise CorruptError(f"{file} is damaged ({error}); fetch it again") from error
-    for name in names:
-        for key in model.get_submodule(name).state_dict():
-            if f"{name}.{key}" not in present:
-                raise CorruptError(
-                    f"the checkpoint has no {name}.{key}: a file is missing or belongs to another "
-                    "checkpoint; fetch it again"
-                )
+    for name in wanted:
+        if name not in present:
+            raise CorruptError(
+                f"the checkpoint has no {name}: a file is missing or belongs to another "
+                "checkpoint; fetch it again"
+            )
+
+
+def _require_kind(file: str, name: str, found: Any, buffer: torch.Tensor | None) -> None:
+    """Planes are integers, and what the source stores are not: transformers would cast silently."""
+    whole = found.get_dtype().startswith(("I", "U"))
+    if whole != (buffer is not None and not buffer.is_floating_point()):
+        raise CorruptError(f"{file} holds {name:.200} as {found.get_dtype()}; fetch it again")
 
 
 def _register() -> None:

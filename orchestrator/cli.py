@@ -6,12 +6,21 @@ found.
 """
 
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mbq.artifacts.errors import MbqError, RunError
+from mbq.orchestrator.cli_head import head
+from mbq.orchestrator.cli_store import gc, pull, verify
+from mbq.orchestrator.options import (
+    address_option,
+    json_option,
+    say,
+    set_option,
+    store_option,
+    store_uri,
+)
 
 if TYPE_CHECKING:
     from mbq.artifacts.manifest import RunDocument
@@ -30,37 +39,6 @@ class _Commands(click.Group):
             context.exit(error.exit_code)
 
 
-Command = Callable[..., Any]
-
-
-def _store_option(command: Command) -> Command:
-    return click.option(
-        "--store",
-        envvar="MBQ_STORE",
-        show_envvar=True,
-        help="Folder or file:// URI that holds the runs [default: ~/.mbq-cluster/store].",
-    )(command)
-
-
-def _address_option(command: Command) -> Command:
-    return click.option(
-        "--address",
-        envvar="MBQ_ADDRESS",
-        show_envvar=True,
-        help="Ray dashboard of the cluster, as http://host:8265 [default: a local Ray].",
-    )(command)
-
-
-def _json_option(command: Command) -> Command:
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
-
-
-def _set_option(command: Command) -> Command:
-    return click.option(
-        "--set", "settings", multiple=True, metavar="a.b=c", help="Change a field of the spec."
-    )(command)
-
-
 @click.group(cls=_Commands)
 @click.version_option(package_name="mbq-cluster")
 def main() -> None:
@@ -69,9 +47,9 @@ def main() -> None:
 
 @main.command()
 @click.argument("spec", metavar="SPEC|PRESET")
-@_set_option
-@_store_option
-@_address_option
+@set_option
+@store_option
+@address_option
 @click.option("--watch", "watching", is_flag=True, help="Stay and show progress.")
 def submit(
     spec: str,
@@ -86,7 +64,7 @@ def submit(
     name, parsed = submitting.read_spec(spec, settings)
     prepared = submitting.prepare(name, parsed)
     chosen = submitting.choose_store(store or parsed.store, address, prepared.document.source)
-    jobs = submitting.submit(prepared, chosen, address, _say)
+    jobs = submitting.submit(prepared, chosen, address, say)
     click.echo(prepared.document.run)
     if watching:
         _watch(chosen, prepared.document, jobs, as_json=False, to_stderr=True)
@@ -94,10 +72,10 @@ def submit(
 
 @main.command()
 @click.argument("spec", metavar="SPEC|PRESET")
-@_set_option
-@_store_option
-@_address_option
-@_json_option
+@set_option
+@store_option
+@address_option
+@json_option
 def check(
     spec: str, settings: tuple[str, ...], store: str | None, address: str | None, as_json: bool
 ) -> None:
@@ -113,16 +91,17 @@ def check(
 
 
 @main.command("list")
-@_store_option
-@_address_option
-@_json_option
+@store_option
+@address_option
+@json_option
 def list_runs(store: str | None, address: str | None, as_json: bool) -> None:
     """List the runs of a store."""
+    from mbq.artifacts.store import open_store
     from mbq.orchestrator import display, status
 
-    states, unreadable = status.states(_open_store(store), _jobs(address))
+    states, unreadable = status.states(open_store(store_uri(store)), _jobs(address))
     for reason in unreadable:
-        _say(reason)
+        say(reason)
     if as_json:
         click.echo(display.to_json([display.run_json(state) for state in states]))
     else:
@@ -131,14 +110,14 @@ def list_runs(store: str | None, address: str | None, as_json: bool) -> None:
 
 @main.command("status")
 @click.argument("run")
-@_store_option
-@_address_option
-@_json_option
+@store_option
+@address_option
+@json_option
 def show_status(run: str, store: str | None, address: str | None, as_json: bool) -> None:
     """Show one run: its state, and its results when it is done."""
     from mbq.orchestrator import display, status
 
-    chosen, document = status.locate(run, _store_uri(store))
+    chosen, document = status.locate(run, store_uri(store))
     jobs = _jobs(address)
     state = status.state_of(
         chosen, document, jobs.latest(document.run, chosen.uri) if jobs else None
@@ -156,27 +135,27 @@ def show_status(run: str, store: str | None, address: str | None, as_json: bool)
 
 @main.command()
 @click.argument("run")
-@_store_option
-@_address_option
-@_json_option
+@store_option
+@address_option
+@json_option
 def watch(run: str, store: str | None, address: str | None, as_json: bool) -> None:
     """Follow a run to its end and print its results."""
     from mbq.orchestrator import status
 
-    chosen, document = status.locate(run, _store_uri(store))
+    chosen, document = status.locate(run, store_uri(store))
     _watch(chosen, document, _jobs(address), as_json, to_stderr=False)
 
 
 @main.command()
 @click.argument("run")
-@_store_option
-@_address_option
+@store_option
+@address_option
 def logs(run: str, store: str | None, address: str | None) -> None:
     """Print what the driver of a run and its tasks printed."""
     from mbq.artifacts.errors import NotFoundError
     from mbq.orchestrator import status
 
-    chosen, document = status.locate(run, _store_uri(store))
+    chosen, document = status.locate(run, store_uri(store))
     jobs = _jobs(address)
     job = jobs.latest(document.run, chosen.uri) if jobs else None
     if jobs is None or job is None:
@@ -186,35 +165,35 @@ def logs(run: str, store: str | None, address: str | None) -> None:
 
 @main.command()
 @click.argument("run")
-@_store_option
-@_address_option
+@store_option
+@address_option
 def stop(run: str, store: str | None, address: str | None) -> None:
     """Stop a run. What is finished is kept; `resume` continues it."""
     from mbq.artifacts.errors import NotFoundError
     from mbq.orchestrator import status
 
-    chosen, document = status.locate(run, _store_uri(store))
+    chosen, document = status.locate(run, store_uri(store))
     jobs = _jobs(address)
     job = jobs.latest(document.run, chosen.uri) if jobs else None
     if jobs is None or job is None or not job.alive:
         state = status.state_of(chosen, document, job).state
         raise NotFoundError(f"run {document.run} is {state}: there is nothing to stop")
     jobs.stop(job)
-    _say(f"run {document.run} is stopping; `mbq-cluster resume {document.run}` continues it")
+    say(f"run {document.run} is stopping; `mbq-cluster resume {document.run}` continues it")
 
 
 @main.command()
 @click.argument("run")
-@_store_option
-@_address_option
+@store_option
+@address_option
 @click.option("--watch", "watching", is_flag=True, help="Stay and show progress.")
 def resume(run: str, store: str | None, address: str | None, watching: bool) -> None:
     """Continue a run that failed, was stopped or lost its cluster."""
     from mbq.orchestrator import status
     from mbq.orchestrator import submit as submitting
 
-    chosen, document = status.locate(run, _store_uri(store))
-    jobs = submitting.resume(document, chosen, address, _say)
+    chosen, document = status.locate(run, store_uri(store))
+    jobs = submitting.resume(document, chosen, address, say)
     click.echo(document.run)
     if watching:
         _watch(chosen, document, jobs, as_json=False, to_stderr=True)
@@ -230,8 +209,8 @@ def resume(run: str, store: str | None, address: str | None, watching: bool) -> 
 @click.option(
     "--sequence-length", type=int, help="Tokens per sequence [default: 2048, or all positions]."
 )
-@_store_option
-@_json_option
+@store_option
+@json_option
 def evaluate(
     target: str,
     bits: str | None,
@@ -252,7 +231,7 @@ def evaluate(
     if sequence_length is not None:
         text["sequence_length"] = sequence_length
     rows = evaluating.evaluate(
-        target, _store_uri(store), bits, average_bits, text if asked else None, _say
+        target, store_uri(store), bits, average_bits, text if asked else None, say
     )
     if as_json:
         click.echo(display.to_json(rows))
@@ -270,7 +249,7 @@ def evaluate(
 @click.option(
     "--out", type=click.Path(dir_okay=False), help="File to write [default: RUN.html here]."
 )
-@_store_option
+@store_option
 def report(run: str, out: str | None, store: str | None) -> None:
     """Write one self-contained HTML file about a run: quality, where bits go, provenance."""
     from pathlib import Path
@@ -279,7 +258,7 @@ def report(run: str, out: str | None, store: str | None) -> None:
     from mbq.orchestrator import report as reporting
     from mbq.orchestrator import status
 
-    chosen, document = status.locate(run, _store_uri(store))
+    chosen, document = status.locate(run, store_uri(store))
     path = Path(out or f"{document.run}.html")
     page = reporting.render(reporting.collect(chosen, document))
     try:
@@ -287,65 +266,6 @@ def report(run: str, out: str | None, store: str | None) -> None:
     except OSError as error:
         raise InputError(f"--out: cannot write {path}: {error.strerror}") from error
     click.echo(path)
-
-
-@main.group()
-def head() -> None:
-    """The local Ray that runs are submitted to when no --address is given."""
-
-
-@head.command("start")
-def head_start() -> None:
-    """Start it, if it does not run, and print its dashboard's address."""
-    from mbq.cluster import head as heads
-    from mbq.orchestrator.submit import home
-
-    folder = home() / "head"
-    if heads.find_head(folder) is None:
-        _say("starting a local Ray (about 10 s)")
-    click.echo(heads.start_head(folder).address)
-
-
-@head.command("stop")
-def head_stop() -> None:
-    """Stop it, and every run on it."""
-    from mbq.artifacts.errors import NotFoundError
-    from mbq.cluster import head as heads
-    from mbq.cluster.jobs import Jobs
-    from mbq.orchestrator.submit import home
-
-    folder = home() / "head"
-    found = heads.find_head(folder)
-    if found is None:
-        raise NotFoundError("no local Ray is running")
-    # Drivers live in sessions of their own and would outlive the head.
-    try:
-        jobs = Jobs(found.address, heads.client_environment(found))
-        for job in jobs.list():
-            if job.alive:
-                jobs.stop(job)
-    except MbqError as error:
-        _say(f"its drivers could not be asked to stop: {error}")
-    heads.stop_head(folder, found)
-
-
-@head.command("status")
-@_json_option
-def head_status(as_json: bool) -> None:
-    """Say whether it runs, where its dashboard is and where its token lies."""
-    from mbq.artifacts.errors import NotFoundError
-    from mbq.cluster import head as heads
-    from mbq.orchestrator import display
-    from mbq.orchestrator.submit import home
-
-    found = heads.find_head(home() / "head")
-    if found is None:
-        raise NotFoundError("no local Ray is running")
-    if as_json:
-        facts = {"address": found.address, "pid": found.pid, "token_file": found.token_file}
-        click.echo(display.to_json(facts))
-    else:
-        click.echo(f"dashboard {found.address}, token in {found.token_file}, pid {found.pid}")
 
 
 def _watch(
@@ -383,25 +303,12 @@ def _jobs(address: str | None) -> "Jobs | None":
         if address is not None:
             raise
         # The store still knows what the local Ray can not say.
-        _say(str(error))
+        say(str(error))
         return None
 
 
-def _store_uri(store: str | None) -> str:
-    from mbq.orchestrator.submit import home
-
-    return store or str(home() / "store")
-
-
-def _open_store(store: str | None) -> "Store":
-    from mbq.artifacts.store import open_store
-
-    return open_store(_store_uri(store))
-
-
-def _say(text: str) -> None:
-    click.echo(text, err=True)
-
+for _command in (head, pull, verify, gc):
+    main.add_command(_command)
 
 if __name__ == "__main__":
     sys.exit(main())

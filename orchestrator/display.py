@@ -1,14 +1,21 @@
 """How runs and results look on a terminal: rich tables and one live line per run."""
 
+import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from mbq.artifacts.manifest import Results, Row
@@ -19,6 +26,15 @@ from mbq.workers.variants import PACKED, ROUTED, parse
 _PIPE_COLUMNS = 120
 STDERR = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _PIPE_COLUMNS)
 STDOUT = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
+
+
+@contextlib.contextmanager
+def bar(what: str) -> Iterator[Callable[[float], None]]:
+    """A live bar for something with a known end; yields what is called with the fraction done."""
+    columns = TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn()
+    with Progress(*columns, TimeRemainingColumn(), console=STDERR, transient=True) as progress:
+        line = progress.add_task(what, total=1.0)
+        yield lambda fraction: progress.update(line, completed=fraction)
 
 
 class Watch:

@@ -113,14 +113,15 @@ def begin(store: Store, document: RunDocument, runner: Runner, attempt: int) -> 
     blocks = {shard.file: shard.blocks for shard in plan.shards}
     for task in (*plan.packs, *plan.routes):
         record = find_document(store, keys.shard_key(document.run, task.target), ShardRecord)
-        size = store.size(keys.checkpoint_key(document.run, task.target))
+        stat = store.stat(keys.checkpoint_key(document.run, task.target))
         made_of = blocks.get(task.target, range(len(plan.calibrations)))
         # A file may outlive the blobs it was made from; then it is made again.
         blobs = [r.blob.sha256 for b in made_of if (r := driver.records.get(b)) is not None]
         method = driver.routing.method if driver.routing and task.kind == "route" else None
         if (
             record is not None
-            and record.file.size_bytes == size
+            and stat is not None
+            and record.file.size_bytes == stat.size_bytes
             and list(record.blobs) == blobs
             and record.method == method
         ):

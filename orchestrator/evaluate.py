@@ -17,7 +17,9 @@ from mbq.artifacts.checkpoint import QUANT_METHOD
 from mbq.artifacts.errors import InputError, NotFoundError
 from mbq.artifacts.source import Source
 from mbq.artifacts.spec import SLICE_BITS, Evaluation, explain
-from mbq.orchestrator.status import checkpoint_location, locate
+from mbq.orchestrator.checkpoints import find_checkpoint, local_folder
+from mbq.orchestrator.display import bar
+from mbq.orchestrator.status import locate, names_run
 from mbq.workers.data import Tokens, evaluation_tokens
 
 _DEFAULT_LENGTH = 2048
@@ -96,23 +98,20 @@ def _stored_bits(folder: str) -> list[int]:
 
 
 def _find(target: str, store_uri: str, text: Mapping[str, Any] | None) -> tuple[str, Tokens]:
-    """The checkpoint's folder and the tokens to evaluate it on."""
-    if (Path(target) / "config.json").is_file():
+    """The checkpoint's folder, pulled if it is not here, and the tokens to evaluate it on."""
+    here = (Path(target) / "config.json").is_file()
+    if text is None and (here or not names_run(target)):
+        raise InputError(f"{target} is a checkpoint and names no text; give --dataset or --file")
+    tokens = _run_tokens(target, store_uri) if text is None else None
+    if here:
         folder = target
     else:
-        store, document = locate(target, store_uri)
-        if store.size(keys.manifest_key(document.run)) is None:
-            raise NotFoundError(
-                f"run {document.run} has no checkpoint yet; `mbq-cluster watch {document.run}` "
-                "follows it"
-            )
-        folder = checkpoint_location(store, document)
-        if text is None:
-            if document.evaluation_tokens is None:
-                raise InputError(f"run {document.run} has no evaluation text; give --dataset")
-            return folder, _stored_tokens(store, document.evaluation_tokens.sha256)
-    if text is None:
-        raise InputError(f"{target} is a folder and names no text; give --dataset or --file")
+        with bar("pulling") as show:
+            folder = str(local_folder(find_checkpoint(target, store_uri), show))
+    return folder, tokens if tokens is not None else _text_tokens(folder, text or {})
+
+
+def _text_tokens(folder: str, text: Mapping[str, Any]) -> Tokens:
     source = Source(folder)
     positions = int(source.config.get("max_position_embeddings", _DEFAULT_LENGTH))
     text = {"sequence_length": min(_DEFAULT_LENGTH, positions), **text}
@@ -125,15 +124,20 @@ def _find(target: str, store_uri: str, text: Mapping[str, Any] | None) -> tuple[
             f"--sequence-length {evaluation.sequence_length} is more than the model's {positions} "
             f"positions; use at most {positions}"
         )
-    return folder, evaluation_tokens(evaluation, source)
+    return evaluation_tokens(evaluation, source)
 
 
-def _stored_tokens(store: Any, sha256: str) -> Tokens:
+def _run_tokens(target: str, store_uri: str) -> Tokens:
+    """The run's own evaluation tokens."""
     import numpy as np
 
     from mbq.artifacts.tensors import open_tensors
 
-    file = open_tensors(store, keys.blob_key(sha256))
+    store, document = locate(target, store_uri)
+    blob = document.evaluation_tokens
+    if blob is None:
+        raise InputError(f"run {document.run} has no evaluation text; give --dataset")
+    file = open_tensors(store, keys.blob_key(blob.sha256), blob)
     tokens: Tokens = np.frombuffer(file.read("tokens"), dtype="<i4")
     return tokens.reshape(file.entries["tokens"].shape).copy()
 

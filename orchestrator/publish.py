@@ -12,16 +12,16 @@ from mbq.artifacts.checkpoint import (
     routing_shard,
     slice_files,
 )
+from mbq.artifacts.digests import digest_of
 from mbq.artifacts.manifest import (
-    FileRecord,
     Manifest,
     Results,
     VariantLosses,
+    document_sha256,
     put_document,
 )
 from mbq.artifacts.source import TOKENIZER_FILES
 from mbq.artifacts.spec import FORMAT_VERSION, SLICE_BITS
-from mbq.artifacts.tensors import digest_of, read_chunks
 from mbq.orchestrator.comparison import other_bits
 from mbq.orchestrator.driver import Driver, adopt_losses
 from mbq.orchestrator.plan import Plan
@@ -45,13 +45,13 @@ def publish(driver: Driver) -> None:
         "config.json": config_document(source, spec.slices, spec.group_size, plan.linears, routing),
     }
     for name in TOKENIZER_FILES:
-        path = source.path(name)
-        if path is not None:
-            small[name] = path.read_bytes()
+        data = source.read(name)
+        if data is not None:
+            small[name] = data
     files = {name: record.file for name, record in driver.shards.items()}
     for name, data in small.items():
         store.put(keys.checkpoint_key(document.run, name), [data])
-        files[name] = FileRecord.of(digest_of([data]))
+        files[name] = digest_of([data])
     blocks = [driver.records[block] for block in range(len(plan.calibrations))]
     manifest = Manifest(
         format_version=FORMAT_VERSION,
@@ -66,7 +66,7 @@ def publish(driver: Driver) -> None:
     )
     key = keys.manifest_key(document.run)
     put_document(store, key, manifest)
-    driver.manifest_sha256 = digest_of(read_chunks(store, key)).sha256
+    driver.manifest_sha256 = document_sha256(store, key)
     adopt_losses(driver)
 
 

@@ -25,10 +25,10 @@ from mbq.artifacts.manifest import (
     RunDocument,
     TokenBits,
     VariantLosses,
+    document_sha256,
     find_document,
 )
 from mbq.artifacts.store import Store
-from mbq.artifacts.tensors import digest_of, read_chunks
 from mbq.orchestrator import figures
 from mbq.workers.variants import FULL, PACKED, ROUNDED, ROUTED, parse
 
@@ -88,7 +88,7 @@ def collect(store: Store, document: RunDocument) -> Found:
     return Found(
         document=document,
         manifest=manifest,
-        manifest_sha256=digest_of(read_chunks(store, keys.manifest_key(run))).sha256,
+        manifest_sha256=document_sha256(store, keys.manifest_key(run)),
         records=_records(store, run, len(manifest.blocks)),
         results=results,
         routing=routing,

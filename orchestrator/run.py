@@ -29,7 +29,7 @@ from mbq.artifacts.manifest import (
     find_run,
     put_document,
 )
-from mbq.artifacts.store import Store, open_store
+from mbq.artifacts.store import PROBES, WORKING_SECONDS, Store, open_store, probe
 from mbq.cluster.runner import Call, Handle, InputLost, Runner, TaskCrashed
 from mbq.orchestrator.driver import Driver, begin, call_of
 from mbq.orchestrator.plan import Task, ready, releasable, remaining_flops
@@ -91,12 +91,13 @@ def drive(
 
 
 def _check_cluster(driver: Driver) -> None:
-    """Every node must run our code and see the store.
+    """Every node must run our code and use the store, the driver's own to begin with.
 
     Raises:
         ClusterError: names the node's fault.
     """
-    key = f"probe-{driver.document.run}-{secrets.token_hex(8)}"
+    probe(driver.store)
+    key = f"{PROBES}/{secrets.token_hex(8)}"
     driver.store.put(key, [b"mbq"])
     call = Call("inspect", tasks.inspect, (driver.job, key))
     try:
@@ -104,10 +105,11 @@ def _check_cluster(driver: Driver) -> None:
     finally:
         driver.store.delete(key)
     for host in hosts:
-        if not host.sees_store:
+        if host.fault is not None:
             raise ClusterError(
-                f"a node does not see the store {driver.store.uri}; use a folder that every node "
-                "mounts"
+                f"a node cannot use the store {driver.store.uri}: {host.fault}; use a folder that "
+                "every node mounts, or give every node credentials for the bucket (a local Ray has "
+                "the environment it was started in: `mbq-cluster head stop`, then again)"
             )
         if host.code_version != driver.document.code_version:
             raise ClusterError(
@@ -310,7 +312,7 @@ def main(store_uri: str, run: str, attempt: int) -> int:
     """Entrypoint of the Ray job; returns the exit code."""
     from mbq.cluster.ray_runner import RayRunner
 
-    store = open_store(store_uri)
+    store = open_store(store_uri, WORKING_SECONDS)
     try:
         drive(store, find_run(store, run), RayRunner(), attempt)
     except MbqError as error:

@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlparse
 from mbq.artifacts import keys
 from mbq.artifacts.errors import ClusterError, CorruptError, InputError, NotFoundError
 from mbq.artifacts.manifest import Results, RunDocument, Status, find_document, find_run
+from mbq.artifacts.spec import is_path
 from mbq.artifacts.store import Store, open_store
 from mbq.cluster.jobs import JobInfo, Jobs
 
@@ -29,6 +30,13 @@ class RunState:
     state: str
     status: Status | None
     detail: str
+
+
+def names_run(target: str) -> bool:
+    """Whether a target is written as a run, by its id or URI, and not as a folder or prefix."""
+    if is_path(target) or "://" in target:
+        return target.rstrip("/").split("/")[-2:-1] == [keys.RUNS]
+    return True
 
 
 def locate(target: str, store_uri: str) -> tuple[Store, RunDocument]:
@@ -88,7 +96,7 @@ def states(store: Store, jobs: Jobs | None) -> tuple[list[RunState], list[str]]:
     found, unreadable = [], []
     for run in store.children(keys.RUNS):
         # A submit that was interrupted leaves a folder without a document.
-        if store.size(keys.spec_key(run)) is None:
+        if store.stat(keys.spec_key(run)) is None:
             continue
         try:
             found.append(state_of(store, find_run(store, run), latest.get(run)))

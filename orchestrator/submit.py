@@ -17,9 +17,9 @@ from urllib.parse import urlparse
 import numpy as np
 
 from mbq.artifacts import keys
+from mbq.artifacts.digests import digest_of
 from mbq.artifacts.errors import InputError
 from mbq.artifacts.manifest import (
-    BlobRef,
     Manifest,
     Results,
     RunDocument,
@@ -31,7 +31,7 @@ from mbq.artifacts.manifest import (
 from mbq.artifacts.source import Source, open_source
 from mbq.artifacts.spec import RunSpec, apply_settings, load_spec, run_id
 from mbq.artifacts.store import Store, open_store, probe
-from mbq.artifacts.tensors import Entry, digest_of, encode
+from mbq.artifacts.tensors import Entry, encode
 from mbq.cluster import head as heads
 from mbq.cluster.jobs import Jobs
 from mbq.orchestrator.check import check_source
@@ -41,6 +41,14 @@ from mbq.workers.data import Tokens, calibration_tokens, evaluation_tokens, samp
 from mbq.workers.environment import ENVIRONMENT
 
 Say = Callable[[str], None]
+_STORE_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION")
+# They name files and profiles of this machine.
+_LOCAL_VARIABLES = (
+    "AWS_CA_BUNDLE",
+    "AWS_CONFIG_FILE",
+    "AWS_PROFILE",
+    "AWS_SHARED_CREDENTIALS_FILE",
+)
 _ADDRESS = re.compile(r"https?://[^/:]+(:\d+)?/?")
 
 
@@ -84,15 +92,16 @@ def prepare(name: str, spec: RunSpec) -> Prepared:
     sample = _token_file(sample_tokens(source)) if shown else None
     files = [file for file in (calibration, evaluation, sample) if file is not None]
     document = RunDocument(
-        run=run_id(spec, source.digest, _reference(calibration).sha256),
+        run=run_id(spec, source.digest, digest_of(calibration).sha256),
         name=name,
         spec=spec,
         model_location=source.location,
         model_commit=source.revision,
         model_digest=source.digest,
-        calibration_tokens=_reference(calibration),
-        evaluation_tokens=_reference(evaluation) if evaluation else None,
-        sample_tokens=_reference(sample) if sample else None,
+        model_files=source.digests,
+        calibration_tokens=digest_of(calibration),
+        evaluation_tokens=digest_of(evaluation) if evaluation else None,
+        sample_tokens=digest_of(sample) if sample else None,
         code_version=version("mbq-cluster"),
     )
     return Prepared(document, files)
@@ -113,12 +122,12 @@ def choose_store(uri: str | None, address: str | None, source: Source) -> Store:
         if uri is None or "://" not in uri:
             raise InputError(
                 f"store: {store.uri} is a path of this machine, the cluster at {address} is not on "
-                "it; write file:///path if every node mounts that path"
+                "it; write s3://bucket/prefix, or file:///path if every node mounts that path"
             )
-        if source.revision is None:
+        if source.revision is None and "://" not in source.location:
             raise InputError(
                 f"model.source: {source.location} is a folder of this machine, the cluster at "
-                f"{address} is not on it; use a Hub repository"
+                f"{address} is not on it; use a Hub repository or s3://bucket/prefix"
             )
     return store
 
@@ -169,7 +178,7 @@ def _start(document: RunDocument, store: Store, jobs: Jobs) -> None:
         run,
         attempt,
         [python, "-m", "mbq.orchestrator.run", store.uri, run, str(attempt)],
-        ENVIRONMENT,
+        ENVIRONMENT | _store_environment(jobs.address),
         {"model": document.name, "store": store.uri, "version": document.code_version},
     )
 
@@ -183,7 +192,8 @@ def _is_finished(store: Store, document: RunDocument, say: Say) -> bool:
     if status is None or status.state != "done" or manifest is None:
         return False
     for name, file in manifest.files.items():
-        if store.size(keys.checkpoint_key(run, name)) != file.size_bytes:
+        stat = store.stat(keys.checkpoint_key(run, name))
+        if stat is None or stat.size_bytes != file.size_bytes:
             return False
     if evaluation is not None:
         if results is None or results.tokens_sha256 != evaluation.sha256:
@@ -217,9 +227,11 @@ def _token_file(tokens: Tokens) -> list[bytes]:
     return list(encode([entry], [np.ascontiguousarray(tokens, dtype="<i4").tobytes()]))
 
 
-def _reference(chunks: Sequence[bytes]) -> BlobRef:
-    digest = digest_of(chunks)
-    return BlobRef(sha256=digest.sha256, size_bytes=digest.size_bytes)
+def _store_environment(address: str) -> dict[str, str]:
+    """Where the object store is, for the processes of a run. Never its credentials: a job's
+    environment can be read by everyone who may use the cluster."""
+    names = _STORE_VARIABLES + (_LOCAL_VARIABLES if _is_loopback(address) else ())
+    return {name: os.environ[name] for name in names if os.environ.get(name)}
 
 
 def _is_loopback(address: str) -> bool:

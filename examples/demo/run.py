@@ -1,9 +1,9 @@
-"""The demo: submit the demo run, watch it, write its report, and let its checkpoint write.
+"""The demo: submit the demo run, watch it, write its report, pull its checkpoint, let it write.
 
     python examples/demo/run.py
 
 A local Ray is started if none runs, and stopped again in the end. Run a second time, it finds the
-finished run and shows it at once.
+finished run and shows it at once. MBQ_STORE=s3://bucket/prefix chooses another store.
 """
 
 import subprocess
@@ -14,7 +14,6 @@ from typing import Any
 from mbq.artifacts.loading import load_model
 from mbq.cluster.head import find_head
 from mbq.orchestrator.display import STDOUT
-from mbq.orchestrator.status import checkpoint_location, locate
 from mbq.orchestrator.submit import home
 
 PROMPT = "import os\n\n\nclass "
@@ -36,8 +35,10 @@ def main() -> int:
             _command("head", "stop")
     print("report: ", end="", flush=True)
     _command("report", run, "--out", str(home() / "report.html"))
-    store, document = locate(run, str(home() / "store"))
-    _write(checkpoint_location(store, document))
+    folder = home() / "checkpoints" / run
+    if _command("pull", run, str(folder)).returncode:
+        return 1
+    _write(str(folder))
     return 0
 
 

@@ -24,9 +24,11 @@ from typing import Any
 import pytest
 import yaml
 
-from mbq.artifacts import keys
+from mbq.artifacts import keys, s3
 from mbq.artifacts.manifest import Status, get_document
-from mbq.artifacts.store import LocalStore
+from mbq.artifacts.s3 import S3Store
+from mbq.artifacts.store import LocalStore, Store, open_store
+from tests.support.servers import BUCKET, NAMES, Server
 
 _PATIENCE_SECONDS = 60.0
 BLOCKS = 5
@@ -47,20 +49,20 @@ class User:
         assert done.returncode == code, f"{arguments}: {done.stdout}{done.stderr}"
         return done
 
-    def submit(self, store: LocalStore, *arguments: str) -> str:
-        done = self.run("submit", str(self.spec), "--store", str(store.root), *arguments)
+    def submit(self, store: Store, *arguments: str) -> str:
+        done = self.run("submit", str(self.spec), "--store", store.uri, *arguments)
         run = done.stdout.strip()
         assert len(run) == 12, done.stdout
         return run
 
-    def status(self, store: LocalStore, run: str) -> dict[str, Any]:
-        done = self.run("status", run, "--store", str(store.root), "--json")
+    def status(self, store: Store, run: str) -> dict[str, Any]:
+        done = self.run("status", run, "--store", store.uri, "--json")
         found: dict[str, Any] = json.loads(done.stdout)
         return found
 
-    def finish(self, store: LocalStore, run: str) -> str:
+    def finish(self, store: Store, run: str) -> str:
         """Watch a run to its end; the digest of its manifest."""
-        self.run("watch", run, "--store", str(store.root))
+        self.run("watch", run, "--store", store.uri)
         return hashlib.sha256(store.read(keys.manifest_key(run))).hexdigest()
 
 
@@ -103,10 +105,10 @@ def _until(condition: Callable[[], Any]) -> Any:
     raise AssertionError(f"{condition} did not come true in {_PATIENCE_SECONDS} s")
 
 
-def _records(store: LocalStore, run: str) -> dict[int, bytes]:
+def _records(store: Store, run: str) -> dict[int, bytes]:
     found = {}
     for block in range(BLOCKS):
-        if store.size(keys.block_key(run, block)) is not None:
+        if store.stat(keys.block_key(run, block)) is not None:
             found[block] = store.read(keys.block_key(run, block))
     return found
 
@@ -125,7 +127,7 @@ def _processes(*words: str) -> list[int]:
     return found
 
 
-def _in_the_middle(store: LocalStore, run: str) -> dict[int, bytes]:
+def _in_the_middle(store: Store, run: str) -> dict[int, bytes]:
     """Wait until some blocks are finished and others are not."""
     records: dict[int, bytes] = _until(lambda: _records(store, run))
     assert len(records) < BLOCKS, "the run was too fast to be disturbed"
@@ -137,15 +139,15 @@ def test_submits_from_nothing_and_shows_what_it_did(
 ) -> None:
     store = LocalStore(tmp_path)
     run = user.submit(store)
-    again = user.run("submit", str(user.spec), "--store", str(store.root))
+    again = user.run("submit", str(user.spec), "--store", store.uri)
     assert again.stdout.strip() == run
     assert "already running" in again.stderr
     assert user.finish(store, run) == undisturbed
     found = user.status(store, run)
     assert found["state"] == "done"
-    assert "inspect" not in user.run("logs", run, "--store", str(store.root)).stdout
-    assert "already finished" in user.run("resume", run, "--store", str(store.root)).stderr
-    assert store.size(keys.spec_key(run))
+    assert "inspect" not in user.run("logs", run, "--store", store.uri).stdout
+    assert "already finished" in user.run("resume", run, "--store", store.uri).stderr
+    assert store.stat(keys.spec_key(run))
     assert len(_records(store, run)) == BLOCKS
 
 
@@ -170,7 +172,7 @@ def test_a_killed_driver_is_resumed(user: User, undisturbed: str, tmp_path: Path
         os.kill(pid, signal.SIGKILL)
     _until(lambda: user.status(store, run)["state"] == "interrupted")
     finished = _records(store, run)
-    assert user.run("resume", run, "--store", str(store.root)).stdout.strip() == run
+    assert user.run("resume", run, "--store", store.uri).stdout.strip() == run
     assert user.finish(store, run) == undisturbed
     assert user.status(store, run)["status"]["attempt"] == attempt + 1
     # Not calibrated again: a record says when and how long.
@@ -181,10 +183,10 @@ def test_a_stopped_run_is_resumed(user: User, undisturbed: str, tmp_path: Path) 
     store = LocalStore(tmp_path)
     run = user.submit(store)
     finished = _in_the_middle(store, run)
-    user.run("stop", run, "--store", str(store.root))
+    user.run("stop", run, "--store", store.uri)
     _until(lambda: user.status(store, run)["state"] == "stopped")
-    user.run("watch", run, "--store", str(store.root), code=1)
-    user.run("resume", run, "--store", str(store.root))
+    user.run("watch", run, "--store", store.uri, code=1)
+    user.run("resume", run, "--store", store.uri)
     assert user.finish(store, run) == undisturbed
     assert {block: _records(store, run)[block] for block in finished} == finished
 
@@ -197,10 +199,84 @@ def test_a_killed_head_is_replaced(user: User, undisturbed: str, tmp_path: Path)
     os.killpg(head["pid"], signal.SIGKILL)
     _until(lambda: not _processes("ray::tiny: calibrate"))
     finished = _records(store, run)
-    resumed = user.run("resume", run, "--store", str(store.root))
+    resumed = user.run("resume", run, "--store", store.uri)
     assert "starting a local Ray" in resumed.stderr
     assert user.finish(store, run) == undisturbed
     assert {block: _records(store, run)[block] for block in finished} == finished
+
+
+def _use(server: Server, store: S3Store, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Credentials as processes on a node find them; returns where the tiny model's files are."""
+    credentials = folder / "credentials"
+    credentials.write_text(
+        f"[mbq]\naws_access_key_id={server.access_key}\naws_secret_access_key={server.secret_key}\n"
+    )
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_PROFILE", "mbq")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(credentials))
+    s3._make_client.cache_clear()
+    return f"s3://{BUCKET}/{store.prefix}-inputs"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_everything_in_object_storage_gives_the_same_bytes(
+    user: User,
+    undisturbed: str,
+    tmp_path: Path,
+    start_server: Callable[[str], Server],
+    connect: Callable[..., S3Store],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    server = start_server(name)
+    store = connect(server)
+    uri = _use(server, store, tmp_path, monkeypatch)
+    inputs = open_store(uri)
+    spec = yaml.safe_load(user.spec.read_text())
+    text = spec["calibration"]["files"][0]
+    for path in (*Path(spec["model"]["source"]).iterdir(), Path(text)):
+        inputs.put(path.name, [path.read_bytes()])
+    files = f"[{uri}/{Path(text).name}]"
+    settings = [f"model.source={uri}", f"calibration.files={files}", f"evaluation.files={files}"]
+    run = user.submit(store, *(word for setting in settings for word in ("--set", setting)))
+    _in_the_middle(store, run)
+    for pid in _processes("mbq.orchestrator.run", store.uri):
+        os.kill(pid, signal.SIGKILL)
+    _until(lambda: user.status(store, run)["state"] == "interrupted")
+    finished = _records(store, run)
+    user.run("resume", run, "--store", store.uri)
+    assert user.finish(store, run) == undisturbed
+    assert {block: _records(store, run)[block] for block in finished} == finished
+
+    folder = str(tmp_path / "pulled")
+    user.run("pull", run, folder, "--max-bits", "4", "--store", store.uri)
+    user.run("pull", f"{store.uri}/runs/{run}", folder)
+    for target in (folder, f"{store.uri}/runs/{run}/checkpoint"):
+        assert "is what its manifest says" in user.run("verify", target).stdout
+    table = json.loads(user.run("eval", run, "--store", store.uri, "--bits", "4", "--json").stdout)
+    rows = user.status(store, run)["results"]["rows"]
+    (packed,) = (row["perplexity"] for row in rows if row["variant"] == "mbq-4")
+    assert table[0]["perplexity"] == pytest.approx(packed, rel=1e-4)
+    assert "0 objects" in user.run("gc", store.uri).stdout
+    assert sum(1 for _ in store.walk("runs")) > BLOCKS
+    assert not [v for k, v in os.environ.items() if server.secret_key in v]
+    printed = user.run("logs", run, "--store", store.uri).stdout
+    assert server.secret_key not in printed + store.read(keys.spec_key(run)).decode()
+
+
+def test_a_node_without_credentials_says_so_before_any_work(
+    user: User,
+    undisturbed: str,
+    start_server: Callable[[str], Server],
+    connect: Callable[..., S3Store],
+) -> None:
+    # They are in the environment of this shell only; the local Ray was started without them.
+    store = connect(start_server("rclone"))
+    run = user.submit(store)
+    failed = user.run("watch", run, "--store", store.uri, code=1)
+    assert "head stop" in failed.stderr or "credentials" in failed.stderr
+    assert _records(store, run) == {}
 
 
 def test_the_head_lets_nobody_in_without_its_token(user: User, undisturbed: str) -> None:
@@ -214,10 +290,10 @@ def test_the_head_lets_nobody_in_without_its_token(user: User, undisturbed: str)
 def test_a_task_that_fails_is_named(user: User, undisturbed: str, tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     run = user.submit(store, "--set", "optimisation.gain_rate=1e30")
-    failed = user.run("watch", run, "--store", str(store.root), code=1)
+    failed = user.run("watch", run, "--store", store.uri, code=1)
     assert "calibrate 000" in failed.stderr
     assert "lower the learning rates" in failed.stderr
-    assert "resume" in user.run("logs", run, "--store", str(store.root)).stdout
+    assert "resume" in user.run("logs", run, "--store", store.uri).stdout
 
 
 def test_a_cluster_that_cannot_hold_the_plan_says_so(
@@ -225,5 +301,5 @@ def test_a_cluster_that_cannot_hold_the_plan_says_so(
 ) -> None:
     store = LocalStore(tmp_path)
     run = user.submit(store, "--set", "resources.memory_gib=100000")
-    failed = user.run("watch", run, "--store", str(store.root), code=1)
+    failed = user.run("watch", run, "--store", store.uri, code=1)
     assert "no node offers" in failed.stderr

@@ -82,7 +82,7 @@ WRONG: list[tuple[str, list[str], tuple[str, ...]]] = [
     ),
     ("malformed setting", ["--set", "threads"], ("--set threads", "field=value")),
     ("unknown scheme", ["--store", "gs://bucket/runs"], ("gs://bucket/runs", "unknown scheme")),
-    ("store in a file", ["--store", "/dev/null/store"], ("/dev/null/store", "may write to")),
+    ("store in a file", ["--store", "/dev/null/store"], ("/dev/null/store", "you may write")),
     ("no cluster there", ["--address", "http://127.0.0.1:9"], ("cannot reach", "--address")),
     (
         "laptop path, remote cluster",
@@ -193,7 +193,7 @@ def test_runs_that_are_not_there_or_not_unique(
     for run in ("aa0000000000", "aa1111111111"):
         store.put(f"runs/{run}/spec.json", [b"{}"])
     _fails(invoke("status", "aa", "--store", str(store.root)), 2, "is the start of 2 runs")
-    _fails(invoke("status", "aa0", "--store", str(store.root)), 1, "not the document of a run")
+    _fails(invoke("status", "aa0", "--store", str(store.root)), 1, "is not as it was written")
     store.put("runs/aa0000000000/spec.json", [b'{"format_version": 1, "code_version": "0.1.0"}'])
     _fails(invoke("status", "aa0", "--store", str(store.root)), 1, "has format 1", "0.1.0")
     # One run that cannot be read does not hide the others.
@@ -282,7 +282,7 @@ def test_help_is_quick_and_lists_every_command() -> None:
     command = [sys.executable, "-m", "mbq.orchestrator.cli", "--help"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert time.monotonic() - started < 1.0
-    commands = ("check", "eval", "head", "list", "logs", "report", "resume", "status", "submit")
+    commands = ("check", "eval", "gc", "head", "list", "logs", "pull", "report", "resume", "submit")
     assert all(f"  {command} " in done.stdout for command in commands)
 
 
@@ -297,13 +297,16 @@ def test_the_options_are_these(invoke: Callable[..., Result]) -> None:
     assert options == {
         "check": ["--address", "--json", "--set", "--store"],
         "eval": [*text, "--json", "--sequence-length", "--store", "--tokens"],
+        "gc": ["--dry-run"],
         "head": [],
         "list": ["--address", "--json", "--store"],
         "logs": shared,
+        "pull": ["--max-bits", "--store"],
         "report": ["--out", "--store"],
         "resume": [*shared, "--watch"],
         "status": ["--address", "--json", "--store"],
         "stop": shared,
         "submit": ["--address", "--set", "--store", "--watch"],
+        "verify": ["--store"],
         "watch": ["--address", "--json", "--store"],
     }

@@ -9,8 +9,9 @@ import pytest
 from transformers import GemmaConfig, LlamaConfig, MixtralConfig
 
 from mbq.artifacts.checkpoint import Linear
+from mbq.artifacts.digests import Digest
 from mbq.artifacts.errors import InputError
-from mbq.artifacts.manifest import BlobRef, RunDocument
+from mbq.artifacts.manifest import RunDocument
 from mbq.artifacts.source import open_source
 from mbq.artifacts.spec import parse_spec
 from mbq.orchestrator.check import check_source
@@ -31,7 +32,7 @@ Make = Callable[..., dict[str, Any]]
 
 def _plan(tiny_document: Make, **changes: Any) -> Plan:
     spec = parse_spec(tiny_document(**changes))
-    blob = BlobRef(sha256="0" * 64, size_bytes=0)
+    blob = Digest(sha256="0" * 64, size_bytes=0, part_sha256=())
     return build_plan(
         RunDocument(
             run="0" * 12,
@@ -40,6 +41,7 @@ def _plan(tiny_document: Make, **changes: Any) -> Plan:
             model_location=spec.model.source,
             model_commit=None,
             model_digest="sha256:0",
+            model_files=None,
             calibration_tokens=blob,
             evaluation_tokens=blob,
             sample_tokens=blob if spec.slices > 1 else None,

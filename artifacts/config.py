@@ -1,0 +1,136 @@
+"""`config.json` of a packed checkpoint, as it is read: nothing in it is believed unseen.
+
+`quantization_config` says how many bits are there, which linears are elastic, and how routers
+share bits; `checkpoint.py` writes it. A config that is cut to fewer bits differs in `max_bits`
+only, so the original can be made from it.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from mbq.artifacts.checkpoint import PACKING, QUANT_METHOD
+from mbq.artifacts.errors import CorruptError
+from mbq.artifacts.spec import FORMAT_VERSION, Document, explain
+
+# The largest known has some hundred kilobytes.
+MAX_CONFIG_BYTES = 4 * 1024 * 1024
+
+_Slices = Annotated[int, Field(strict=True, ge=1, le=4)]
+_Names = Annotated[list[str], Field(min_length=1)]
+
+
+class StoredCurve(Document):
+    """Thresholds of one ceiling: average widths ascending, log thresholds descending."""
+
+    average_bits: Annotated[tuple[float, ...], Field(min_length=1)]
+    log_thresholds: tuple[float, ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        bits, thresholds = self.average_bits, self.log_thresholds
+        if len(bits) != len(thresholds):
+            raise ValueError(f"{len(bits)} widths have {len(thresholds)} thresholds")
+        if sorted(set(bits)) != list(bits) or sorted(thresholds, reverse=True) != list(thresholds):
+            raise ValueError("widths must ascend and thresholds descend")
+        return self
+
+
+class StoredRouting(Document):
+    """How bits are shared; fields as `checkpoint.routing_document` writes them."""
+
+    method: str
+    slices: _Slices
+    width: Annotated[int, Field(strict=True, ge=0, le=1024)] | None
+    knots: Annotated[int, Field(strict=True, ge=1, le=4096)]
+    routers: Annotated[dict[str, _Names], Field(min_length=1)]
+    curves: dict[int, StoredCurve]
+
+
+class Quantization(Document):
+    """`quantization_config`; fields as `checkpoint.config_document` writes them."""
+
+    quant_method: str
+    format_version: int
+    max_bits: Annotated[int, Field(strict=True, ge=2, le=8, multiple_of=2)]
+    group_size: Annotated[int, Field(strict=True, ge=32, le=4096, multiple_of=32)]
+    packing: str
+    linears: _Names
+    routing: StoredRouting | None
+
+
+def check_quantization(stored: Mapping[str, Any]) -> Quantization:
+    """Read `quantization_config`.
+
+    Raises:
+        CorruptError: it is of another format, or nonsense.
+    """
+    found = stored.get("format_version"), stored.get("packing")
+    if found != (FORMAT_VERSION, PACKING):
+        raise CorruptError(
+            f"the checkpoint has format {found[0]!s:.50} with packing {found[1]!s:.50}, this "
+            f"program reads {FORMAT_VERSION} with {PACKING}; install the version that wrote it"
+        )
+    try:
+        return Quantization.model_validate(stored)
+    except ValidationError as error:
+        raise CorruptError(f"config.json: {explain(error)}; fetch it again") from error
+
+
+def stored_quantization(config: bytes) -> dict[str, Any] | None:
+    """`quantization_config` of a config.json, unchecked; None if it is not of our method.
+
+    Raises:
+        CorruptError: it is no config.json at all.
+    """
+    quantized = _parse(config).get("quantization_config")
+    ours = isinstance(quantized, dict) and quantized.get("quant_method") == QUANT_METHOD
+    return quantized if ours else None
+
+
+def config_bits(config: bytes) -> int:
+    """The bits that a packed checkpoint's config.json says are there. Raises CorruptError."""
+    bits = _quantized(config).get("max_bits")
+    if type(bits) is not int:
+        raise CorruptError(f"config.json says max_bits {bits!r:.50}, not a number; fetch it again")
+    return bits
+
+
+def cut_config(config: bytes, max_bits: int) -> bytes:
+    """The config.json of the same checkpoint with fewer slices, or again with all of them.
+
+    Raises:
+        CorruptError: it is not one of a packed checkpoint.
+    """
+    quantized = _quantized(config) | {"max_bits": max_bits}
+    document = _parse(config) | {"quantization_config": quantized}
+    pieces: list[str] = []
+    room = 2 * len(config) + 4096
+    # Indenting what is nested a thousand deep would fill the memory.
+    for piece in json.JSONEncoder(indent=2, sort_keys=True).iterencode(document):
+        pieces.append(piece)
+        room -= len(piece)
+        if room < 0:
+            raise CorruptError("config.json is not as a checkpoint's is written; fetch it again")
+    return "".join(pieces).encode() + b"\n"
+
+
+def _parse(config: bytes) -> dict[str, Any]:
+    if len(config) > MAX_CONFIG_BYTES:
+        raise CorruptError(f"config.json has {len(config):,} bytes; no config has")
+    try:
+        document = json.loads(config)
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"config.json is not JSON ({error!s:.200}); fetch it again") from error
+    if not isinstance(document, dict):
+        raise CorruptError("config.json holds no JSON object; fetch it again")
+    return document
+
+
+def _quantized(config: bytes) -> dict[str, Any]:
+    quantized = stored_quantization(config)
+    if quantized is None:
+        raise CorruptError("config.json is not that of a packed checkpoint; fetch it again")
+    return quantized

@@ -1,0 +1,54 @@
+"""Packed checkpoints by what users call them: a folder, a URI, or the run that made them."""
+
+import dataclasses
+from pathlib import Path
+
+from mbq.artifacts import keys
+from mbq.artifacts.errors import NotFoundError
+from mbq.artifacts.manifest import document_sha256
+from mbq.artifacts.packed import MANIFEST_FILE, PackedCheckpoint, Report, open_checkpoint
+from mbq.artifacts.pull import Pulled, pull
+from mbq.artifacts.store import WORKING_SECONDS, LocalStore, Store, open_store
+from mbq.orchestrator.status import locate, names_run
+from mbq.orchestrator.submit import home
+
+
+def find_checkpoint(target: str, uri: str) -> Store:
+    """The store whose root is the checkpoint's folder.
+
+    Args:
+        target: a folder's path, a URI of a checkpoint, or a run as `locate` takes it.
+        uri: of the store that holds the run.
+
+    Raises:
+        NotFoundError: there is no such run, or it has no checkpoint yet.
+        InputError: several runs match, or the scheme is unknown.
+    """
+    if not names_run(target):
+        return open_store(target)
+    store, document = locate(target, uri)
+    if store.stat(keys.manifest_key(document.run)) is None:
+        raise NotFoundError(
+            f"run {document.run} has no checkpoint yet; `mbq-cluster watch {document.run}` "
+            "follows it"
+        )
+    return open_store(f"{store.uri}/{keys.checkpoint_prefix(document.run)}")
+
+
+def pull_patiently(
+    checkpoint: PackedCheckpoint, folder: Path, max_bits: int | None, report: Report
+) -> Pulled:
+    """Pull as `artifacts.pull` does, with the patience of work: a transfer may take hours."""
+    patient = open_store(checkpoint.store.uri, WORKING_SECONDS)
+    return pull(dataclasses.replace(checkpoint, store=patient), folder, max_bits, report)
+
+
+def local_folder(store: Store, report: Report) -> Path:
+    """A folder here with the checkpoint: its own, or one that it is pulled to."""
+    if isinstance(store, LocalStore):
+        return store.root
+    checkpoint = open_checkpoint(store)
+    manifest = checkpoint.manifest
+    folder = home() / "checkpoints" / f"{manifest.run}-{document_sha256(store, MANIFEST_FILE)[:12]}"
+    pull_patiently(checkpoint, folder, None, report)
+    return folder

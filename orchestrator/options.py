@@ -1,0 +1,47 @@
+"""What the commands share: options and their defaults, and a word beside the results."""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+Command = Callable[..., Any]
+
+
+def store_option(command: Command) -> Command:
+    return click.option(
+        "--store",
+        envvar="MBQ_STORE",
+        show_envvar=True,
+        help="Folder, file:// or s3://bucket/prefix that holds the runs "
+        "[default: ~/.mbq-cluster/store].",
+    )(command)
+
+
+def address_option(command: Command) -> Command:
+    return click.option(
+        "--address",
+        envvar="MBQ_ADDRESS",
+        show_envvar=True,
+        help="Ray dashboard of the cluster, as http://host:8265 [default: a local Ray].",
+    )(command)
+
+
+def json_option(command: Command) -> Command:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+def set_option(command: Command) -> Command:
+    return click.option(
+        "--set", "settings", multiple=True, metavar="a.b=c", help="Change a field of the spec."
+    )(command)
+
+
+def store_uri(store: str | None) -> str:
+    from mbq.orchestrator.submit import home
+
+    return store or str(home() / "store")
+
+
+def say(text: str) -> None:
+    click.echo(text, err=True)

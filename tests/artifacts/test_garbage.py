@@ -1,0 +1,144 @@
+"""What gc finds and removes, on a store of each kind: all that is dead, nothing that is alive."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mbq.artifacts import keys
+from mbq.artifacts.digests import PART_BYTES, Digest
+from mbq.artifacts.errors import CorruptError
+from mbq.artifacts.garbage import GRACE_SECONDS, find_garbage, remove_garbage
+from mbq.artifacts.manifest import BlockRecord, put_blob, put_document
+from mbq.artifacts.multipart import UploadLost
+from mbq.artifacts.s3 import S3Store
+from mbq.artifacts.store import LocalStore, Store
+
+# Everything is older than this: the clocks of servers tick in seconds.
+_AT_ONCE = -5.0
+
+
+def _name(store: Store, blob: Digest, run: str = "run") -> None:
+    record = BlockRecord(
+        block=0,
+        blob=blob,
+        hardware="test",
+        loss_before={},
+        loss_after={},
+        outlier_overlap={},
+        attempt=1,
+        seconds=1.0,
+    )
+    put_document(store, keys.block_key(run, 0), record)
+
+
+def _abandon(store: Store) -> int:
+    """Leave behind what a killed writer leaves; returns its size."""
+    if isinstance(store, LocalStore):
+        partial = store.path("blobs/sha256/ab/x").parent / ".partial-0123456789abcdef"
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(bytes(1000))
+        return 1000
+    assert isinstance(store, S3Store)
+    upload = store._begin_upload("blobs/sha256/ab/x")
+    arguments = {"Bucket": store.bucket, "Key": f"{store.prefix}/blobs/sha256/ab/x"}
+    store._client.upload_part(**arguments, UploadId=upload, PartNumber=1, Body=bytes(PART_BYTES))
+    return PART_BYTES
+
+
+def test_removes_what_nobody_names_and_nothing_else(any_store: Store) -> None:
+    kept = put_blob(any_store, [b"named"])
+    dropped = put_blob(any_store, [b"not ", b"named"])
+    _name(any_store, kept)
+    any_store.put("probes/left", [b"mbq"])
+    any_store.put("something/else", [b"of another program"])
+    partial = _abandon(any_store)
+    garbage = find_garbage(any_store, _AT_ONCE)
+    assert {stat.key for stat in garbage.objects} == {
+        keys.blob_key(dropped.sha256),
+        "probes/left",
+    }
+    assert [found.key.rpartition("/")[0] for found in garbage.unfinished] == ["blobs/sha256/ab"]
+    assert garbage.size_bytes == len(b"not named") + len(b"mbq") + partial
+    remove_garbage(any_store, garbage)
+    assert any_store.read(keys.blob_key(kept.sha256)) == b"named"
+    assert any_store.read("something/else") == b"of another program"
+    assert any_store.stat(keys.blob_key(dropped.sha256)) is None
+    assert list(any_store.unfinished()) == []
+    left = find_garbage(any_store, _AT_ONCE)
+    assert (left.objects, left.unfinished) == ((), ())
+
+
+def test_the_young_stay(any_store: Store) -> None:
+    put_blob(any_store, [b"somebody may be about to name this"])
+    _abandon(any_store)
+    garbage = find_garbage(any_store, GRACE_SECONDS)
+    assert (garbage.objects, garbage.unfinished) == ((), ())
+
+
+def test_never_outside_the_prefix(any_store: Store) -> None:
+    if not isinstance(any_store, S3Store):
+        pytest.skip("a folder has no neighbours")
+    beside = S3Store(any_store.bucket, f"{any_store.prefix}-beside", 20.0)
+    blob = put_blob(beside, [b"of a neighbour"])
+    _abandon(beside)
+    garbage = find_garbage(any_store, _AT_ONCE)
+    assert (garbage.objects, garbage.unfinished) == ((), ())
+    (upload,) = beside.unfinished()
+    beside.discard(upload)
+    beside.discard(upload)
+    assert beside.read(keys.blob_key(blob.sha256)) == b"of a neighbour"
+
+
+def test_a_document_that_cannot_be_trusted_stops_it(any_store: Store) -> None:
+    blob = put_blob(any_store, [b"named"])
+    _name(any_store, blob)
+    key = keys.block_key("run", 0)
+    any_store.put(key, [any_store.read(key).replace(blob.sha256.encode(), b"0" * 64)])
+    with pytest.raises(CorruptError, match="is not as it was written"):
+        find_garbage(any_store, _AT_ONCE)
+    assert any_store.read(keys.blob_key(blob.sha256)) == b"named"
+
+
+def test_what_was_written_again_meanwhile_stays(store: LocalStore) -> None:
+    import os
+
+    blob = put_blob(store, [b"old work"])
+    path = store.path(keys.blob_key(blob.sha256))
+    yesterday = time.time() - 2 * GRACE_SECONDS
+    os.utime(path, (yesterday, yesterday))
+    garbage = find_garbage(store)
+    assert len(garbage.objects) == 1
+    # The same work comes up again before the removal: an old blob is written again.
+    assert put_blob(store, [b"old ", b"work"]) == blob
+    _name(store, blob)
+    remove_garbage(store, garbage)
+    assert path.read_bytes() == b"old work"
+
+
+def test_every_blob_of_a_run_is_named(finished_run: Any, tmp_path: Path) -> None:
+    garbage = find_garbage(finished_run.store, _AT_ONCE)
+    assert garbage.objects == ()
+    assert len(list(finished_run.store.walk(keys.BLOBS))) >= 3
+
+
+def test_discarding_an_upload_in_progress_costs_its_writer_a_repetition(
+    any_store: Store,
+) -> None:
+    if not isinstance(any_store, S3Store):
+        pytest.skip("a folder's writers hold their file open")
+    data = [bytes([n]) * PART_BYTES for n in range(7)]
+
+    def chunks() -> Any:
+        for number, chunk in enumerate(data):
+            if number == 6:
+                for upload in any_store.unfinished():
+                    any_store.discard(upload)
+            yield chunk
+
+    with pytest.raises(UploadLost):
+        any_store.put("key", chunks())
+    assert any_store.stat("key") is None
+    any_store.put("key", data)
+    assert any_store.read("key") == b"".join(data)
