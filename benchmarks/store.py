@@ -1,0 +1,432 @@
+"""Blobs into object storage and checkpoints out of it, against boto3's transfers and obstore.
+
+    python benchmarks/store.py [--servers rclone,swift,ceph] [--mib 512] [--rounds 5]
+
+Starts each of the tests' servers in turn. After a round that does not count, the contestants take
+turns round by round; each turn is a fresh process whose client is warm. Two things are timed:
+
+    upload   random bytes, new ones each turn. Ours is `put_blob` of a block's blob as it comes, a
+             list of chunks of 3 to 40 MiB; the others get the same amount as one piece. Ours
+             includes the sha256 of the whole and of every part, and the Content-MD5 of every part.
+    pull     an artificial checkpoint of five files into a new folder. Ours is `pull`, with the
+             sha256 of every part, the index, and fsync, whose share is told; the others only write
+             the files. All files are compared with the manifest afterwards, outside the time.
+
+Speeds are medians over rounds, with the slowest and fastest. `ratio` is ours to the best of the
+others, the one with the highest median: the median over rounds of the two speeds of one round.
+`cpu` is what the client's process used; `peak` its most memory beyond what it had when the turn
+began, which for uploads includes the bytes to send. boto3 and obstore sign with sha256, as ever.
+
+obstore is compared where it is installed; the project does not need it.
+"""
+
+import datetime
+import functools
+import gc
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from importlib.metadata import version
+from io import BytesIO
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import boto3
+import click
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
+
+from mbq.artifacts.checkpoint import INDEX_FILE, QUANT_METHOD
+from mbq.artifacts.config import cut_config
+from mbq.artifacts.digests import PART_BYTES, digest_of
+from mbq.artifacts.manifest import Manifest, put_blob, put_document
+from mbq.artifacts.packed import CONFIG_FILE, MANIFEST_FILE, make_index, open_checkpoint
+from mbq.artifacts.pull import pull
+from mbq.artifacts.spec import FORMAT_VERSION, SLICE_BITS
+from mbq.artifacts.store import open_store
+from mbq.artifacts.tensors import Entry, encode
+
+try:
+    import obstore
+    from obstore.store import S3Store as Obstore
+except ImportError:
+    obstore = None
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).with_name("results")
+BUCKET = "mbq"
+UPLOADED = "uploads/theirs"
+MIB = 1024 * 1024
+SLICES = 4
+OURS = "mbq"
+# What boto3 is given where it is tuned: no second checksum, and connections for every thread.
+TUNED = {"request_checksum_calculation": "when_required", "max_pool_connections": 32}
+PARTS = {"multipart_chunksize": PART_BYTES, "multipart_threshold": PART_BYTES}
+
+Row = dict[str, float]
+Upload = Callable[[list[bytes]], Any]
+# Fetches the checkpoint at a prefix, of whose files it is told the sizes, into a folder.
+Pull = Callable[[str, Mapping[str, int], Path], Any]
+
+
+def upload_ours() -> Upload:
+    store = open_store(f"s3://{BUCKET}/uploads")
+    return lambda chunks: put_blob(store, chunks)
+
+
+def upload_boto3(options: Mapping[str, Any], transfer: Mapping[str, Any]) -> Upload:
+    client, config = boto3_client(options), TransferConfig(**transfer)
+    return lambda data: client.upload_fileobj(BytesIO(data[0]), BUCKET, UPLOADED, Config=config)
+
+
+def upload_obstore(transfer: Mapping[str, int]) -> Upload:
+    store = obstore_client()
+    return lambda data: obstore.put(store, UPLOADED, data[0], **transfer)
+
+
+def pull_ours() -> Pull:
+    def fetch(prefix: str, sizes: Mapping[str, int], folder: Path) -> None:
+        store = open_store(f"s3://{BUCKET}/{prefix}")
+        pull(open_checkpoint(store), folder, None, lambda size: None)
+
+    return fetch
+
+
+def pull_boto3(options: Mapping[str, Any], transfer: Mapping[str, Any], files: int) -> Pull:
+    client, config = boto3_client(options), TransferConfig(**transfer)
+
+    def fetch(prefix: str, sizes: Mapping[str, int], folder: Path) -> None:
+        def one(name: str) -> None:
+            client.download_file(BUCKET, f"{prefix}/{name}", str(folder / name), Config=config)
+
+        with ThreadPoolExecutor(files) as pool:
+            list(pool.map(one, sizes))
+
+    return fetch
+
+
+def pull_obstore_files() -> Pull:
+    store = obstore_client()
+
+    def fetch(prefix: str, sizes: Mapping[str, int], folder: Path) -> None:
+        def one(name: str) -> None:
+            with (folder / name).open("wb", buffering=0) as file:
+                for chunk in obstore.get(store, f"{prefix}/{name}").stream(4 * MIB):
+                    file.write(chunk)
+
+        with ThreadPoolExecutor(len(sizes)) as pool:
+            list(pool.map(one, sizes))
+
+    return fetch
+
+
+def pull_obstore_parts(threads: int) -> Pull:
+    store = obstore_client()
+
+    def fetch(prefix: str, sizes: Mapping[str, int], folder: Path) -> None:
+        def one(part: tuple[str, int]) -> None:
+            name, start = part
+            length = min(PART_BYTES, sizes[name] - start)
+            data = obstore.get_range(store, f"{prefix}/{name}", start=start, length=length)
+            with (folder / name).open("r+b", buffering=0) as file:
+                os.pwrite(file.fileno(), data, start)
+
+        for name in sizes:
+            (folder / name).touch()
+        parts = [(name, at) for name, size in sizes.items() for at in range(0, size, PART_BYTES)]
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(one, parts))
+
+    return fetch
+
+
+UPLOADS: dict[str, Callable[[], Upload]] = {
+    OURS: upload_ours,
+    "boto3, defaults": functools.partial(upload_boto3, {}, {}),
+    "boto3, 4 x 16 MiB": functools.partial(upload_boto3, TUNED, PARTS | {"max_concurrency": 4}),
+    "boto3, 8 x 16 MiB": functools.partial(upload_boto3, TUNED, PARTS | {"max_concurrency": 8}),
+    "obstore, defaults": functools.partial(upload_obstore, {}),
+    "obstore, 8 x 16 MiB": functools.partial(
+        upload_obstore, {"chunk_size": PART_BYTES, "max_concurrency": 8}
+    ),
+}
+PULLS: dict[str, Callable[[], Pull]] = {
+    OURS: pull_ours,
+    "boto3, defaults": functools.partial(pull_boto3, {}, {}, 1),
+    "boto3, 8 x 16 MiB": functools.partial(pull_boto3, TUNED, PARTS | {"max_concurrency": 8}, 1),
+    "boto3, all files": functools.partial(pull_boto3, TUNED, {"max_concurrency": 4}, 8),
+    "obstore, all files": pull_obstore_files,
+    "obstore, 4 x 16 MiB": functools.partial(pull_obstore_parts, 4),
+    "obstore, 8 x 16 MiB": functools.partial(pull_obstore_parts, 8),
+}
+WAYS: dict[str, dict[str, Any]] = {"upload": UPLOADS, "pull": PULLS}
+
+
+@click.command()
+@click.option("--servers", "wanted", default="rclone,swift,ceph", show_default=True)
+@click.option("--mib", default=512, show_default=True, help="Sent or pulled in a turn; to 1500.")
+@click.option("--rounds", default=5, show_default=True, help="Beside one that does not count.")
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="The result's file.")
+def main(wanted: str, mib: int, rounds: int, out: Path | None) -> None:
+    """Time uploads and pulls on the tests' servers, print tables and write a result."""
+    sys.path.insert(0, str(ROOT))
+    from tests.support import servers
+
+    if obstore is None:
+        click.echo("obstore is not installed: boto3 only; to compare both, pip install obstore")
+    found: dict[str, Any] = {}
+    with TemporaryDirectory(prefix="mbq-store-") as folder:
+        for name in wanted.split(","):
+            if reason := servers.missing(name):
+                click.echo(f"{name} is left out: {reason}")
+                continue
+            server = servers.start(name, Path(folder) / name)
+            try:
+                found[name] = {way: run(server, way, mib, rounds) for way in WAYS}
+            finally:
+                server.stop()
+    today = datetime.date.today().isoformat()
+    result = {
+        "date": today,
+        "processor": processor(),
+        "python": platform.python_version(),
+        "versions": versions(servers.SWIFT / "python", found),
+        "command": " ".join(["python", "benchmarks/store.py", *sys.argv[1:]]),
+        "mib": mib,
+        "ratios": {s: {w: ratios(rows) for w, rows in ws.items()} for s, ws in found.items()},
+        "turns": found,
+    }
+    out = out or RESULTS / f"{today}-store.json"
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    click.echo(f"{result['processor']}; {result['versions']}\n{out}")
+
+
+def run(server: Any, way: str, mib: int, rounds: int) -> dict[str, list[Row]]:
+    """All rounds of all contestants on one server."""
+    names = [name for name in WAYS[way] if obstore or not name.startswith("obstore")]
+    rows: dict[str, list[Row]] = {name: [] for name in names}
+    if way == "pull":
+        for prefix, size in (("small", SLICES + 1), ("large", mib)):
+            apart(server, write_checkpoint, prefix, size)
+    for number in range(rounds + 1):
+        turn = number % len(names)
+        for name in [*names[turn:], *names[:turn]]:
+            try:
+                rows[name].append(apart(server, measure, way, name, mib))
+            except Exception as error:
+                # Not every client gets on with every server: rclone's ranges lack the status 206.
+                if name == OURS or number:
+                    raise
+                click.echo(f"{name} fails on {server.name}: {str(error).splitlines()[0]}")
+                names.remove(name)
+                del rows[name]
+    rows = {name: turns[1:] for name, turns in rows.items()}
+    click.echo(table(f"{server.name}, {way}, {mib} MiB", rows))
+    return rows
+
+
+def apart(server: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call in a fresh process that knows the server, once nothing is left of what came before."""
+    if server.name == "ceph":
+        # It keeps the bytes of deleted objects for hours if it is not told otherwise.
+        collect = ["radosgw-admin", "-c", "ceph.conf", "gc", "process", "--include-all"]
+        subprocess.run(collect, cwd=server.folder, capture_output=True, check=True)
+    os.sync()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, enter, (server.environment,)) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def enter(environment: Mapping[str, str]) -> None:
+    os.environ.update(environment)
+
+
+def measure(way: str, contestant: str, mib: int) -> Row:
+    """One turn: time, memory, and a check that it did what it should."""
+    prepare = prepare_upload if way == "upload" else prepare_pull
+    with TemporaryDirectory(prefix="mbq-store-") as folder:
+        act, check = prepare(contestant, mib, Path(folder))
+        synced = time_fsync()
+        gc.collect()
+        # Forget the peak so far.
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        before, cpu, started = memory_mib("VmRSS"), time.process_time(), time.perf_counter()
+        act()
+        row = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
+        row |= {"mib_per_second": mib / row["seconds"], "fsync_seconds": sum(synced)}
+        row |= {"peak_mib": memory_mib("VmHWM") - before}
+        check()
+    return row
+
+
+def prepare_upload(
+    contestant: str, mib: int, folder: Path
+) -> tuple[Callable[[], Any], Callable[[], None]]:
+    send = UPLOADS[contestant]()
+    send([os.urandom(MIB)])
+    chunks = list(random_chunks(mib * MIB))
+    if contestant != OURS:
+        chunks = [b"".join(chunks)]
+
+    def check() -> None:
+        client = boto3_client(TUNED)
+        found = client.list_objects_v2(Bucket=BUCKET, Prefix="uploads/")["Contents"]
+        for entry in found:
+            client.delete_object(Bucket=BUCKET, Key=entry["Key"])
+        if mib * MIB not in [entry["Size"] for entry in found]:
+            raise RuntimeError(f"{contestant} stored {found}")
+
+    return lambda: send(chunks), check
+
+
+def prepare_pull(
+    contestant: str, mib: int, folder: Path
+) -> tuple[Callable[[], Any], Callable[[], None]]:
+    fetch = PULLS[contestant]()
+    files, small = (
+        open_checkpoint(open_store(f"s3://{BUCKET}/{prefix}")).manifest.files
+        for prefix in ("large", "small")
+    )
+    (folder / "small").mkdir()
+    (folder / "large").mkdir()
+    fetch("small", {name: digest.size_bytes for name, digest in small.items()}, folder / "small")
+    sizes = {name: digest.size_bytes for name, digest in files.items()}
+
+    def check() -> None:
+        for name, digest in files.items():
+            with (folder / "large" / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest.sha256:
+                    raise RuntimeError(f"{contestant} made another {name}")
+
+    return lambda: fetch("large", sizes, folder / "large"), check
+
+
+def write_checkpoint(prefix: str, mib: int) -> None:
+    """Random tensors in the files of a packed checkpoint, a base and its slices."""
+    store = open_store(f"s3://{BUCKET}/{prefix}")
+    stems = ["base", *(f"slice{e}" for e in range(SLICES))]
+    names = [f"model-{stem}-00001-of-00001.safetensors" for stem in stems]
+    digests = {}
+    for name in names:
+        data = list(random_chunks(mib * MIB // len(names) // 4 * 4))
+        entries = [Entry(f"{name}.{i}", "I32", (len(c) // 4,)) for i, c in enumerate(data)]
+        chunks = list(encode(entries, data))
+        store.put(name, chunks)
+        digests[name] = digest_of(chunks)
+    config = json.dumps({"quantization_config": {"quant_method": QUANT_METHOD}}).encode()
+    config = cut_config(config, SLICES * SLICE_BITS)
+    for name, body in ((INDEX_FILE, make_index(store, names)), (CONFIG_FILE, config)):
+        store.put(name, [body])
+        digests[name] = digest_of([body])
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        run="benchmark",
+        model_digest="0" * 64,
+        max_bits=SLICES * SLICE_BITS,
+        group_size=128,
+        files=digests,
+        slice_files=tuple((name,) for name in names[1:]),
+        blocks=(),
+        hardware=(),
+    )
+    put_document(store, MANIFEST_FILE, manifest)
+
+
+def random_chunks(size_bytes: int) -> Iterator[bytes]:
+    """As many bytes in chunks of 3 to 40 MiB, multiples of 4 bytes as tensors are."""
+    while size_bytes:
+        chunk = min(random.randrange(3 * MIB, 40 * MIB, 4), size_bytes)
+        yield os.urandom(chunk)
+        size_bytes -= chunk
+
+
+def boto3_client(options: Mapping[str, Any]) -> Any:
+    config = Config(s3={"addressing_style": "path"}, **options)
+    return boto3.session.Session().client("s3", config=config)
+
+
+def obstore_client() -> Any:
+    return Obstore(
+        BUCKET,
+        endpoint=os.environ["AWS_ENDPOINT_URL_S3"],
+        region=os.environ["AWS_DEFAULT_REGION"],
+        access_key_id=os.environ["AWS_ACCESS_KEY_ID"],
+        secret_access_key=os.environ["AWS_SECRET_ACCESS_KEY"],
+        client_options={"allow_http": True, "timeout": "300s"},
+    )
+
+
+def memory_mib(field: str) -> float:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+
+def time_fsync() -> list[float]:
+    """Seconds of every fsync from now on."""
+    seconds: list[float] = []
+    original = os.fsync
+
+    def fsync(handle: int) -> None:
+        started = time.perf_counter()
+        original(handle)
+        seconds.append(time.perf_counter() - started)
+
+    os.fsync = fsync
+    return seconds
+
+
+def ratios(rows: Mapping[str, list[Row]]) -> dict[str, Any]:
+    """Ours to the best of the others."""
+    speeds = {name: [row["mib_per_second"] for row in turns] for name, turns in rows.items()}
+    ours = speeds.pop(OURS)
+    best = max(speeds, key=lambda name: median(speeds[name]))
+    pairs = [mine / theirs for mine, theirs in zip(ours, speeds[best], strict=True)]
+    return {"best": best, "median": median(pairs), "min": min(pairs), "max": max(pairs)}
+
+
+def table(title: str, rows: Mapping[str, list[Row]]) -> str:
+    lines = [f"\n{title}\n{'':22}  MiB/s    min    max   cpu s  peak MiB"]
+    for name, turns in rows.items():
+        speeds = [row["mib_per_second"] for row in turns]
+        cpu, peak = (median(row[key] for row in turns) for key in ("cpu_seconds", "peak_mib"))
+        numbers = f"{median(speeds):7.0f}{min(speeds):7.0f}{max(speeds):7.0f}{cpu:8.2f}{peak:10.0f}"
+        lines.append(f"{name:22}{numbers}")
+    found = ratios(rows)
+    share = median(row["fsync_seconds"] / row["seconds"] for row in rows[OURS])
+    ratio = f"{found['median']:.2f} ({found['min']:.2f}-{found['max']:.2f})"
+    lines.append(f"ratio to {found['best']}: {ratio}; fsync is {share:.0%} of our time")
+    return "\n".join(lines)
+
+
+def versions(swift: Path, servers: Mapping[str, Any]) -> dict[str, str]:
+    packages = ("mbq-cluster", "boto3", "botocore", *(["obstore"] if obstore else []))
+    commands: dict[str, list[str | Path]] = {
+        "rclone": [Path(sys.executable).with_name("rclone"), "version"],
+        "swift": [swift, "-c", "from importlib.metadata import *; print(version('swift'))"],
+        "ceph": ["ceph", "--version"],
+    }
+    told = {name: version(name) for name in packages}
+    for name in servers:
+        done = subprocess.run(commands[name], capture_output=True, text=True, check=False)
+        told[name] = done.stdout.partition("\n")[0]
+    return told
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.processor()
+
+
+if __name__ == "__main__":
+    main()
