@@ -14,10 +14,8 @@ turns round by round; each turn is a fresh process whose client is warm. Two thi
 
 Speeds are medians over rounds, with the slowest and fastest. `ratio` is ours to the best of the
 others, the one with the highest median: the median over rounds of the two speeds of one round.
-`cpu` is what the client's process used; `peak` its most memory beyond what it had when the turn
-began, which for uploads includes the bytes to send. boto3 and obstore sign with sha256, as ever.
-
-obstore is compared where it is installed; the project does not need it.
+`cpu` is what the client's process used, `peak` its most memory beyond what it had when the turn
+began, the bytes to upload among that. obstore is compared where it is installed.
 """
 
 import datetime
@@ -89,85 +87,76 @@ def upload_boto3(options: Mapping[str, Any], transfer: Mapping[str, Any]) -> Upl
     return lambda data: client.upload_fileobj(BytesIO(data[0]), BUCKET, UPLOADED, Config=config)
 
 
-def upload_obstore(transfer: Mapping[str, int]) -> Upload:
+def upload_obstore(**transfer: int) -> Upload:
     store = obstore_client()
     return lambda data: obstore.put(store, UPLOADED, data[0], **transfer)
 
 
-def pull_ours() -> Pull:
-    def fetch(prefix: str, sizes: Mapping[str, int], folder: Path) -> None:
-        store = open_store(f"s3://{BUCKET}/{prefix}")
-        pull(open_checkpoint(store), folder, None, lambda size: None)
-
-    return fetch
+def pull_ours(prefix: str, sizes: Mapping[str, int], folder: Path) -> None:
+    pull(open_checkpoint(open_store(f"s3://{BUCKET}/{prefix}")), folder, None, lambda size: None)
 
 
 def pull_boto3(options: Mapping[str, Any], transfer: Mapping[str, Any], files: int) -> Pull:
     client, config = boto3_client(options), TransferConfig(**transfer)
 
-    def fetch(prefix: str, sizes: Mapping[str, int], folder: Path) -> None:
-        def one(name: str) -> None:
-            client.download_file(BUCKET, f"{prefix}/{name}", str(folder / name), Config=config)
+    def one(key: str, path: Path, start: int, length: int) -> None:
+        client.download_file(BUCKET, key, str(path), Config=config)
 
-        with ThreadPoolExecutor(files) as pool:
-            list(pool.map(one, sizes))
-
-    return fetch
+    return functools.partial(pull_pieces, one, files, None)
 
 
-def pull_obstore_files() -> Pull:
+def pull_obstore(threads: int, piece_bytes: int | None) -> Pull:
     store = obstore_client()
 
-    def fetch(prefix: str, sizes: Mapping[str, int], folder: Path) -> None:
-        def one(name: str) -> None:
-            with (folder / name).open("wb", buffering=0) as file:
-                for chunk in obstore.get(store, f"{prefix}/{name}").stream(4 * MIB):
+    def one(key: str, path: Path, start: int, length: int) -> None:
+        with path.open("r+b", buffering=0) as file:
+            file.seek(start)
+            if piece_bytes is None:
+                for chunk in obstore.get(store, key).stream(4 * MIB):
                     file.write(chunk)
+            else:
+                file.write(obstore.get_range(store, key, start=start, length=length))
 
-        with ThreadPoolExecutor(len(sizes)) as pool:
-            list(pool.map(one, sizes))
-
-    return fetch
+    return functools.partial(pull_pieces, one, threads, piece_bytes)
 
 
-def pull_obstore_parts(threads: int) -> Pull:
-    store = obstore_client()
-
-    def fetch(prefix: str, sizes: Mapping[str, int], folder: Path) -> None:
-        def one(part: tuple[str, int]) -> None:
-            name, start = part
-            length = min(PART_BYTES, sizes[name] - start)
-            data = obstore.get_range(store, f"{prefix}/{name}", start=start, length=length)
-            with (folder / name).open("r+b", buffering=0) as file:
-                os.pwrite(file.fileno(), data, start)
-
-        for name in sizes:
+def pull_pieces(
+    one: Callable[[str, Path, int, int], None],
+    threads: int,
+    piece_bytes: int | None,
+    prefix: str,
+    sizes: Mapping[str, int],
+    folder: Path,
+) -> None:
+    """Whole files, or pieces of them, several at a time."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = []
+        for name, size in sizes.items():
             (folder / name).touch()
-        parts = [(name, at) for name, size in sizes.items() for at in range(0, size, PART_BYTES)]
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(one, parts))
-
-    return fetch
+            step = piece_bytes or size
+            for start in range(0, size, step):
+                length = min(step, size - start)
+                waiting.append(pool.submit(one, f"{prefix}/{name}", folder / name, start, length))
+        for future in waiting:
+            future.result()
 
 
 UPLOADS: dict[str, Callable[[], Upload]] = {
     OURS: upload_ours,
-    "boto3, defaults": functools.partial(upload_boto3, {}, {}),
-    "boto3, 4 x 16 MiB": functools.partial(upload_boto3, TUNED, PARTS | {"max_concurrency": 4}),
-    "boto3, 8 x 16 MiB": functools.partial(upload_boto3, TUNED, PARTS | {"max_concurrency": 8}),
-    "obstore, defaults": functools.partial(upload_obstore, {}),
-    "obstore, 8 x 16 MiB": functools.partial(
-        upload_obstore, {"chunk_size": PART_BYTES, "max_concurrency": 8}
-    ),
+    "boto3, defaults": lambda: upload_boto3({}, {}),
+    "boto3, 4 x 16 MiB": lambda: upload_boto3(TUNED, PARTS | {"max_concurrency": 4}),
+    "boto3, 8 x 16 MiB": lambda: upload_boto3(TUNED, PARTS | {"max_concurrency": 8}),
+    "obstore, defaults": lambda: upload_obstore(),
+    "obstore, 8 x 16 MiB": lambda: upload_obstore(chunk_size=PART_BYTES, max_concurrency=8),
 }
 PULLS: dict[str, Callable[[], Pull]] = {
-    OURS: pull_ours,
-    "boto3, defaults": functools.partial(pull_boto3, {}, {}, 1),
-    "boto3, 8 x 16 MiB": functools.partial(pull_boto3, TUNED, PARTS | {"max_concurrency": 8}, 1),
-    "boto3, all files": functools.partial(pull_boto3, TUNED, {"max_concurrency": 4}, 8),
-    "obstore, all files": pull_obstore_files,
-    "obstore, 4 x 16 MiB": functools.partial(pull_obstore_parts, 4),
-    "obstore, 8 x 16 MiB": functools.partial(pull_obstore_parts, 8),
+    OURS: lambda: pull_ours,
+    "boto3, defaults": lambda: pull_boto3({}, {}, 1),
+    "boto3, 8 x 16 MiB": lambda: pull_boto3(TUNED, PARTS | {"max_concurrency": 8}, 1),
+    "boto3, all files": lambda: pull_boto3(TUNED, {"max_concurrency": 4}, 8),
+    "obstore, all files": lambda: pull_obstore(8, None),
+    "obstore, 4 x 16 MiB": lambda: pull_obstore(4, PART_BYTES),
+    "obstore, 8 x 16 MiB": lambda: pull_obstore(8, PART_BYTES),
 }
 WAYS: dict[str, dict[str, Any]] = {"upload": UPLOADS, "pull": PULLS}
 
@@ -242,20 +231,16 @@ def apart(server: Any, function: Callable[..., Any], *arguments: Any) -> Any:
         collect = ["radosgw-admin", "-c", "ceph.conf", "gc", "process", "--include-all"]
         subprocess.run(collect, cwd=server.folder, capture_output=True, check=True)
     os.sync()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, enter, (server.environment,)) as pool:
+    os.environ.update(server.environment)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
-
-
-def enter(environment: Mapping[str, str]) -> None:
-    os.environ.update(environment)
 
 
 def measure(way: str, contestant: str, mib: int) -> Row:
     """One turn: time, memory, and a check that it did what it should."""
-    prepare = prepare_upload if way == "upload" else prepare_pull
     with TemporaryDirectory(prefix="mbq-store-") as folder:
-        act, check = prepare(contestant, mib, Path(folder))
+        turn = upload_turn(contestant, mib) if way == "upload" else pull_turn(contestant, folder)
+        act = next(turn)
         synced = time_fsync()
         gc.collect()
         # Forget the peak so far.
@@ -265,50 +250,41 @@ def measure(way: str, contestant: str, mib: int) -> Row:
         row = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
         row |= {"mib_per_second": mib / row["seconds"], "fsync_seconds": sum(synced)}
         row |= {"peak_mib": memory_mib("VmHWM") - before}
-        check()
+        next(turn, None)
     return row
 
 
-def prepare_upload(
-    contestant: str, mib: int, folder: Path
-) -> tuple[Callable[[], Any], Callable[[], None]]:
+def upload_turn(contestant: str, mib: int) -> Iterator[Callable[[], Any]]:
+    """What to time; then check it and remove what was stored."""
     send = UPLOADS[contestant]()
     send([os.urandom(MIB)])
     chunks = list(random_chunks(mib * MIB))
     if contestant != OURS:
         chunks = [b"".join(chunks)]
-
-    def check() -> None:
-        client = boto3_client(TUNED)
-        found = client.list_objects_v2(Bucket=BUCKET, Prefix="uploads/")["Contents"]
-        for entry in found:
-            client.delete_object(Bucket=BUCKET, Key=entry["Key"])
-        if mib * MIB not in [entry["Size"] for entry in found]:
-            raise RuntimeError(f"{contestant} stored {found}")
-
-    return lambda: send(chunks), check
+    yield lambda: send(chunks)
+    client = boto3_client(TUNED)
+    found = client.list_objects_v2(Bucket=BUCKET, Prefix="uploads/")["Contents"]
+    for entry in found:
+        client.delete_object(Bucket=BUCKET, Key=entry["Key"])
+    if mib * MIB not in [entry["Size"] for entry in found]:
+        raise RuntimeError(f"{contestant} stored {found}")
 
 
-def prepare_pull(
-    contestant: str, mib: int, folder: Path
-) -> tuple[Callable[[], Any], Callable[[], None]]:
+def pull_turn(contestant: str, folder: str) -> Iterator[Callable[[], Any]]:
+    """What to time; then check it."""
     fetch = PULLS[contestant]()
-    files, small = (
-        open_checkpoint(open_store(f"s3://{BUCKET}/{prefix}")).manifest.files
-        for prefix in ("large", "small")
-    )
-    (folder / "small").mkdir()
-    (folder / "large").mkdir()
-    fetch("small", {name: digest.size_bytes for name, digest in small.items()}, folder / "small")
-    sizes = {name: digest.size_bytes for name, digest in files.items()}
-
-    def check() -> None:
-        for name, digest in files.items():
-            with (folder / "large" / name).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != digest.sha256:
-                    raise RuntimeError(f"{contestant} made another {name}")
-
-    return lambda: fetch("large", sizes, folder / "large"), check
+    for prefix in ("small", "large"):
+        files = open_checkpoint(open_store(f"s3://{BUCKET}/{prefix}")).manifest.files
+        sizes = {name: digest.size_bytes for name, digest in files.items()}
+        target = Path(folder, prefix)
+        target.mkdir()
+        if prefix == "small":
+            fetch(prefix, sizes, target)
+    yield lambda: fetch("large", sizes, target)
+    for name, digest in files.items():
+        with (target / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest.sha256:
+                raise RuntimeError(f"{contestant} made another {name}")
 
 
 def write_checkpoint(prefix: str, mib: int) -> None:
@@ -409,13 +385,14 @@ def table(title: str, rows: Mapping[str, list[Row]]) -> str:
 
 
 def versions(swift: Path, servers: Mapping[str, Any]) -> dict[str, str]:
-    packages = ("mbq-cluster", "boto3", "botocore", *(["obstore"] if obstore else []))
     commands: dict[str, list[str | Path]] = {
         "rclone": [Path(sys.executable).with_name("rclone"), "version"],
         "swift": [swift, "-c", "from importlib.metadata import *; print(version('swift'))"],
         "ceph": ["ceph", "--version"],
     }
-    told = {name: version(name) for name in packages}
+    told = {
+        name: version(name) for name in ("boto3", "botocore", *(["obstore"] if obstore else []))
+    }
     for name in servers:
         done = subprocess.run(commands[name], capture_output=True, text=True, check=False)
         told[name] = done.stdout.partition("\n")[0]
