@@ -111,17 +111,17 @@ def pull_obstore(threads: int, piece_bytes: int | None) -> Pull:
     def one(key: str, path: Path, start: int, length: int) -> None:
         with path.open("r+b", buffering=0) as file:
             file.seek(start)
-            if piece_bytes is None:
+            if piece_bytes:
+                file.write(obstore.get_range(store, key, start=start, length=length))
+            else:
                 for chunk in obstore.get(store, key).stream(4 * MIB):
                     file.write(chunk)
-            else:
-                file.write(obstore.get_range(store, key, start=start, length=length))
 
     return functools.partial(pull_pieces, one, threads, piece_bytes)
 
 
 def pull_pieces(
-    one: Callable[[str, Path, int, int], None],
+    one: Callable[..., None],
     threads: int,
     piece_bytes: int | None,
     prefix: str,
@@ -129,16 +129,14 @@ def pull_pieces(
     folder: Path,
 ) -> None:
     """Whole files, or pieces of them, several at a time."""
+    pieces = []
+    for name, size in sizes.items():
+        (folder / name).touch()
+        step = piece_bytes or size
+        at = range(0, size, step)
+        pieces += [(f"{prefix}/{name}", folder / name, s, min(step, size - s)) for s in at]
     with ThreadPoolExecutor(threads) as pool:
-        waiting = []
-        for name, size in sizes.items():
-            (folder / name).touch()
-            step = piece_bytes or size
-            for start in range(0, size, step):
-                length = min(step, size - start)
-                waiting.append(pool.submit(one, f"{prefix}/{name}", folder / name, start, length))
-        for future in waiting:
-            future.result()
+        list(pool.map(lambda piece: one(*piece), pieces))
 
 
 UPLOADS: dict[str, Callable[[], Upload]] = {
@@ -184,9 +182,8 @@ def main(wanted: str, mib: int, rounds: int, out: Path | None) -> None:
                 found[name] = {way: run(server, way, mib, rounds) for way in WAYS}
             finally:
                 server.stop()
-    today = datetime.date.today().isoformat()
     result = {
-        "date": today,
+        "date": datetime.date.today().isoformat(),
         "processor": processor(),
         "python": platform.python_version(),
         "versions": versions(servers.SWIFT / "python", found),
@@ -195,7 +192,7 @@ def main(wanted: str, mib: int, rounds: int, out: Path | None) -> None:
         "ratios": {s: {w: ratios(rows) for w, rows in ws.items()} for s, ws in found.items()},
         "turns": found,
     }
-    out = out or RESULTS / f"{today}-store.json"
+    out = out or RESULTS / f"{result['date']}-store.json"
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     click.echo(f"{result['processor']}; {result['versions']}\n{out}")
 
@@ -304,17 +301,10 @@ def write_checkpoint(prefix: str, mib: int) -> None:
     for name, body in ((INDEX_FILE, make_index(store, names)), (CONFIG_FILE, config)):
         store.put(name, [body])
         digests[name] = digest_of([body])
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        run="benchmark",
-        model_digest="0" * 64,
-        max_bits=SLICES * SLICE_BITS,
-        group_size=128,
-        files=digests,
-        slice_files=tuple((name,) for name in names[1:]),
-        blocks=(),
-        hardware=(),
-    )
+    named = {"run": "benchmark", "model_digest": "0" * 64, "blocks": (), "hardware": ()}
+    sizes = {"format_version": FORMAT_VERSION, "max_bits": SLICES * SLICE_BITS, "group_size": 128}
+    slices = tuple((name,) for name in names[1:])
+    manifest = Manifest(files=digests, slice_files=slices, **named, **sizes)
     put_document(store, MANIFEST_FILE, manifest)
 
 
@@ -332,14 +322,8 @@ def boto3_client(options: Mapping[str, Any]) -> Any:
 
 
 def obstore_client() -> Any:
-    return Obstore(
-        BUCKET,
-        endpoint=os.environ["AWS_ENDPOINT_URL_S3"],
-        region=os.environ["AWS_DEFAULT_REGION"],
-        access_key_id=os.environ["AWS_ACCESS_KEY_ID"],
-        secret_access_key=os.environ["AWS_SECRET_ACCESS_KEY"],
-        client_options={"allow_http": True, "timeout": "300s"},
-    )
+    options = {"allow_http": True, "timeout": "300s"}
+    return Obstore(BUCKET, endpoint=os.environ["AWS_ENDPOINT_URL_S3"], client_options=options)
 
 
 def memory_mib(field: str) -> float:
@@ -348,14 +332,14 @@ def memory_mib(field: str) -> float:
 
 
 def time_fsync() -> list[float]:
-    """Seconds of every fsync from now on."""
+    """Every fsync from now on; the sum is in seconds."""
     seconds: list[float] = []
     original = os.fsync
 
     def fsync(handle: int) -> None:
-        started = time.perf_counter()
+        seconds.append(-time.perf_counter())
         original(handle)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.perf_counter())
 
     os.fsync = fsync
     return seconds
