@@ -34,7 +34,7 @@ def check_source(source: Source, spec: RunSpec) -> None:
         )
     linears = find_linears(source.tensors)
     blocks = {linear.block for linear in linears}
-    if blocks != set(range(source.config["num_hidden_layers"])):
+    if blocks != set(range(len(blocks))) or len(blocks) != source.config["num_hidden_layers"]:
         raise InputError(
             f"model.source: config.json promises {source.config['num_hidden_layers']} blocks, the "
             f"weights hold {len(blocks)}; fetch the model again"
@@ -50,7 +50,7 @@ def check_source(source: Source, spec: RunSpec) -> None:
     longest = source.config.get("max_position_embeddings")
     for field in ("calibration", "evaluation"):
         text = getattr(spec, field)
-        if longest is not None and text is not None and text.sequence_length > longest:
+        if isinstance(longest, int) and text is not None and text.sequence_length > longest:
             raise InputError(
                 f"{field}.sequence_length: {text.sequence_length} is more than the model's "
                 f"{longest} positions; use at most {longest}"
