@@ -166,6 +166,9 @@ def _fetch(store: Store, folder: Path, piece: Piece) -> Piece:
     with _partial(folder, piece.file).open("r+b") as file:
         file.seek(piece.start)
         file.write(data)
+        file.flush()
+        # Beside the other parts' transfers, not after all of them.
+        os.fdatasync(file.fileno())
     return piece
 
 

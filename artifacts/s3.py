@@ -236,13 +236,16 @@ class S3Store:
 
     def _put(self, key: str, chunks: Iterable[bytes]) -> None:
         pieces = cut(chunks, PART_BYTES)
-        first, second = next(pieces, b""), next(pieces, None)
-        if second is None:
-            arguments = self._at(key) | _body(first, hashlib.md5(first).digest())
+        held = list(itertools.islice(pieces, 2))
+        if len(held) < 2:
+            data = b"".join(held)
+            arguments = self._at(key) | _body(data, hashlib.md5(data).digest())
             self._call("write", key, lambda: self._client.put_object(**arguments))
         else:
             upload = _Upload(self, key, self._find_upload(key) or self._begin_upload(key))
-            write_parts(upload, itertools.chain((first, second), pieces))
+            # Taken out one by one: what is held here would stay in memory to the end.
+            taken = (held.pop(0) for _ in range(2))
+            write_parts(upload, itertools.chain(taken, pieces))
 
     def _begin_upload(self, key: str) -> str:
         target = self._at(key)
