@@ -11,12 +11,13 @@ import contextlib
 import hashlib
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
 from mbq.artifacts.errors import StoreError
+from mbq.artifacts.spans import Span, md5_of, size_of
 
 # A store allows 10,000 parts: objects up to 160 GiB. Files of a checkpoint are 4 GiB at most.
 PARTS_IN_FLIGHT = 4
@@ -39,8 +40,12 @@ class Part:
     """A part of the object to write."""
 
     number: int
-    data: bytes
+    span: Span
     md5: bytes
+
+    @property
+    def size_bytes(self) -> int:
+        return size_of(self.span)
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,8 @@ class Upload(Protocol):
         """Bytes of the object as it is now; none if there is no object."""
 
 
-def write_parts(upload: Upload, pieces: Iterator[bytes]) -> None:
-    """Send pieces as the parts of an upload and complete it.
+def write_parts(upload: Upload, spans: Iterator[Span]) -> None:
+    """Send spans as the parts of an upload and complete it.
 
     Raises:
         StoreError: the store failed; the upload stays, to be taken up again.
@@ -81,11 +86,11 @@ def write_parts(upload: Upload, pieces: Iterator[bytes]) -> None:
             for number in itertools.count(1):
                 if len(flying) == PARTS_IN_FLIGHT:
                     sent.append(flying.popleft().result())
-                # Drawn only now: pieces that wait would be in memory, too.
-                piece = next(pieces, None)
-                if piece is None:
+                # Drawn only now: what waits would be in memory, too.
+                span = next(spans, None)
+                if span is None:
                     break
-                flying.append(pool.submit(_send, upload, number, piece, stored.get(number)))
+                flying.append(pool.submit(_send, upload, number, span, stored.get(number)))
             sent += [future.result() for future in flying]
     except StoreError:
         raise
@@ -102,27 +107,10 @@ def write_parts(upload: Upload, pieces: Iterator[bytes]) -> None:
             raise
 
 
-def cut(chunks: Iterable[bytes], size: int) -> Iterator[bytes]:
-    """The same bytes in pieces of `size`; the last one may be smaller."""
-    held: list[memoryview] = []
-    count = 0
-    for chunk in chunks:
-        view = memoryview(chunk)
-        while count + len(view) >= size:
-            room = size - count
-            yield b"".join([*held, view[:room]])
-            held, count, view = [], 0, view[room:]
-        if view:
-            held.append(view)
-            count += len(view)
-    if held:
-        yield b"".join(held)
-
-
-def _send(upload: Upload, number: int, data: bytes, stored: StoredPart | None) -> SentPart:
-    digest = hashlib.md5(data)
-    if stored != StoredPart(digest.hexdigest(), len(data)):
-        stored = upload.send(Part(number, data, digest.digest()))
+def _send(upload: Upload, number: int, span: Span, stored: StoredPart | None) -> SentPart:
+    digest = md5_of(span)
+    if stored != StoredPart(digest.hexdigest(), size_of(span)):
+        stored = upload.send(Part(number, span, digest.digest()))
     return SentPart(number, stored, digest.digest())
 
 

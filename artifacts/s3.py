@@ -1,90 +1,33 @@
-"""Artifacts in S3-compatible object storage; the only place that knows boto3.
+"""Artifacts in S3-compatible object storage.
 
 Written for what AWS, Ceph, Swift and smaller servers have in common: no conditional requests, no
 checksum trailers, no ETag taken for a content's digest.
 
 - Every request with a body carries its Content-MD5, which all of them check. What is read is
-  checked by its readers against sha256 digests (`tensors.py`, `manifest.py`); here, that the
+  checked by its readers against sha256 digests (`digests.py`, `manifest.py`); here, that the
   answer is the range that was asked for.
 - An object larger than 16 MiB is written in parts (`multipart.py`); a killed writer's upload is
   found by its key and taken up, and `gc` removes what nobody took up.
-- One retry policy, ours: whatever may pass is tried again, ever more slowly, until the store has
-  been out of order for as long as the caller has patience.
-
-Credentials come from boto3's standard chain only; AWS_ENDPOINT_URL_S3 and AWS_CA_BUNDLE are
-honoured. Endpoints other than AWS's are addressed path-style.
+- Every call is tried again for as long as the caller has patience (`s3_client.py`).
 """
 
 import base64
 import contextlib
-import functools
-import hashlib
 import itertools
-import os
-import random
 import re
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
-from urllib.parse import urlparse
-
-import boto3
-from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    ConfigNotFound,
-    CredentialRetrievalError,
-    InvalidConfigError,
-    NoCredentialsError,
-    ParamValidationError,
-    PartialCredentialsError,
-    ProfileNotFound,
-)
-from urllib3.exceptions import HTTPError
+from typing import Any, TypeVar
 
 from mbq.artifacts.digests import PART_BYTES
-from mbq.artifacts.errors import InputError, NotFoundError, StoreError
-from mbq.artifacts.multipart import Part, SentPart, StoredPart, UploadLost, cut, write_parts
+from mbq.artifacts.errors import NotFoundError
+from mbq.artifacts.multipart import Part, SentPart, StoredPart, UploadLost, write_parts
+from mbq.artifacts.s3_client import STALL_SECONDS, Passing, Refused, client, persist
+from mbq.artifacts.spans import Span, SpanFile, cut, md5_of
 from mbq.artifacts.store import Stat, Unfinished, check_key, is_name
 
 T = TypeVar("T")
 
-_CONNECT_SECONDS = 5.0
-_STALL_SECONDS = 30.0
-_LONGEST_PAUSE_SECONDS = 10.0
-_CONNECTIONS = 32
-
-_UNUSABLE = (
-    NoCredentialsError,
-    PartialCredentialsError,
-    CredentialRetrievalError,
-    ProfileNotFound,
-    ConfigNotFound,
-    InvalidConfigError,
-    ParamValidationError,
-)
-_FORBIDDEN = {
-    "AccessDenied",
-    "ExpiredToken",
-    "InvalidAccessKeyId",
-    "InvalidToken",
-    "SignatureDoesNotMatch",
-}
-_ABSENT = {"404", "NoSuchKey", "NotFound"}
-# Refusals of a request that was damaged, cut off or came too fast; 5xx are told by their number.
-_PASSING = {
-    "BadDigest",
-    "IncompleteBody",
-    "MalformedXML",
-    "RequestTimeout",
-    "SlowDown",
-    "Throttling",
-    "TooManyRequests",
-    "XAmzContentSHA256Mismatch",
-}
 # How each listing is continued: the argument, and where the answer gives its next value.
 _MARKERS = {
     "list_objects_v2": {"ContinuationToken": "NextContinuationToken"},
@@ -104,10 +47,6 @@ _NEEDED = {
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
-class _Passing(Exception):
-    """What may go away when tried again."""
-
-
 @dataclass(frozen=True)
 class S3Store:
     """A prefix of a bucket.
@@ -121,7 +60,7 @@ class S3Store:
     bucket: str
     prefix: str
     patience_seconds: float
-    stall_seconds: float = _STALL_SECONDS
+    stall_seconds: float = STALL_SECONDS
 
     @property
     def uri(self) -> str:
@@ -147,18 +86,18 @@ class S3Store:
 
         try:
             return self._call("read", key, read)
-        except _Refused as refused:
+        except Refused as refused:
             if refused.code in ("InvalidRange", "416"):
                 return b""
-            if refused.code in _ABSENT:
+            if refused.absent:
                 raise NotFoundError(f"the store {self.uri} has no {key}") from refused
             raise
 
     def stat(self, key: str) -> Stat | None:
         try:
             found = self._call("read", key, lambda: self._client.head_object(**self._at(key)))
-        except _Refused as refused:
-            if refused.code in _ABSENT:
+        except Refused as refused:
+            if refused.absent:
                 return None
             raise
         return Stat(key, found["ContentLength"], found["LastModified"].timestamp())
@@ -194,7 +133,7 @@ class S3Store:
 
     @property
     def _client(self) -> Any:
-        return _client(self.stall_seconds, os.getpid())
+        return client(self.stall_seconds)
 
     def _key(self, key: str) -> str:
         return self._joined(check_key(key))
@@ -211,7 +150,7 @@ class S3Store:
 
     def _call(self, what: str, key: str, action: Callable[[], T]) -> T:
         where = f"{self.uri}/{key}"
-        return _persist(f"cannot {what} {where}", self.patience_seconds, action)
+        return persist(f"cannot {what} {where}", self.patience_seconds, action)
 
     def _pages(self, operation: str, key: str, **arguments: Any) -> Iterator[dict[str, Any]]:
         """All pages of a listing. A paginator of boto3 would end where a page has to be retried."""
@@ -222,7 +161,7 @@ class S3Store:
             for field, needed in _NEEDED.items():
                 for entry in page.get(field, ()):
                     if not needed <= entry.keys():
-                        raise _Passing(f"a listing lacks the {needed - entry.keys()} of an entry")
+                        raise Passing(f"a listing lacks the {needed - entry.keys()} of an entry")
             return page
 
         while True:
@@ -235,17 +174,18 @@ class S3Store:
                 arguments[argument] = page.get(following, "")
 
     def _put(self, key: str, chunks: Iterable[bytes]) -> None:
-        pieces = cut(chunks, PART_BYTES)
-        held = list(itertools.islice(pieces, 2))
+        spans = cut(chunks, PART_BYTES)
+        held = list(itertools.islice(spans, 2))
         if len(held) < 2:
-            data = b"".join(held)
-            arguments = self._at(key) | _body(data, hashlib.md5(data).digest())
-            self._call("write", key, lambda: self._client.put_object(**arguments))
+            span: Span = held[0] if held else ()
+            target, md5 = self._at(key), md5_of(span).digest()
+            put = self._client.put_object
+            self._call("write", key, lambda: put(**target, **_body(span, md5)))
         else:
             upload = _Upload(self, key, self._find_upload(key) or self._begin_upload(key))
             # Taken out one by one: what is held here would stay in memory to the end.
             taken = (held.pop(0) for _ in range(2))
-            write_parts(upload, itertools.chain(taken, pieces))
+            write_parts(upload, itertools.chain(taken, spans))
 
     def _begin_upload(self, key: str) -> str:
         target = self._at(key)
@@ -285,35 +225,37 @@ class _Upload:
                     found[part["PartNumber"]] = StoredPart(tag, part["Size"])
         except UploadLost:
             return {}
-        except _Refused as refused:
+        except Refused as refused:
             # Ceph's word for an upload that is gone.
-            if refused.code in _ABSENT:
+            if refused.absent:
                 return {}
             raise
         return found
 
     def send(self, part: Part) -> StoredPart:
-        arguments = self._named | _body(part.data, part.md5) | {"PartNumber": part.number}
+        named, send = self._named | {"PartNumber": part.number}, self.store._client.upload_part
         try:
-            answer = self._call("write", "upload_part", arguments)
-        except _Refused as refused:
+            answer = self.store._call(
+                "write", self.key, lambda: send(**named, **_body(part.span, part.md5))
+            )
+        except Refused as refused:
             if refused.code != "NotImplemented":
                 raise
             # rclone replaces no part: what was begun with other bytes cannot be taken up.
             self.abort()
             raise UploadLost(str(refused)) from refused
-        return StoredPart(answer["ETag"].strip('"'), len(part.data))
+        return StoredPart(answer["ETag"].strip('"'), part.size_bytes)
 
     def complete(self, parts: Sequence[SentPart]) -> None:
         named = [{"PartNumber": p.number, "ETag": f'"{p.stored.tag}"'} for p in parts]
         arguments = self._named | {"MultipartUpload": {"Parts": named}}
         try:
             self._call("write", "complete_multipart_upload", arguments)
-        except _Refused as refused:
+        except Refused as refused:
             # Ceph completes nothing that has more parts than are named: those of other bytes.
             if refused.code in ("InvalidPart", "InvalidPartOrder"):
                 self.abort()
-            elif refused.code not in _ABSENT:
+            elif not refused.absent:
                 raise
             raise UploadLost(str(refused)) from refused
 
@@ -337,126 +279,23 @@ class _Upload:
         return self.store._call(what, self.key, lambda: action(**arguments))
 
 
-class _Refused(StoreError):
-    """The store answered no, and would again; `code` is its word for it."""
-
-    def __init__(self, message: str, code: str) -> None:
-        super().__init__(message, code)
-        self.code = code
-
-    def __str__(self) -> str:
-        return str(self.args[0])
-
-
-def _persist(failure: str, patience_seconds: float, action: Callable[[], T]) -> T:
-    """Call until it succeeds, is refused, or patience has ended."""
-    deadline = time.monotonic() + patience_seconds
-    attempt = 0
-    while True:
-        try:
-            with _told_apart(failure):
-                return action()
-        except _Passing as error:
-            # Jitter: many workers must not come back in step.
-            pause = min(2.0**attempt * 0.1, _LONGEST_PAUSE_SECONDS) * (0.5 + random.random())
-            if time.monotonic() + pause > deadline:
-                raise StoreError(f"{failure}: {error}") from error
-            time.sleep(pause)
-            attempt += 1
-
-
-@contextlib.contextmanager
-def _told_apart(failure: str) -> Iterator[None]:
-    """Translate what boto3 raises into what may pass and what is final."""
-    try:
-        yield
-    except _UNUSABLE as error:
-        raise InputError(
-            f"{failure}: {error}; check the bucket's name, and that the process has credentials "
-            "where boto3 looks for them (environment, profile, role)"
-        ) from error
-    except ClientError as error:
-        _raise_refusal(failure, error)
-    except (BotoCoreError, HTTPError, OSError, ValueError, LookupError) as error:
-        # Answers that were damaged on their way are no valid XML, or lack what they must have.
-        raise _Passing(f"{type(error).__name__}: {error}") from error
-
-
-def _raise_refusal(failure: str, error: ClientError) -> NoReturn:
-    code = str(error.response.get("Error", {}).get("Code", ""))
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    text = f"{failure}: {code} {error.response.get('Error', {}).get('Message', '')}".strip()
-    if (status >= 500 and status != 501) or status == 429 or code in _PASSING:
-        raise _Passing(f"the store answers {code or status}") from error
-    if code == "NoSuchUpload":
-        raise UploadLost(f"{failure}: the store has lost the upload; write it again") from error
-    if status == 403 or code in _FORBIDDEN:
-        raise InputError(f"{text}; check the credentials and what they may do") from error
-    if code == "NoSuchBucket":
-        raise InputError(f"{text}; create the bucket, or name another one") from error
-    if status == 404 and code not in _ABSENT:
-        # The code is in the body, which may have been damaged; nothing else is known to be absent.
-        raise _Passing(f"the store answers {status} {code}") from error
-    raise _Refused(text, code) from error
-
-
 def _read_range(answer: Any, start: int, length: int | None) -> bytes:
     """The body, if it is what was asked for: servers and proxies cut bodies and ignore ranges."""
     match = _RANGE.fullmatch(answer.get("ContentRange", ""))
     with contextlib.closing(answer["Body"]) as body:
         if match is None:
-            raise _Passing("the store ignores ranges")
+            raise Passing("the store ignores ranges")
         first, last, size = map(int, match.groups())
         wanted_last = size - 1 if length is None else min(start + length, size) - 1
         if (first, last) != (start, wanted_last):
-            raise _Passing(f"the store answers bytes {first}-{last}, not {start}-{wanted_last}")
-        # One more than there should be, never all that somebody sends.
-        data: bytes = body.read(last - first + 2)
-    if len(data) != last - first + 1:
-        raise _Passing(f"the store answers {len(data)} bytes for {first}-{last}")
+            raise Passing(f"the store answers bytes {first}-{last}, not {start}-{wanted_last}")
+        data: bytes = body.read(last - first + 1)
+        # Never all that somebody sends.
+        more = body.read(1)
+    if more or len(data) != last - first + 1:
+        raise Passing(f"the store answers {len(data)} bytes for {first}-{last}")
     return data
 
 
-def _body(data: bytes, md5: bytes) -> dict[str, Any]:
-    return {"Body": data, "ContentMD5": base64.b64encode(md5).decode()}
-
-
-_CLIENT_LOCK = threading.Lock()
-
-
-def _client(stall_seconds: float, process: int) -> Any:
-    # Clients may be shared by threads, but neither be made by two at once nor survive a fork.
-    with _CLIENT_LOCK:
-        return _make_client(stall_seconds, process)
-
-
-@functools.cache
-def _make_client(stall_seconds: float, process: int) -> Any:
-    try:
-        session = boto3.session.Session()
-        client = session.client("s3", config=_config("auto", stall_seconds))
-        host = urlparse(client.meta.endpoint_url).hostname or ""
-        if not host.endswith((".amazonaws.com", ".amazonaws.com.cn", ".api.aws")):
-            client = session.client("s3", config=_config("path", stall_seconds))
-    except (BotoCoreError, ValueError) as error:
-        raise InputError(
-            f"the object store's settings cannot be used: {error}; check AWS_PROFILE, "
-            "AWS_ENDPOINT_URL_S3 and AWS_CA_BUNDLE"
-        ) from error
-    return client
-
-
-def _config(addressing: str, stall_seconds: float) -> Config:
-    return Config(
-        signature_version="s3v4",
-        # Content-MD5 is signed with the headers and stands for the body: no need to hash it again.
-        s3={"addressing_style": addressing, "payload_signing_enabled": False},
-        retries={"total_max_attempts": 1},
-        connect_timeout=_CONNECT_SECONDS,
-        read_timeout=stall_seconds,
-        tcp_keepalive=True,
-        max_pool_connections=_CONNECTIONS,
-        # Trailers break on Ceph and rclone over TLS; Content-MD5 is what all servers check.
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-    )
+def _body(span: Span, md5: bytes) -> dict[str, Any]:
+    return {"Body": SpanFile(span), "ContentMD5": base64.b64encode(md5).decode()}

@@ -6,16 +6,21 @@ Starts each of the tests' servers in turn. After a round that does not count, th
 turns round by round; each turn is a fresh process whose client is warm. Two things are timed:
 
     upload   random bytes, new ones each turn. Ours is `put_blob` of a block's blob as it comes, a
-             list of chunks of 3 to 40 MiB; the others get the same amount as one piece. Ours
-             includes the sha256 of the whole and of every part, and the Content-MD5 of every part.
-    pull     an artificial checkpoint of five files into a new folder. Ours is `pull`, with the
-             sha256 of every part, the index, and fsync, whose share is told; the others only write
-             the files. All files are compared with the manifest afterwards, outside the time.
+             list of chunks of 3 to 40 MiB: sha256 of the whole and of every part, Content-MD5 of
+             every part, the transfer. `sent only` is the transfer with its Content-MD5. The others
+             get the same amount as one piece.
+    pull     an artificial checkpoint of five files into a new folder. Ours is `pull`: every part is
+             checked against its sha256 and brought to the disk, the index is made, everything is
+             synced. The others only write the files. All files are compared with the manifest
+             afterwards, outside the time.
 
-Speeds are medians over rounds, with the slowest and fastest. `ratio` is ours to the best of the
-others, the one with the highest median: the median over rounds of the two speeds of one round.
-`cpu` is what the client's process used, `peak` its most memory beyond what it had when the turn
-began, the bytes to upload among that. obstore is compared where it is installed.
+`same work` is obstore with all of our hashes, and on the disk as ours is; servers and clients share
+the cores here, so that hashes cost time that they would not cost with the server elsewhere.
+
+Speeds are medians over rounds, with the slowest and fastest. `best` is the other with the highest
+median. A ratio is the median over rounds of the two speeds of one round. `cpu` is what the client's
+process used, `peak` its most memory beyond what it had when the turn began, the bytes to upload
+among that. obstore is compared where it is installed.
 """
 
 import datetime
@@ -50,6 +55,7 @@ from mbq.artifacts.digests import PART_BYTES, digest_of
 from mbq.artifacts.manifest import Manifest, put_blob, put_document
 from mbq.artifacts.packed import CONFIG_FILE, MANIFEST_FILE, make_index, open_checkpoint
 from mbq.artifacts.pull import pull
+from mbq.artifacts.spans import cut, md5_of
 from mbq.artifacts.spec import FORMAT_VERSION, SLICE_BITS
 from mbq.artifacts.store import open_store
 from mbq.artifacts.tensors import Entry, encode
@@ -67,6 +73,8 @@ UPLOADED = "uploads/theirs"
 MIB = 1024 * 1024
 SLICES = 4
 OURS = "mbq"
+SENT_ONLY = "mbq, sent only"
+SAME_WORK = "obstore, same work"
 # What boto3 is given where it is tuned: no second checksum, and connections for every thread.
 TUNED = {"request_checksum_calculation": "when_required", "max_pool_connections": 32}
 PARTS = {"multipart_chunksize": PART_BYTES, "multipart_threshold": PART_BYTES}
@@ -82,6 +90,11 @@ def upload_ours() -> Upload:
     return lambda chunks: put_blob(store, chunks)
 
 
+def upload_sent_only() -> Upload:
+    store = open_store(f"s3://{BUCKET}/uploads")
+    return lambda chunks: store.put("ours", chunks)
+
+
 def upload_boto3(options: Mapping[str, Any], transfer: Mapping[str, Any]) -> Upload:
     client, config = boto3_client(options), TransferConfig(**transfer)
     return lambda data: client.upload_fileobj(BytesIO(data[0]), BUCKET, UPLOADED, Config=config)
@@ -90,6 +103,18 @@ def upload_boto3(options: Mapping[str, Any], transfer: Mapping[str, Any]) -> Upl
 def upload_obstore(**transfer: int) -> Upload:
     store = obstore_client()
     return lambda data: obstore.put(store, UPLOADED, data[0], **transfer)
+
+
+def upload_same_work() -> Upload:
+    send = upload_obstore(chunk_size=PART_BYTES, max_concurrency=8)
+
+    def hash_and_send(data: list[bytes]) -> None:
+        digest_of(data)
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda span: md5_of(span).digest(), cut(data, PART_BYTES)))
+        send(data)
+
+    return hash_and_send
 
 
 def pull_ours(prefix: str, sizes: Mapping[str, int], folder: Path) -> None:
@@ -105,14 +130,19 @@ def pull_boto3(options: Mapping[str, Any], transfer: Mapping[str, Any], files: i
     return functools.partial(pull_pieces, one, files, None)
 
 
-def pull_obstore(threads: int, piece_bytes: int | None) -> Pull:
+def pull_obstore(threads: int, piece_bytes: int | None, same_work: bool = False) -> Pull:
     store = obstore_client()
 
     def one(key: str, path: Path, start: int, length: int) -> None:
         with path.open("r+b", buffering=0) as file:
             file.seek(start)
             if piece_bytes:
-                file.write(obstore.get_range(store, key, start=start, length=length))
+                data = obstore.get_range(store, key, start=start, length=length)
+                if same_work:
+                    hashlib.sha256(data).digest()
+                file.write(data)
+                if same_work:
+                    os.fdatasync(file.fileno())
             else:
                 for chunk in obstore.get(store, key).stream(4 * MIB):
                     file.write(chunk)
@@ -141,11 +171,13 @@ def pull_pieces(
 
 UPLOADS: dict[str, Callable[[], Upload]] = {
     OURS: upload_ours,
+    SENT_ONLY: upload_sent_only,
     "boto3, defaults": lambda: upload_boto3({}, {}),
     "boto3, 4 x 16 MiB": lambda: upload_boto3(TUNED, PARTS | {"max_concurrency": 4}),
     "boto3, 8 x 16 MiB": lambda: upload_boto3(TUNED, PARTS | {"max_concurrency": 8}),
     "obstore, defaults": lambda: upload_obstore(),
     "obstore, 8 x 16 MiB": lambda: upload_obstore(chunk_size=PART_BYTES, max_concurrency=8),
+    SAME_WORK: upload_same_work,
 }
 PULLS: dict[str, Callable[[], Pull]] = {
     OURS: lambda: pull_ours,
@@ -155,6 +187,7 @@ PULLS: dict[str, Callable[[], Pull]] = {
     "obstore, all files": lambda: pull_obstore(8, None),
     "obstore, 4 x 16 MiB": lambda: pull_obstore(4, PART_BYTES),
     "obstore, 8 x 16 MiB": lambda: pull_obstore(8, PART_BYTES),
+    SAME_WORK: lambda: pull_obstore(8, PART_BYTES, same_work=True),
 }
 WAYS: dict[str, dict[str, Any]] = {"upload": UPLOADS, "pull": PULLS}
 
@@ -238,15 +271,13 @@ def measure(way: str, contestant: str, mib: int) -> Row:
     with TemporaryDirectory(prefix="mbq-store-") as folder:
         turn = upload_turn(contestant, mib) if way == "upload" else pull_turn(contestant, folder)
         act = next(turn)
-        synced = time_fsync()
         gc.collect()
         # Forget the peak so far.
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         before, cpu, started = memory_mib("VmRSS"), time.process_time(), time.perf_counter()
         act()
         row = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
-        row |= {"mib_per_second": mib / row["seconds"], "fsync_seconds": sum(synced)}
-        row |= {"peak_mib": memory_mib("VmHWM") - before}
+        row |= {"mib_per_second": mib / row["seconds"], "peak_mib": memory_mib("VmHWM") - before}
         next(turn, None)
     return row
 
@@ -256,7 +287,7 @@ def upload_turn(contestant: str, mib: int) -> Iterator[Callable[[], Any]]:
     send = UPLOADS[contestant]()
     send([os.urandom(MIB)])
     chunks = list(random_chunks(mib * MIB))
-    if contestant != OURS:
+    if contestant not in (OURS, SENT_ONLY):
         chunks = [b"".join(chunks)]
     yield lambda: send(chunks)
     client = boto3_client(TUNED)
@@ -331,27 +362,22 @@ def memory_mib(field: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
-def time_fsync() -> list[float]:
-    """Every fsync from now on; the sum is in seconds."""
-    seconds: list[float] = []
-    original = os.fsync
-
-    def fsync(handle: int) -> None:
-        seconds.append(-time.perf_counter())
-        original(handle)
-        seconds.append(time.perf_counter())
-
-    os.fsync = fsync
-    return seconds
-
-
-def ratios(rows: Mapping[str, list[Row]]) -> dict[str, Any]:
-    """Ours to the best of the others."""
+def ratios(rows: Mapping[str, list[Row]]) -> dict[str, dict[str, float]]:
+    """Ours to the best of the others, and to those that do the same work."""
     speeds = {name: [row["mib_per_second"] for row in turns] for name, turns in rows.items()}
-    ours = speeds.pop(OURS)
-    best = max(speeds, key=lambda name: median(speeds[name]))
-    pairs = [mine / theirs for mine, theirs in zip(ours, speeds[best], strict=True)]
-    return {"best": best, "median": median(pairs), "min": min(pairs), "max": max(pairs)}
+    plain = [name for name in speeds if name not in (OURS, SENT_ONLY, SAME_WORK)]
+    best = max(plain, key=lambda name: median(speeds[name]))
+    compared = [(OURS, best), (SENT_ONLY, best), (OURS, SAME_WORK)]
+    found = {}
+    for one, other in compared:
+        if one in speeds and other in speeds:
+            pairs = [mine / theirs for mine, theirs in zip(speeds[one], speeds[other], strict=True)]
+            found[f"{one} / {other}"] = {
+                "median": median(pairs),
+                "min": min(pairs),
+                "max": max(pairs),
+            }
+    return found
 
 
 def table(title: str, rows: Mapping[str, list[Row]]) -> str:
@@ -361,10 +387,8 @@ def table(title: str, rows: Mapping[str, list[Row]]) -> str:
         cpu, peak = (median(row[key] for row in turns) for key in ("cpu_seconds", "peak_mib"))
         numbers = f"{median(speeds):7.0f}{min(speeds):7.0f}{max(speeds):7.0f}{cpu:8.2f}{peak:10.0f}"
         lines.append(f"{name:22}{numbers}")
-    found = ratios(rows)
-    share = median(row["fsync_seconds"] / row["seconds"] for row in rows[OURS])
-    ratio = f"{found['median']:.2f} ({found['min']:.2f}-{found['max']:.2f})"
-    lines.append(f"ratio to {found['best']}: {ratio}; fsync is {share:.0%} of our time")
+    for pair, found in ratios(rows).items():
+        lines.append(f"{pair}: {found['median']:.2f} ({found['min']:.2f}-{found['max']:.2f})")
     return "\n".join(lines)
 
 

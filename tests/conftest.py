@@ -20,7 +20,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from mbq.artifacts import keys, s3
+from mbq.artifacts import keys, s3_client
 from mbq.artifacts.manifest import RunDocument, put_blob, put_document
 from mbq.artifacts.s3 import S3Store
 from mbq.artifacts.spec import parse_spec
@@ -132,7 +132,7 @@ def connect(monkeypatch: pytest.MonkeyPatch) -> Callable[..., S3Store]:
             monkeypatch.setenv(name, value)
         if proxy is not None:
             monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
-        s3._make_client.cache_clear()
+        s3_client._make_client.cache_clear()
         prefix = prefix or f"{secrets.token_hex(4)}/store"
         return S3Store(BUCKET, prefix, patience_seconds=20.0, stall_seconds=2.0)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mbq.artifacts import s3
+from mbq.artifacts import s3_client
 from mbq.artifacts.digests import PART_BYTES
 from mbq.artifacts.errors import InputError, StoreError
 from mbq.artifacts.s3 import S3Store
@@ -46,7 +46,7 @@ def test_over_tls_with_a_certificate_of_ones_own(
         store.put(key, [content])
         assert store.read(key) == content
     monkeypatch.delenv("AWS_CA_BUNDLE")
-    s3._make_client.cache_clear()
+    s3_client._make_client.cache_clear()
     impatient = S3Store(store.bucket, store.prefix, patience_seconds=0.1)
     with pytest.raises(StoreError, match="certificate verify failed"):
         impatient.read("small")
@@ -74,7 +74,7 @@ def test_wrong_settings_are_wrong_input(
 ) -> None:
     store = connect(start_server(name))
     monkeypatch.setenv(variable, value)
-    s3._make_client.cache_clear()
+    s3_client._make_client.cache_clear()
     if words is None:
         # Certificates do not matter to a server without TLS.
         probe(store)
@@ -111,11 +111,11 @@ def test_amazons_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
-    s3._make_client.cache_clear()
+    s3_client._make_client.cache_clear()
     target = {"Bucket": BUCKET, "Key": "a/b"}
-    url = s3._client(1.0, os.getpid()).generate_presigned_url("get_object", Params=target)
+    url = s3_client.client(1.0).generate_presigned_url("get_object", Params=target)
     assert url.startswith(f"https://{BUCKET}.s3.amazonaws.com/a/b?")
-    s3._make_client.cache_clear()
+    s3_client._make_client.cache_clear()
 
 
 @pytest.mark.parametrize("name", NAMES)

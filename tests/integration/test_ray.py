@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mbq.artifacts import keys, s3
+from mbq.artifacts import keys, s3_client
 from mbq.artifacts.manifest import Status, get_document
 from mbq.artifacts.s3 import S3Store
 from mbq.artifacts.store import LocalStore, Store, open_store
@@ -215,7 +215,7 @@ def _use(server: Server, store: S3Store, folder: Path, monkeypatch: pytest.Monke
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_PROFILE", "mbq")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(credentials))
-    s3._make_client.cache_clear()
+    s3_client._make_client.cache_clear()
     return f"s3://{BUCKET}/{store.prefix}-inputs"
 
 

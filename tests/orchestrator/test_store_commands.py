@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from mbq.artifacts import keys, s3
+from mbq.artifacts import keys, s3_client
 from mbq.artifacts.garbage import GRACE_SECONDS
 from mbq.artifacts.manifest import put_blob
 from mbq.artifacts.store import LocalStore
@@ -158,11 +158,11 @@ def test_missing_credentials_and_silent_servers_are_one_line(
 ) -> None:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
-    s3._make_client.cache_clear()
+    s3_client._make_client.cache_clear()
     assert "Unable to locate credentials" in _line(invoke("list", "--store", "s3://mbq/x"), 2)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
-    s3._make_client.cache_clear()
+    s3_client._make_client.cache_clear()
     result = invoke("list", "--store", "s3://mbq/x")
     assert "cannot list s3://mbq/x/runs" in _line(result, 1)
     assert "very-secret" not in result.output
