@@ -60,13 +60,18 @@ def find_garbage(store: Store, grace_seconds: float = GRACE_SECONDS) -> Garbage:
 
 
 def remove_garbage(store: Store, garbage: Garbage) -> None:
-    """Remove what was found; what has been written again since then stays."""
+    """Remove what was found, if the store still says that it is old.
+
+    Asked again since objects may have been written anew, and dates damaged on their way.
+    """
     for found in garbage.objects:
         now = store.stat(found.key)
         if now is not None and now.modified < garbage.before:
             store.delete(found.key)
+    still_old = {found.handle for found in store.unfinished() if found.started < garbage.before}
     for unfinished in garbage.unfinished:
-        store.discard(unfinished)
+        if unfinished.handle in still_old:
+            store.discard(unfinished)
 
 
 def _now(store: Store) -> float:

@@ -26,6 +26,9 @@ FORMAT_VERSION = 3
 SLICE_BITS = 2
 WORD_INPUTS = 32
 
+# Names and rules in a message may come from a hostile document.
+_SHOWN_CHARACTERS = 500
+
 Dataset = Literal["wikitext2", "c4", "ptb", "text", "jsonl", "stdlib"]
 Rival = Literal["linear", "norm", "learned", "shuffled", "random", "oracle"]
 Positive = Annotated[float, Field(gt=0)]
@@ -240,29 +243,32 @@ def parse_spec(document: Mapping[str, Any]) -> RunSpec:
     try:
         return RunSpec.model_validate(document)
     except ValidationError as error:
-        raise InputError(explain(error)) from error
+        raise InputError(explain(error, suggest=True)) from error
 
 
-def explain(error: ValidationError) -> str:
-    """The first fault of a document in one line."""
+def explain(error: ValidationError, suggest: bool = False) -> str:
+    """The first fault of a document in one line.
+
+    Args:
+        suggest: say what an unknown key of a spec may be meant for.
+    """
     faults = error.errors(include_url=False, include_context=False)
     fault = faults[0]
     # A list is set as a whole.
     parts = [str(part) for part in fault["loc"] if not isinstance(part, int)]
-    field = ".".join(parts) or "spec"
+    field = ".".join(parts)[:_SHOWN_CHARACTERS]
     rest = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     if fault["type"] == "extra_forbidden":
-        field = field[:200]
-        return f"{field}: unknown key{_suggest(fault['loc'])}{rest}"
+        return f"{field}: unknown key{_suggest(fault['loc']) if suggest else ''}{rest}"
     if fault["type"] == "missing":
         return f"{field}: missing; add it to the spec or pass --set {field}=...{rest}"
     rule = fault["msg"].removeprefix("Value error, ").replace("Input should", "must")
-    value = fault["input"]
-    shown = "" if isinstance(value, dict | list | BaseModel) else f"{reprlib.repr(value)} "
-    field, rule = field[:200], rule[:500]
+    rule = rule[:_SHOWN_CHARACTERS]
     if not fault["loc"]:
         # The rule concerns several fields and names them.
-        return f"{rule[:1000]}{rest}"
+        return f"{rule}{rest}"
+    value = fault["input"]
+    shown = "" if isinstance(value, dict | list | BaseModel) else f"{reprlib.repr(value)} "
     return f"{field}: {shown}{rule}; change it in the spec or with --set {field}=...{rest}"
 
 
@@ -297,14 +303,12 @@ def is_path(location: str) -> bool:
 
 
 def _suggest(location: tuple[int | str, ...]) -> str:
-    model: Any = RunSpec
+    section: Any = RunSpec
     for part in location[:-1]:
-        if str(part) not in getattr(model, "model_fields", {}):
-            return ""
-        kind = model.model_fields[str(part)].annotation
+        kind = section.model_fields[str(part)].annotation
         # An optional section is a union with None.
-        model = next((k for k in get_args(kind) if k is not NoneType), kind)
-    known = list(getattr(model, "model_fields", {}))
+        section = next((k for k in get_args(kind) if k is not NoneType), kind)
+    known = list(section.model_fields)
     close = difflib.get_close_matches(str(location[-1]), known, n=1)
     return f"; did you mean {close[0]}?" if close else f"; known keys are {', '.join(known)}"
 

@@ -139,6 +139,16 @@ def connect(monkeypatch: pytest.MonkeyPatch) -> Callable[..., S3Store]:
     return connect
 
 
+@pytest.fixture(params=servers.NAMES)
+def s3_store(
+    request: pytest.FixtureRequest,
+    start_server: Callable[[str], Server],
+    connect: Callable[..., S3Store],
+) -> S3Store:
+    """A store on each server, empty."""
+    return connect(start_server(request.param))
+
+
 @pytest.fixture(params=["local", *servers.NAMES])
 def any_store(
     request: pytest.FixtureRequest,

@@ -77,13 +77,11 @@ def test_the_young_stay(any_store: Store) -> None:
     assert (garbage.objects, garbage.unfinished) == ((), ())
 
 
-def test_never_outside_the_prefix(any_store: Store) -> None:
-    if not isinstance(any_store, S3Store):
-        pytest.skip("a folder has no neighbours")
-    beside = S3Store(any_store.bucket, f"{any_store.prefix}-beside", 20.0)
+def test_never_outside_the_prefix(s3_store: S3Store) -> None:
+    beside = S3Store(s3_store.bucket, f"{s3_store.prefix}-beside", 20.0)
     blob = put_blob(beside, [b"of a neighbour"])
     _abandon(beside)
-    garbage = find_garbage(any_store, _AT_ONCE)
+    garbage = find_garbage(s3_store, _AT_ONCE)
     assert (garbage.objects, garbage.unfinished) == ((), ())
     (upload,) = beside.unfinished()
     beside.discard(upload)
@@ -124,21 +122,19 @@ def test_every_blob_of_a_run_is_named(finished_run: Any, tmp_path: Path) -> None
 
 
 def test_discarding_an_upload_in_progress_costs_its_writer_a_repetition(
-    any_store: Store,
+    s3_store: S3Store,
 ) -> None:
-    if not isinstance(any_store, S3Store):
-        pytest.skip("a folder's writers hold their file open")
     data = [bytes([n]) * PART_BYTES for n in range(7)]
 
     def chunks() -> Any:
         for number, chunk in enumerate(data):
             if number == 6:
-                for upload in any_store.unfinished():
-                    any_store.discard(upload)
+                for upload in s3_store.unfinished():
+                    s3_store.discard(upload)
             yield chunk
 
     with pytest.raises(UploadLost):
-        any_store.put("key", chunks())
-    assert any_store.stat("key") is None
-    any_store.put("key", data)
-    assert any_store.read("key") == b"".join(data)
+        s3_store.put("key", chunks())
+    assert s3_store.stat("key") is None
+    s3_store.put("key", data)
+    assert s3_store.read("key") == b"".join(data)
