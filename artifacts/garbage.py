@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from mbq.artifacts import keys
 from mbq.artifacts.errors import NotFoundError, StoreError
-from mbq.artifacts.manifest import read_sealed
+from mbq.artifacts.sealed import read_sealed
 from mbq.artifacts.store import PROBES, Stat, Store, Unfinished
 
 GRACE_SECONDS = 24 * 3600.0

@@ -17,6 +17,7 @@ import re
 
 RUNS = "runs"
 BLOBS = "blobs"
+MANIFEST_FILE = "manifest.json"
 _NAMES_BLOBS = re.compile(rf"{RUNS}/[^/]+/(spec\.json|blocks/[^/]+/record\.json)")
 
 
@@ -65,7 +66,7 @@ def checkpoint_key(run: str, file: str) -> str:
 
 
 def manifest_key(run: str) -> str:
-    return checkpoint_key(run, "manifest.json")
+    return checkpoint_key(run, MANIFEST_FILE)
 
 
 def blob_key(sha256: str) -> str:

@@ -2,33 +2,26 @@
 
 Written in this order, so that whatever exists is true: blobs, then the records that name them,
 then the checkpoint's files, and the manifest last. The manifest holds nothing that may differ
-between two runs of the same id: no times, attempts, stores or paths. Every document ends with a
-seal, so that a bit that flips on the way to or from a store cannot become a threshold.
+between two runs of the same id: no times, attempts, stores or paths. Each is sealed (`sealed.py`).
 """
 
-import hashlib
 import json
 import reprlib
 import time
 from collections.abc import Iterable
 from functools import cached_property
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from mbq.artifacts import keys
-from mbq.artifacts.digests import READS, Digest, Digester
-from mbq.artifacts.errors import CorruptError, NotFoundError
+from mbq.artifacts.digests import Digest, Digester
+from mbq.artifacts.errors import CorruptError
+from mbq.artifacts.sealed import MAX_DOCUMENT_BYTES, find_document, get_document
 from mbq.artifacts.source import Source
-from mbq.artifacts.spec import FORMAT_VERSION, SLICE_BITS, Document, RunSpec, explain
+from mbq.artifacts.spec import FORMAT_VERSION, SLICE_BITS, Document, RunSpec
 from mbq.artifacts.store import Store, is_name
 
-DocumentT = TypeVar("DocumentT", bound=Document)
-
-MAX_DOCUMENT_BYTES = 8 * 1024 * 1024
-# Validation costs a kilobyte for every member that is wrong.
-_MAX_MEMBERS = 250_000
-_SEAL = b',\n "seal": "%s"\n}\n'
 # Far less than the grace that unreferenced blobs are given.
 _YOUNG_SECONDS = 3600.0
 
@@ -112,7 +105,7 @@ class Manifest(Document):
     @model_validator(mode="after")
     def _check(self) -> Self:
         # A manifest may come from anywhere, and its names become files.
-        foreign = [name for name in self.files if not is_name(name) or name == "manifest.json"]
+        foreign = [name for name in self.files if not is_name(name) or name == keys.MANIFEST_FILE]
         named = [name for names in self.slice_files for name in names]
         if foreign or not set(named) <= set(self.files) or len(set(named)) < len(named):
             shown = reprlib.repr(foreign or named)
@@ -252,60 +245,6 @@ class Results(Document):
     rows: tuple[Row, ...]
     slice_bytes: tuple[int, ...]
     base_bytes: int
-
-
-def put_document(store: Store, key: str, document: Document) -> None:
-    """Write a document with its seal: the sha256 of everything before it, as its last member."""
-    body = document.model_dump_json(indent=1).encode()[:-2]
-    store.put(key, [body + _SEAL % hashlib.sha256(body).hexdigest().encode()])
-
-
-def get_document(store: Store, key: str, kind: type[DocumentT]) -> DocumentT:
-    """Read and validate a document.
-
-    Raises:
-        NotFoundError: there is none.
-        CorruptError: it is not a document of that kind, or not as it was written.
-    """
-    data = read_sealed(store, key)
-    if data.count(b",") > _MAX_MEMBERS:
-        raise CorruptError(f"{key} has more members than any document of mbq-cluster")
-    try:
-        return kind.model_validate_json(data)
-    except ValidationError as error:
-        raise CorruptError(f"{key} is not a valid {kind.__name__}: {explain(error)}") from error
-
-
-def find_document(store: Store, key: str, kind: type[DocumentT]) -> DocumentT | None:
-    try:
-        return get_document(store, key, kind)
-    except NotFoundError:
-        return None
-
-
-def read_sealed(store: Store, key: str) -> bytes:
-    """A document without its seal, as it was written.
-
-    Raises:
-        NotFoundError: there is none.
-        CorruptError: it has no seal, or one of other bytes.
-    """
-    size = len(_SEAL % (b"0" * 64))
-    for _ in range(READS):
-        data = store.read(key, 0, MAX_DOCUMENT_BYTES)
-        body = data[:-size]
-        if data[-size:] == _SEAL % hashlib.sha256(body).hexdigest().encode():
-            return body + b"\n}"
-    raise CorruptError(
-        f"{store.uri}/{key} is not as it was written: it was damaged or edited, or is no document "
-        "of mbq-cluster; restore it, or delete it and resume its run"
-    )
-
-
-def document_sha256(store: Store, key: str) -> str:
-    """The sha256 of a document as it lies in the store, seal and all. Raises as `read_sealed`."""
-    body = read_sealed(store, key)[:-2]
-    return hashlib.sha256(body + _SEAL % hashlib.sha256(body).hexdigest().encode()).hexdigest()
 
 
 def put_blob(store: Store, chunks: Iterable[bytes]) -> Digest:

@@ -16,12 +16,13 @@ from mbq.artifacts.checkpoint import INDEX_FILE, Shard, index_document
 from mbq.artifacts.config import config_bits, cut_config
 from mbq.artifacts.digests import PART_BYTES, CheckedObject, Digest, part_size, read_part
 from mbq.artifacts.errors import CorruptError, InputError, NotFoundError
-from mbq.artifacts.manifest import MAX_DOCUMENT_BYTES, Manifest, get_document
+from mbq.artifacts.keys import MANIFEST_FILE
+from mbq.artifacts.manifest import Manifest
+from mbq.artifacts.sealed import MAX_DOCUMENT_BYTES, get_document
 from mbq.artifacts.spec import FORMAT_VERSION, SLICE_BITS
 from mbq.artifacts.store import Store
 from mbq.artifacts.tensors import open_tensors
 
-MANIFEST_FILE = "manifest.json"
 CONFIG_FILE = "config.json"
 READERS = 8
 

@@ -22,10 +22,10 @@ from mbq.artifacts.checkpoint import INDEX_FILE
 from mbq.artifacts.config import config_bits, cut_config
 from mbq.artifacts.digests import Digest, is_part, read_part
 from mbq.artifacts.errors import CorruptError, InputError, StoreError
-from mbq.artifacts.manifest import Manifest, find_document, put_document
+from mbq.artifacts.keys import MANIFEST_FILE
+from mbq.artifacts.manifest import Manifest
 from mbq.artifacts.packed import (
     CONFIG_FILE,
-    MANIFEST_FILE,
     READERS,
     PackedCheckpoint,
     Piece,
@@ -33,6 +33,7 @@ from mbq.artifacts.packed import (
     make_index,
     pieces_of,
 )
+from mbq.artifacts.sealed import find_document, put_document
 from mbq.artifacts.store import LocalStore, Store, sync_folder
 
 _PARTIAL = ".partial-"

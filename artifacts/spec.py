@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from mbq.artifacts.errors import InputError, NotFoundError
 
-FORMAT_VERSION = 3
+# Of documents and files, and of what a spec means: the same spec never stands for other bytes.
+FORMAT_VERSION = 4
 SLICE_BITS = 2
 WORD_INPUTS = 32
 

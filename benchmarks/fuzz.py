@@ -44,9 +44,11 @@ from mbq.artifacts.checkpoint import INDEX_FILE, find_linears
 from mbq.artifacts.config import config_bits, cut_config
 from mbq.artifacts.digests import digest_of
 from mbq.artifacts.errors import MbqError
-from mbq.artifacts.manifest import Manifest, find_run, get_document, put_document
-from mbq.artifacts.packed import CONFIG_FILE, MANIFEST_FILE, make_index, open_checkpoint, verify
+from mbq.artifacts.keys import MANIFEST_FILE
+from mbq.artifacts.manifest import Manifest, find_run
+from mbq.artifacts.packed import CONFIG_FILE, make_index, open_checkpoint, verify
 from mbq.artifacts.pull import pull
+from mbq.artifacts.sealed import get_document, put_document
 from mbq.artifacts.source import Source
 from mbq.artifacts.spec import Document
 from mbq.artifacts.store import LocalStore

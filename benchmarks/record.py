@@ -14,14 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mbq.artifacts import keys
-from mbq.artifacts.manifest import (
-    Manifest,
-    Results,
-    RoutingRecord,
-    Status,
-    block_records,
-    get_document,
-)
+from mbq.artifacts.manifest import Manifest, Results, RoutingRecord, Status, block_records
+from mbq.artifacts.sealed import get_document
 from mbq.orchestrator.status import locate
 from mbq.orchestrator.submit import home
 

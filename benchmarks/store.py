@@ -52,9 +52,11 @@ from botocore.config import Config
 from mbq.artifacts.checkpoint import INDEX_FILE, QUANT_METHOD
 from mbq.artifacts.config import cut_config
 from mbq.artifacts.digests import PART_BYTES, digest_of
-from mbq.artifacts.manifest import Manifest, put_blob, put_document
-from mbq.artifacts.packed import CONFIG_FILE, MANIFEST_FILE, make_index, open_checkpoint
+from mbq.artifacts.keys import MANIFEST_FILE
+from mbq.artifacts.manifest import Manifest, put_blob
+from mbq.artifacts.packed import CONFIG_FILE, make_index, open_checkpoint
 from mbq.artifacts.pull import pull
+from mbq.artifacts.sealed import put_document
 from mbq.artifacts.spans import cut, md5_of
 from mbq.artifacts.spec import FORMAT_VERSION, SLICE_BITS
 from mbq.artifacts.store import open_store

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from mbq.artifacts import keys
 from mbq.artifacts.errors import NotFoundError
-from mbq.artifacts.manifest import document_sha256
-from mbq.artifacts.packed import MANIFEST_FILE, PackedCheckpoint, Report, open_checkpoint
+from mbq.artifacts.keys import MANIFEST_FILE
+from mbq.artifacts.packed import PackedCheckpoint, Report, open_checkpoint
 from mbq.artifacts.pull import Pulled, pull
+from mbq.artifacts.sealed import document_sha256
 from mbq.artifacts.store import WORKING_SECONDS, LocalStore, Store, open_store
 from mbq.orchestrator.status import locate, names_run
 from mbq.orchestrator.submit import home

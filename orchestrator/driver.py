@@ -20,8 +20,8 @@ from mbq.artifacts.manifest import (
     TokenBits,
     VariantLosses,
     block_records,
-    find_document,
 )
+from mbq.artifacts.sealed import find_document
 from mbq.artifacts.store import Store
 from mbq.cluster.runner import Call, Handle, Runner, TaskResources
 from mbq.orchestrator.comparison import default_averages

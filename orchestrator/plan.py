@@ -147,8 +147,9 @@ def build_plan(document: RunDocument) -> Plan:
         weights[linear.block] += linear.out_features * linear.in_features
 
     calibration_tokens = spec.calibration.samples * spec.calibration.sequence_length
-    # Forward and backward of two widths per pass, and a few forward passes around it.
-    per_weight = calibration_tokens * (12.0 * spec.optimisation.passes + 2.0)
+    # Forward and backward of two widths per pass, and a few forward passes around it, of which one
+    # or two add up Gram matrices.
+    per_weight = calibration_tokens * (12.0 * spec.optimisation.passes + 6.0)
     streams = 1 + len(spec.optimisation.slice_counts) * (spec.propagation == "sequential")
     evaluation = spec.evaluation
     head = 2.0 * document.source.config["vocab_size"] * document.source.config["hidden_size"]
@@ -233,18 +234,24 @@ def task_memory_bytes(plan: Plan, spec: RunSpec, hidden_size: int) -> int:
     """Memory of one calibrate task: what the largest block and its training need.
 
     Weight, gradient and two moments in float32, the quantized copies of one forward and backward
-    pass, hidden states in and out, and the activations of a microbatch.
+    pass, hidden states in and out, the activations of a microbatch, and the Gram matrices of what
+    enters the linears, one of them in float64 while it is inverted.
     """
     weights: dict[int, int] = {}
+    grams: dict[int, int] = {}
     for linear in plan.linears:
         size = linear.out_features * linear.in_features
         weights[linear.block] = weights.get(linear.block, 0) + size
+        grams[linear.block] = grams.get(linear.block, 0) + linear.in_features**2
     item = 2 if spec.dtype == "bfloat16" else 4
     tokens = spec.calibration.samples * spec.calibration.sequence_length
-    streams = 2 + len(spec.optimisation.slice_counts) * (spec.propagation == "sequential")
+    quantized = len(spec.optimisation.slice_counts) * (spec.propagation == "sequential")
+    hidden = (2 + quantized) * tokens * hidden_size * item
     widest = max(linear.out_features + linear.in_features for linear in plan.linears)
     activations = 12 * spec.microbatch * spec.calibration.sequence_length * widest * item
-    return (16 + 8) * max(weights.values()) + streams * tokens * hidden_size * item + activations
+    inverted = 24 * max(linear.in_features for linear in plan.linears) ** 2
+    gram = 4 * (1 + quantized) * max(grams.values()) + inverted
+    return (16 + 8) * max(weights.values()) + hidden + activations + gram
 
 
 def _is_ready(task: Task, plan: Plan, progress: Progress, workers: int) -> bool:

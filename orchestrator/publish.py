@@ -13,13 +13,8 @@ from mbq.artifacts.checkpoint import (
     slice_files,
 )
 from mbq.artifacts.digests import digest_of
-from mbq.artifacts.manifest import (
-    Manifest,
-    Results,
-    VariantLosses,
-    document_sha256,
-    put_document,
-)
+from mbq.artifacts.manifest import Manifest, Results, VariantLosses
+from mbq.artifacts.sealed import document_sha256, put_document
 from mbq.artifacts.source import TOKENIZER_FILES
 from mbq.artifacts.spec import FORMAT_VERSION, SLICE_BITS
 from mbq.orchestrator.comparison import other_bits

@@ -25,9 +25,8 @@ from mbq.artifacts.manifest import (
     RunDocument,
     TokenBits,
     VariantLosses,
-    document_sha256,
-    find_document,
 )
+from mbq.artifacts.sealed import document_sha256, find_document
 from mbq.artifacts.store import Store
 from mbq.orchestrator import figures
 from mbq.workers.variants import FULL, PACKED, ROUNDED, ROUTED, parse

@@ -20,15 +20,8 @@ from collections.abc import Iterator
 
 from mbq.artifacts import keys
 from mbq.artifacts.errors import ClusterError, MbqError, RunError, StoreError
-from mbq.artifacts.manifest import (
-    Failure,
-    RunDocument,
-    Running,
-    Status,
-    find_document,
-    find_run,
-    put_document,
-)
+from mbq.artifacts.manifest import Failure, RunDocument, Running, Status, find_run
+from mbq.artifacts.sealed import find_document, put_document
 from mbq.artifacts.store import PROBES, WORKING_SECONDS, Store, open_store, probe
 from mbq.cluster.runner import Call, Handle, InputLost, Runner, TaskCrashed
 from mbq.orchestrator.driver import Driver, begin, call_of

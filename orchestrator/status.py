@@ -11,7 +11,8 @@ from urllib.parse import unquote, urlparse
 
 from mbq.artifacts import keys
 from mbq.artifacts.errors import ClusterError, CorruptError, InputError, NotFoundError
-from mbq.artifacts.manifest import Results, RunDocument, Status, find_document, find_run
+from mbq.artifacts.manifest import Results, RunDocument, Status, find_run
+from mbq.artifacts.sealed import find_document
 from mbq.artifacts.spec import is_path
 from mbq.artifacts.store import Store, open_store
 from mbq.cluster.jobs import JobInfo, Jobs

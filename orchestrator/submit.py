@@ -19,15 +19,8 @@ import numpy as np
 from mbq.artifacts import keys
 from mbq.artifacts.digests import digest_of
 from mbq.artifacts.errors import InputError
-from mbq.artifacts.manifest import (
-    Manifest,
-    Results,
-    RunDocument,
-    Status,
-    find_document,
-    put_blob,
-    put_document,
-)
+from mbq.artifacts.manifest import Manifest, Results, RunDocument, Status, put_blob
+from mbq.artifacts.sealed import find_document, put_document
 from mbq.artifacts.source import Source, open_source
 from mbq.artifacts.spec import RunSpec, apply_settings, load_spec, run_id
 from mbq.artifacts.store import Store, open_store, probe

@@ -11,10 +11,11 @@ two ends of every group's range (sigmoid of a logit times the smallest and large
 OmniQuant's learnable weight clipping), and a gain and a bias per output channel at every trained
 slice count but the highest.
 
+Training starts from digits that compensate for each other's errors at all trained slice counts
+(`gptq.py`): gradients then have less to find, and what they find for one width harms others less.
 What training changes for the sake of low widths it also changes, without need, in the digits that
-only high widths show. So in the end the digits of the trained low widths are kept, and the digits
-below them come back as close to the source weight as the kept bins allow: low widths stay as they
-were trained, high ones lose nothing but what the kept digits cost.
+only high widths show. So in the end the digits of the trained low widths are kept, and those below
+them are chosen anew, compensating for what the kept ones cost.
 
 Method `joint` is that. Method `clip` is MoBiQuant's recipe (arXiv 2602.20191, algorithm 1): weights
 frozen, no gains, ranges trained first for one slice alone, then for all slice counts together.
@@ -25,6 +26,7 @@ Legend: N out_features, K in_features, G groups, S slices, B sequences, T tokens
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +42,7 @@ from mbq.kernels.quantize import (
     quantize,
     scale_and_zero,
 )
+from mbq.workers.gptq import factor, gram_matrices, round_compensated
 from mbq.workers.model import linears
 
 Run = Callable[[nn.Module, Tensor], Tensor]
@@ -92,8 +95,7 @@ class TrainableLinear(nn.Module):
         weight_NK = linear.weight.detach().float()
         self.low_NG, self.high_NG = group_bounds(weight_NK, group_size)
         self.unit_NG, _ = scale_and_zero(self.low_NG, self.high_NG)
-        unit_NK = self.unit_NG.repeat_interleave(group_size, dim=1)
-        self.value = nn.Parameter(weight_NK / unit_NK)
+        self.value = nn.Parameter(weight_NK / self.unit_NG.repeat_interleave(group_size, dim=1))
         self.low_logit = nn.Parameter(torch.full_like(self.low_NG, _INITIAL_LOGIT))
         self.high_logit = nn.Parameter(torch.full_like(self.low_NG, _INITIAL_LOGIT))
         rows = MAX_SLICES, linear.out_features
@@ -120,25 +122,40 @@ class TrainableLinear(nn.Module):
         )
 
     @torch.no_grad()
-    def finish(self, kept_slices: int) -> CalibratedLinear:
-        """The codes: `kept_slices` digits as trained, those below as near the source as can be.
+    def compensate(self, grams: Mapping[int, Tensor]) -> None:
+        """Start from digits that make up for each other's errors.
+
+        Args:
+            grams: Gram matrix of the inputs [K, K] by slice count.
+        """
+        factors = {slices: factor(gram_KK) for slices, gram_KK in grams.items()}
+        self.value.copy_(round_compensated(self.source, *self.grid(), factors) / self._unit_NK())
+
+    @torch.no_grad()
+    def finish(self, kept_slices: int, gram_KK: Tensor | None) -> CalibratedLinear:
+        """The codes: `kept_slices` digits as trained, those below chosen for the source's weight.
 
         The module itself then shows exactly these codes at every width.
+
+        Args:
+            gram_KK: of the inputs at high widths; None if all digits are kept.
         """
-        scale_NG, zero_NG = self.grid()
-        group_size = self.value.shape[1] // scale_NG.shape[1]
-        unit_NK = self.unit_NG.repeat_interleave(group_size, dim=1)
-        trained_NK = quantize(self.value * unit_NK, scale_NG, zero_NG).short()
-        codes_per_bin = 4 ** (MAX_SLICES - kept_slices)
-        first_NK = trained_NK // codes_per_bin * codes_per_bin
-        source_NK = quantize(self.source, scale_NG, zero_NG).short()
-        code_NK = source_NK.clamp(first_NK, first_NK + codes_per_bin - 1).to(torch.uint8)
-        self.value.copy_(dequantize(code_NK, scale_NG, zero_NG, MAX_SLICES) / unit_NK)
+        grid = self.grid()
+        code_NK = quantize(self.value * self._unit_NK(), *grid)
+        if gram_KK is not None:
+            factors = dict.fromkeys(range(kept_slices + 1, MAX_SLICES + 1), factor(gram_KK))
+            rounded_NK = round_compensated(self.source, *grid, factors, code_NK, kept_slices)
+            code_NK = quantize(rounded_NK, *grid)
+        self.value.copy_(dequantize(code_NK, *grid, MAX_SLICES) / self._unit_NK())
         return CalibratedLinear(
             code_NK.cpu(),
-            pack_pair(scale_NG, zero_NG).cpu(),
+            pack_pair(*grid).cpu(),
             pack_pair(torch.stack([*self.gain]), torch.stack([*self.bias])).cpu(),
         )
+
+    def _unit_NK(self) -> Tensor:
+        group_size = self.value.shape[1] // self.unit_NG.shape[1]
+        return self.unit_NG.repeat_interleave(group_size, dim=1)
 
 
 def calibrate_block(
@@ -168,8 +185,55 @@ def calibrate_block(
         FloatingPointError: a loss is not finite.
     """
     target_BTH = _forward(block, run, target_inputs_BTH, microbatch)
+    kept_slices = max((k for k in settings.slice_counts if k < MAX_SLICES), default=MAX_SLICES)
+    grams: dict[int, dict[str, Tensor]] = {}
+    if settings.method == "joint":
+        chosen = {k: inputs[k] for k in settings.slice_counts if k <= kept_slices}
+        grams = _gram_matrices(block, run, {MAX_SLICES: target_inputs_BTH} | chosen, microbatch)
     trainables = _replace_linears(block, group_size)
     before = _token_errors(block, trainables, run, inputs, target_BTH, microbatch)
+    for name, linear in trainables.items():
+        first = {k: found[name] for k, found in grams.items() if k <= kept_slices}
+        if first:
+            linear.compensate(first)
+    _train(block, trainables, run, inputs, target_BTH, settings, microbatch, seed, report)
+    low = grams.get(MAX_SLICES, {}) if kept_slices < MAX_SLICES else {}
+    finished = {
+        name: linear.finish(kept_slices, low.get(name)) for name, linear in trainables.items()
+    }
+    after = _token_errors(block, trainables, run, inputs, target_BTH, microbatch)
+    return Calibration(
+        finished,
+        {slices: error.mean().item() for slices, error in before.items()},
+        {slices: error.mean().item() for slices, error in after.items()},
+        outlier_overlap(after),
+    )
+
+
+def _gram_matrices(
+    block: nn.Module, run: Run, inputs: Mapping[int, Tensor], microbatch: int
+) -> dict[int, dict[str, Tensor]]:
+    """Of what enters each linear, by slice count; inputs that several share are run once."""
+    streams = {id(x_BTH): x_BTH for x_BTH in inputs.values()}
+    found = {
+        key: gram_matrices(block, partial(_forward, block, run, x_BTH, microbatch))
+        for key, x_BTH in streams.items()
+    }
+    return {slices: found[id(x_BTH)] for slices, x_BTH in inputs.items()}
+
+
+def _train(
+    block: nn.Module,
+    trainables: Mapping[str, TrainableLinear],
+    run: Run,
+    inputs: Mapping[int, Tensor],
+    target_BTH: Tensor,
+    settings: Optimisation,
+    microbatch: int,
+    seed: int,
+    report: Callable[[float], None],
+) -> None:
+    """Descend on the joint loss. Arguments as `calibrate_block`'s."""
     running: dict[int, float] = {}
     stages = _stages(settings)
     steps_done = 0
@@ -200,15 +264,6 @@ def calibrate_block(
             schedule.step()
             steps_done += 1
             report(steps_done / steps_total)
-    kept_slices = max((k for k in settings.slice_counts if k < MAX_SLICES), default=MAX_SLICES)
-    finished = {name: linear.finish(kept_slices) for name, linear in trainables.items()}
-    after = _token_errors(block, trainables, run, inputs, target_BTH, microbatch)
-    return Calibration(
-        finished,
-        {slices: error.mean().item() for slices, error in before.items()},
-        {slices: error.mean().item() for slices, error in after.items()},
-        outlier_overlap(after),
-    )
 
 
 def _replace_linears(block: nn.Module, group_size: int) -> dict[str, TrainableLinear]:

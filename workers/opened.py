@@ -34,8 +34,8 @@ from mbq.artifacts.manifest import (
     RunDocument,
     SensitivityRecord,
     find_run,
-    get_document,
 )
+from mbq.artifacts.sealed import get_document
 from mbq.artifacts.store import WORKING_SECONDS, Store, open_store
 from mbq.artifacts.tensors import TensorFile, open_tensors
 from mbq.kernels.router import Curve, Precision

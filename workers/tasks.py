@@ -31,12 +31,10 @@ from mbq.artifacts.manifest import (
     ShardRecord,
     TokenBits,
     VariantLosses,
-    document_sha256,
-    find_document,
     is_stored,
     put_blob,
-    put_document,
 )
+from mbq.artifacts.sealed import document_sha256, find_document, put_document
 from mbq.artifacts.store import open_store, probe
 from mbq.kernels.router import Precision
 from mbq.workers import capture as capturing

@@ -55,7 +55,7 @@ def shared(linked: Linked, synthetic: Path) -> Linked:
     """The packed checkpoint on rclone, behind a proxy; not to be written to."""
 
     def share(**changes: Any) -> tuple[S3Store, Proxy]:
-        store, proxy = linked("rclone", prefix=packed.parent.name, **changes)
+        store, proxy = linked("rclone", prefix=synthetic.parent.name, **changes)
         if store.stat("manifest.json") is None:
             upload(synthetic, store)
         return store, proxy

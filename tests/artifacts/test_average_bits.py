@@ -27,7 +27,8 @@ from mbq.artifacts.checkpoint import (
 )
 from mbq.artifacts.errors import CorruptError, InputError
 from mbq.artifacts.loading import elastic_linears, load_model
-from mbq.artifacts.manifest import RoutingRecord, get_document
+from mbq.artifacts.manifest import RoutingRecord
+from mbq.artifacts.sealed import get_document
 from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.quantize import unpack_pair
 from mbq.kernels.reference import count_slices, routed_linear

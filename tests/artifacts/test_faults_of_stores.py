@@ -20,13 +20,8 @@ from mbq.artifacts import keys
 from mbq.artifacts.digests import PART_BYTES, CheckedObject, digest_of
 from mbq.artifacts.errors import StoreError
 from mbq.artifacts.garbage import find_garbage, remove_garbage
-from mbq.artifacts.manifest import (
-    BlockRecord,
-    find_document,
-    get_document,
-    put_blob,
-    put_document,
-)
+from mbq.artifacts.manifest import BlockRecord, put_blob
+from mbq.artifacts.sealed import find_document, get_document, put_document
 from mbq.artifacts.store import Store
 from tests.support import servers
 from tests.support.faulty import (

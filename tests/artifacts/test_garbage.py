@@ -10,9 +10,10 @@ from mbq.artifacts import keys
 from mbq.artifacts.digests import PART_BYTES, Digest
 from mbq.artifacts.errors import CorruptError
 from mbq.artifacts.garbage import GRACE_SECONDS, find_garbage, remove_garbage
-from mbq.artifacts.manifest import BlockRecord, put_blob, put_document
+from mbq.artifacts.manifest import BlockRecord, put_blob
 from mbq.artifacts.multipart import UploadLost
 from mbq.artifacts.s3 import S3Store
+from mbq.artifacts.sealed import put_document
 from mbq.artifacts.store import LocalStore, Store
 
 # Everything is older than this: the clocks of servers tick in seconds.

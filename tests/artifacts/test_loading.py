@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 from mbq.artifacts import keys
 from mbq.artifacts.errors import CorruptError, InputError, NotFoundError
 from mbq.artifacts.loading import load_model
-from mbq.artifacts.manifest import BlockRecord, get_document
+from mbq.artifacts.manifest import BlockRecord
+from mbq.artifacts.sealed import get_document
 from mbq.artifacts.tensors import open_tensors
 from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.quantize import dequantize, unpack_pair

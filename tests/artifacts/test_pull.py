@@ -11,13 +11,8 @@ import pytest
 
 from mbq.artifacts.checkpoint import INDEX_FILE
 from mbq.artifacts.errors import InputError, NotFoundError
-from mbq.artifacts.packed import (
-    CONFIG_FILE,
-    MANIFEST_FILE,
-    PackedCheckpoint,
-    open_checkpoint,
-    verify,
-)
+from mbq.artifacts.keys import MANIFEST_FILE
+from mbq.artifacts.packed import CONFIG_FILE, PackedCheckpoint, open_checkpoint, verify
 from mbq.artifacts.pull import pull
 from mbq.artifacts.store import LocalStore, Store, open_store
 from tests.support.proxy import Proxy

@@ -12,16 +12,8 @@ import pytest
 
 from mbq.artifacts import keys
 from mbq.artifacts.errors import ClusterError, MbqError, RunError, StoreError
-from mbq.artifacts.manifest import (
-    Manifest,
-    Results,
-    RoutingRecord,
-    RunDocument,
-    Status,
-    find_document,
-    get_document,
-    put_document,
-)
+from mbq.artifacts.manifest import Manifest, Results, RoutingRecord, RunDocument, Status
+from mbq.artifacts.sealed import find_document, get_document, put_document
 from mbq.artifacts.store import LocalStore
 from mbq.cluster.runner import (
     Call,

@@ -10,10 +10,11 @@ from typing import Any
 from mbq.artifacts.checkpoint import INDEX_FILE
 from mbq.artifacts.digests import PART_BYTES, Digest, digest_of
 from mbq.artifacts.errors import CorruptError, InputError, StoreError
-from mbq.artifacts.manifest import BlockRecord, Manifest, put_document
+from mbq.artifacts.manifest import BlockRecord, Manifest
 from mbq.artifacts.packed import CONFIG_FILE, Report, make_index, open_checkpoint
 from mbq.artifacts.pull import pull
 from mbq.artifacts.s3 import S3Store
+from mbq.artifacts.sealed import put_document
 from mbq.artifacts.spec import FORMAT_VERSION
 from mbq.artifacts.store import LocalStore, Store
 from mbq.artifacts.tensors import Entry, encode

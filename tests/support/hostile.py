@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mbq.artifacts.digests import digest_of
 from mbq.artifacts.errors import MbqError
-from mbq.artifacts.packed import MANIFEST_FILE
+from mbq.artifacts.keys import MANIFEST_FILE
 from mbq.artifacts.store import LocalStore
 from mbq.artifacts.tensors import open_tensors
 

@@ -8,7 +8,8 @@ import torch
 
 from mbq.artifacts import keys
 from mbq.artifacts.loading import elastic_linears
-from mbq.artifacts.manifest import RoutingRecord, SettledWidth, get_document
+from mbq.artifacts.manifest import RoutingRecord, SettledWidth
+from mbq.artifacts.sealed import get_document
 from mbq.kernels.router import Curve, Precision
 from mbq.workers.allocate import realised_bits
 from mbq.workers.opened import Job, Opened

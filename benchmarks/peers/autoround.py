@@ -1,0 +1,48 @@
+"""One static width by auto-round; run with the Python of an environment that has it.
+
+    python benchmarks/peers/autoround.py MODEL TOKENS OUT BITS sym|asym
+
+Its defaults: 200 iterations of 8 sequences, inputs of the quantized model. TOKENS is a safetensors
+file of calibration sequences `ids` [samples, length]; OUT becomes a folder of the model with the
+quantized weights as floats.
+"""
+
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from auto_round import AutoRound
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def main(source: str, tokens: str, out: str, bits: str, kind: str) -> None:
+    torch.set_num_threads(1)
+    ids = load_file(tokens)["ids"].long()
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with TemporaryDirectory() as folder:
+        started = time.monotonic()
+        AutoRound(
+            model,
+            AutoTokenizer.from_pretrained(source),
+            bits=int(bits),
+            group_size=128,
+            sym=kind == "sym",
+            nsamples=len(ids),
+            seqlen=ids.shape[1],
+            dataset=[row[None] for row in ids],
+            device_map="cpu",
+            enable_torch_compile=False,
+            amp=False,
+        ).quantize_and_save(output_dir=folder, format="fake")
+        seconds = time.monotonic() - started
+        config = next(Path(folder).rglob("config.json"))
+        fake = AutoModelForCausalLM.from_pretrained(config.parent, dtype=torch.float32)
+    fake.save_pretrained(out)
+    print(f"seconds {seconds:.1f}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

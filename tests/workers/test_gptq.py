@@ -1,0 +1,111 @@
+"""Error compensation: it follows its definition, keeps what it must, and pays at every width."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mbq.kernels.quantize import dequantize, group_bounds, quantize, scale_and_zero
+from mbq.workers.gptq import factor, gram_matrices, round_compensated
+
+GROUP = 16
+
+
+def _case(rows: int = 5, inputs: int = 48) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weights, scales, zeros and tokens whose inputs are correlated."""
+    generator = torch.Generator().manual_seed(7)
+    weight_NK = torch.randn(rows, inputs, generator=generator)
+    mixing_KK = torch.eye(inputs) + 0.5 * torch.randn(inputs, inputs, generator=generator)
+    x_TK = torch.randn(400, inputs, generator=generator) @ mixing_KK
+    scale_NG, zero_NG = scale_and_zero(*group_bounds(weight_NK, GROUP))
+    return weight_NK, scale_NG, zero_NG, x_TK
+
+
+def _by_definition(
+    weight_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor, factors: dict[int, Tensor]
+) -> Tensor:
+    """Codes of the first two slices, one weight at a time, all later inputs updated at once."""
+    codes_NK = torch.zeros(weight_NK.shape, dtype=torch.int64)
+    for row, weight_K in enumerate(weight_NK):
+        targets = {k: weight_K.clone() for k in factors}
+        for j in range(len(weight_K)):
+            scale, zero = scale_NG[row, j // GROUP], zero_NG[row, j // GROUP]
+            levels = {
+                k: scale * (((torch.arange(16) >> (4 - 2 * k)) + 0.5) * 4.0 ** (1 - k) - zero)
+                for k in factors
+            }
+            cost = sum(4.0 ** (k - 1) * ((targets[k][j] - levels[k]) / scale) ** 2 for k in factors)
+            code = int(torch.as_tensor(cost).argmin())
+            codes_NK[row, j] = code
+            for k, factor_KK in factors.items():
+                error = (targets[k][j] - levels[k][code]) / factor_KK[j, j]
+                targets[k][j + 1 :] -= error * factor_KK[j, j + 1 :]
+    return codes_NK
+
+
+def _errors(x_TK: Tensor, weight_NK: Tensor, code_NK: Tensor, *grid: Tensor) -> list[float]:
+    """Squared output error at 1 to 4 slices."""
+    return [
+        (x_TK @ (weight_NK - dequantize(code_NK, *grid, k)).T).square().sum().item()
+        for k in range(1, 5)
+    ]
+
+
+def test_follows_its_definition() -> None:
+    weight_NK, scale_NG, zero_NG, x_TK = _case()
+    factors = {1: factor(x_TK[:200].T @ x_TK[:200]), 2: factor(x_TK.T @ x_TK)}
+    rounded_NK = round_compensated(weight_NK, scale_NG, zero_NG, factors)
+    codes_NK = quantize(rounded_NK, scale_NG, zero_NG) >> 4
+    assert torch.equal(codes_NK.long(), _by_definition(weight_NK, scale_NG, zero_NG, factors))
+
+
+def test_what_is_uncorrelated_is_rounded_to_the_nearest() -> None:
+    weight_NK, scale_NG, zero_NG, _ = _case()
+    identity = factor(torch.eye(48))
+    for slices in (1, 2, 4):
+        rounded_NK = round_compensated(weight_NK, scale_NG, zero_NG, {slices: identity})
+        dropped = 8 - 2 * slices
+        expected_NK = quantize(weight_NK, scale_NG, zero_NG) >> dropped
+        assert torch.equal(quantize(rounded_NK, scale_NG, zero_NG) >> dropped, expected_NK)
+
+
+def test_pays_at_every_width_it_is_for() -> None:
+    weight_NK, scale_NG, zero_NG, x_TK = _case(rows=64)
+    grid = scale_NG, zero_NG
+    shared = factor(x_TK.T @ x_TK)
+    plain = _errors(x_TK, weight_NK, quantize(weight_NK, *grid), *grid)
+    first_NK = quantize(round_compensated(weight_NK, *grid, {1: shared, 2: shared}), *grid)
+    rounded_NK = round_compensated(weight_NK, *grid, {3: shared, 4: shared}, first_NK, 2)
+    code_NK = quantize(rounded_NK, *grid)
+    assert torch.equal(code_NK >> 4, first_NK >> 4)
+    found = _errors(x_TK, weight_NK, code_NK, *grid)
+    assert found[0] < 0.8 * plain[0]
+    assert found[1] < plain[1]
+    # Digits below those that were kept make up for what keeping them cost.
+    nearest_NK = quantize(weight_NK, *grid).clamp((first_NK >> 4) << 4, ((first_NK >> 4) << 4) + 15)
+    nearest = _errors(x_TK, weight_NK, nearest_NK, *grid)
+    assert found[2] < 0.8 * nearest[2]
+    assert found[3] < 0.8 * nearest[3]
+
+
+@pytest.mark.parametrize("dead", ["one input", "all inputs"])
+def test_inputs_that_are_always_zero_do_no_harm(dead: str) -> None:
+    weight_NK, scale_NG, zero_NG, x_TK = _case()
+    x_TK[:, slice(3, 4) if dead == "one input" else slice(None)] = 0.0
+    rounded_NK = round_compensated(weight_NK, scale_NG, zero_NG, {1: factor(x_TK.T @ x_TK)})
+    assert rounded_NK.isfinite().all()
+    same = (
+        quantize(rounded_NK, scale_NG, zero_NG) >> 6 == quantize(weight_NK, scale_NG, zero_NG) >> 6
+    )
+    assert same.all() if dead == "all inputs" else same[:, 3].float().mean() > 0.5
+
+
+def test_gram_matrices_are_of_what_enters_each_linear() -> None:
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
+    x_BTK = torch.randn(2, 5, 6)
+    grams = gram_matrices(block, lambda: [block(part) for part in x_BTK.split(1)])
+    inner = block[:2](x_BTK).flatten(0, 1)
+    assert grams.keys() == {"0", "2"}
+    torch.testing.assert_close(grams["0"], x_BTK.flatten(0, 1).T @ x_BTK.flatten(0, 1))
+    torch.testing.assert_close(grams["2"], inner.T @ inner)
+    assert not block[0]._forward_pre_hooks

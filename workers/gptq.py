@@ -1,0 +1,141 @@
+"""Codes by error compensation: what rounding one input loses, the inputs after it make up for.
+
+GPTQ (arXiv 2210.17323, algorithm 1) for nested digits. A linear's error on its inputs is
+`|x (w - w_k)|^2 = (w - w_k) H (w - w_k)` with the Gram matrix H = x^T x. Inputs are rounded one
+after the other; with L, the upper Cholesky factor of H's inverse, the best use of the inputs j' > j
+that are not rounded yet is
+
+    w[j'] -= (w[j] - w_k[j]) / L[j, j] * L[j, j']
+
+One code must serve several slice counts, whose errors differ. So each slice count k has a weight of
+its own that is compensated for the errors of its own reconstruction, and of all codes the one is
+taken whose positions are nearest to all of them: squared distances are added with weight 4^(k-1),
+half way (in logarithms) between absolute errors and errors relative to the bin at that slice count.
+
+Legend: N out_features, K in_features, G groups, g inputs per group, C candidate codes.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from mbq.kernels.quantize import CODE_BITS, SLICE_BITS
+from mbq.workers.model import linears
+
+# Added to the Gram matrix, as a share of its mean diagonal (GPTQ's default).
+_DAMPING = 0.01
+# How far inside its bin a rounded weight lies at least, in bins: so that `quantize` finds that bin.
+_MARGIN = 0.02
+# How much more the squared error of one more slice counts (benchmarks/README.md).
+_FINER = 4.0
+
+
+def gram_matrices(block: nn.Module, run: Callable[[], object]) -> dict[str, Tensor]:
+    """Sum over tokens of x^T x for what enters each linear: float32 [K, K] by name.
+
+    Args:
+        run: passes the tokens through the block.
+    """
+    found: dict[str, Tensor] = {}
+    with _watched(block, found), torch.no_grad():
+        run()
+    return found
+
+
+def factor(gram_KK: Tensor) -> Tensor:
+    """Upper Cholesky factor of the damped Gram matrix's inverse: float32 [K, K]."""
+    damped = gram_KK.double()
+    mean = damped.diagonal().mean()
+    # Inputs that are always zero, and those of a linear that no token reached, compensate nothing.
+    damped.diagonal().add_(torch.where(mean > 0, _DAMPING * mean, 1.0))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    upper_KK: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return upper_KK.float()
+
+
+def round_compensated(
+    weight_NK: Tensor,
+    scale_NG: Tensor,
+    zero_NG: Tensor,
+    factors: Mapping[int, Tensor],
+    kept_NK: Tensor | None = None,
+    kept_slices: int = 0,
+) -> Tensor:
+    """Choose digits so that every slice count of `factors` reproduces the linear's outputs.
+
+    Args:
+        factors: `factor` of the inputs [K, K] by slice count; digits are chosen for the highest.
+        kept_NK: codes uint8 [N, K] whose first `kept_slices` digits are not to be changed.
+
+    Returns the compensated weight, float32 [N, K], moved into the bin that was chosen for it at the
+    highest slice count: `quantize` finds its digits.
+    """
+    highest = max(factors)
+    below = SLICE_BITS * (highest - kept_slices)
+    candidates = torch.arange(1 << below, device=weight_NK.device)
+    size = weight_NK.shape[1] // scale_NG.shape[1]
+    targets = {k: weight_NK.float().clone() for k in factors}
+    rounded_NK = torch.empty_like(weight_NK, dtype=torch.float32)
+    for group, start in enumerate(range(0, weight_NK.shape[1], size)):
+        scale_N1, zero_N1 = scale_NG[:, group, None], zero_NG[:, group, None]
+        stop = start + size
+        errors = {k: weight_NK.new_empty(len(weight_NK), size).float() for k in factors}
+        for j in range(start, stop):
+            codes_NC = candidates[None]
+            if kept_NK is not None:
+                first_N1 = kept_NK[:, j, None].long() >> (CODE_BITS - SLICE_BITS * kept_slices)
+                codes_NC = codes_NC + (first_N1 << below)
+            exact = {k: target[:, j, None] / scale_N1 + zero_N1 for k, target in targets.items()}
+            costs = [
+                (exact_N1 - _positions(codes_NC, highest, k)).square() * _FINER ** (k - 1)
+                for k, exact_N1 in exact.items()
+            ]
+            cost_NC = torch.stack(costs).sum(0)
+            chosen_N1 = cost_NC.argmin(1, keepdim=True)
+            bin_N1 = codes_NC.expand_as(cost_NC).gather(1, chosen_N1)
+            rounded_NK[:, j] = _inside(exact[highest], bin_N1, highest)[:, 0]
+            for k, target in targets.items():
+                error_N1 = (exact[k] - _positions(bin_N1, highest, k)) / factors[k][j, j]
+                error_N1 *= scale_N1
+                target[:, j + 1 : stop] -= error_N1 * factors[k][j, j + 1 : stop]
+                errors[k][:, j - start] = error_N1[:, 0]
+        # Later groups hear of a whole group's errors at once: one product instead of many.
+        for k, target in targets.items():
+            target[:, stop:] -= errors[k] @ factors[k][start:stop, stop:]
+        part = rounded_NK[:, start:stop]
+        part.sub_(zero_N1).mul_(scale_N1)
+    return rounded_NK
+
+
+def _positions(code: Tensor, highest: int, slices: int) -> Tensor:
+    """Where `slices` slices put a code of `highest` slices, in 2-bit bins."""
+    return ((code >> (SLICE_BITS * (highest - slices))) + 0.5) * 4.0 ** (1 - slices)
+
+
+def _inside(exact: Tensor, code: Tensor, slices: int) -> Tensor:
+    """The position nearest to `exact` that is well inside a code's bin."""
+    low = (code + _MARGIN) * 4.0 ** (1 - slices)
+    high = (code + 1 - _MARGIN) * 4.0 ** (1 - slices)
+    return exact.maximum(low).minimum(high)
+
+
+@contextmanager
+def _watched(block: nn.Module, found: dict[str, Tensor]) -> Iterator[None]:
+    """Add up what enters each linear while the block runs."""
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
+        def add(linear: nn.Module, arguments: tuple[Tensor]) -> None:
+            x_TK = arguments[0].flatten(0, -2).float()
+            gram_KK = x_TK.T @ x_TK
+            found[name] = found[name].add_(gram_KK) if name in found else gram_KK
+
+        return add
+
+    hooks = [m.register_forward_pre_hook(watch(name)) for name, m in linears(block).items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
