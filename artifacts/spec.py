@@ -84,7 +84,7 @@ class Optimisation(Document):
     passes: Annotated[int, Field(ge=2, le=1000)] = 6
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 8
     slice_counts: tuple[int, ...] = (1, 2)
-    weight_rate: Positive = 5e-3
+    weight_rate: Positive = 2e-3
     clip_rate: Positive = 1e-2
     gain_rate: Positive = 1e-2
     balance: Annotated[float, Field(ge=0, le=1)] = 0.5

@@ -45,7 +45,13 @@ def gram_matrices(block: nn.Module, run: Callable[[], object]) -> dict[str, Tens
 
 
 def factor(gram_KK: Tensor) -> Tensor:
-    """Upper Cholesky factor of the damped Gram matrix's inverse: float32 [K, K]."""
+    """Upper Cholesky factor of the damped Gram matrix's inverse: float32 [K, K].
+
+    Raises:
+        FloatingPointError: the matrix is not finite.
+    """
+    if not gram_KK.isfinite().all():
+        raise FloatingPointError("what enters a linear is not finite; use dtype float32")
     damped = gram_KK.double()
     mean = damped.diagonal().mean()
     # Inputs that are always zero, and those of a linear that no token reached, compensate nothing.

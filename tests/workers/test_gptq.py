@@ -99,6 +99,11 @@ def test_inputs_that_are_always_zero_do_no_harm(dead: str) -> None:
     assert same.all() if dead == "all inputs" else same[:, 3].float().mean() > 0.5
 
 
+def test_inputs_that_are_not_finite_are_an_error() -> None:
+    with pytest.raises(FloatingPointError, match="use dtype float32"):
+        factor(torch.tensor([[1.0, float("inf")], [float("inf"), 1.0]]))
+
+
 def test_gram_matrices_are_of_what_enters_each_linear() -> None:
     torch.manual_seed(0)
     block = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))

@@ -1,9 +1,9 @@
 """One static width by llm-compressor's GPTQ; run with the Python of an environment that has it.
 
-    python benchmarks/peers/llmcompressor_.py MODEL TOKENS OUT BITS sym|asym
+    python benchmarks/peers/with_llmcompressor.py MODEL TOKENS OUT BITS sym|asym
 
-Arguments and result as in `autoround.py`. The weights that it makes are read by what its linears do
-to unit vectors.
+Arguments and result as in `with_auto_round.py`. The weights that it makes are read by what its
+linears do to unit vectors.
 """
 
 import sys

@@ -1,9 +1,9 @@
 """One static width by GPTQModel's GPTQ; run with the Python of an environment that has it.
 
-    GPTQMODEL_CPU_WORKERS=2 python benchmarks/peers/gptqmodel_.py MODEL TOKENS OUT BITS sym|asym
+    GPTQMODEL_CPU_WORKERS=2 python benchmarks/peers/with_gptqmodel.py MODEL TOKENS OUT BITS sym|asym
 
-Arguments and result as in `autoround.py`. It calibrates in bfloat16; the weights that it makes are
-read by what its linears do to unit vectors.
+Arguments and result as in `with_auto_round.py`. It calibrates in bfloat16; the weights that it
+makes are read by what its linears do to unit vectors.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """One static width by auto-round; run with the Python of an environment that has it.
 
-    python benchmarks/peers/autoround.py MODEL TOKENS OUT BITS sym|asym
+    python benchmarks/peers/with_auto_round.py MODEL TOKENS OUT BITS sym|asym
 
 Its defaults: 200 iterations of 8 sequences, inputs of the quantized model. TOKENS is a safetensors
 file of calibration sequences `ids` [samples, length]; OUT becomes a folder of the model with the
