@@ -122,28 +122,29 @@ class TrainableLinear(nn.Module):
         )
 
     @torch.no_grad()
-    def compensate(self, grams: Mapping[int, Tensor]) -> None:
+    def compensate(self, grams: Mapping[int, Tensor], tokens: int) -> None:
         """Start from digits that make up for each other's errors.
 
         Args:
-            grams: Gram matrix of the inputs [K, K] by slice count.
+            grams: Gram matrix of the inputs [K, K] by slice count, added up over `tokens`.
         """
-        factors = {slices: factor(gram_KK) for slices, gram_KK in grams.items()}
+        factors = {slices: factor(gram_KK, tokens) for slices, gram_KK in grams.items()}
         self.value.copy_(round_compensated(self.source, *self.grid(), factors) / self._unit_NK())
 
     @torch.no_grad()
-    def finish(self, kept_slices: int, gram_KK: Tensor | None) -> CalibratedLinear:
+    def finish(self, kept_slices: int, gram_KK: Tensor | None, tokens: int) -> CalibratedLinear:
         """The codes: `kept_slices` digits as trained, those below chosen for the source's weight.
 
         The module itself then shows exactly these codes at every width.
 
         Args:
-            gram_KK: of the inputs at high widths; None if all digits are kept.
+            gram_KK: of the inputs at high widths, added up over `tokens`; None if all digits are
+                kept.
         """
         grid = self.grid()
         code_NK = quantize(self.value * self._unit_NK(), *grid)
         if gram_KK is not None:
-            factors = dict.fromkeys(range(kept_slices + 1, MAX_SLICES + 1), factor(gram_KK))
+            factors = dict.fromkeys(range(kept_slices + 1, MAX_SLICES + 1), factor(gram_KK, tokens))
             rounded_NK = round_compensated(self.source, *grid, factors, code_NK, kept_slices)
             code_NK = quantize(rounded_NK, *grid)
         self.value.copy_(dequantize(code_NK, *grid, MAX_SLICES) / self._unit_NK())
@@ -185,6 +186,7 @@ def calibrate_block(
         FloatingPointError: a loss is not finite.
     """
     target_BTH = _forward(block, run, target_inputs_BTH, microbatch)
+    tokens = target_BTH[..., 0].numel()
     kept_slices = max((k for k in settings.slice_counts if k < MAX_SLICES), default=MAX_SLICES)
     grams: dict[int, dict[str, Tensor]] = {}
     if settings.method == "joint":
@@ -195,11 +197,12 @@ def calibrate_block(
     for name, linear in trainables.items():
         first = {k: found[name] for k, found in grams.items() if k <= kept_slices}
         if first:
-            linear.compensate(first)
+            linear.compensate(first, tokens)
     _train(block, trainables, run, inputs, target_BTH, settings, microbatch, seed, report)
     low = grams.get(MAX_SLICES, {}) if kept_slices < MAX_SLICES else {}
     finished = {
-        name: linear.finish(kept_slices, low.get(name)) for name, linear in trainables.items()
+        name: linear.finish(kept_slices, low.get(name), tokens)
+        for name, linear in trainables.items()
     }
     after = _token_errors(block, trainables, run, inputs, target_BTH, microbatch)
     return Calibration(

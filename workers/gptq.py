@@ -11,6 +11,8 @@ One code must serve several slice counts, whose errors differ. So each slice cou
 its own that is compensated for the errors of its own reconstruction, and of all codes the one is
 taken whose positions are nearest to all of them: squared distances are added with weight 4^(k-1),
 half way (in logarithms) between absolute errors and errors relative to the bin at that slice count.
+Widths beyond those need the source weight itself, so the distance from it to the code's bin counts,
+too.
 
 Legend: N out_features, K in_features, G groups, g inputs per group, C candidate codes.
 """
@@ -24,12 +26,14 @@ from torch import Tensor, nn
 from mbq.kernels.quantize import CODE_BITS, SLICE_BITS
 from mbq.workers.model import linears
 
-# Added to the Gram matrix, as a share of its mean diagonal (GPTQ's default).
+# Least that is added to the Gram matrix, as a share of its mean diagonal (GPTQ's default).
 _DAMPING = 0.01
 # How far inside its bin a rounded weight lies at least, in bins: so that `quantize` finds that bin.
 _MARGIN = 0.02
 # How much more the squared error of one more slice counts (benchmarks/README.md).
 _FINER = 4.0
+# How much the squared distance from the source weight to its code's bin counts (same place).
+_STAY = 4.0
 
 
 def gram_matrices(block: nn.Module, run: Callable[[], object]) -> dict[str, Tensor]:
@@ -44,8 +48,10 @@ def gram_matrices(block: nn.Module, run: Callable[[], object]) -> dict[str, Tens
     return found
 
 
-def factor(gram_KK: Tensor) -> Tensor:
+def factor(gram_KK: Tensor, tokens: int) -> Tensor:
     """Upper Cholesky factor of the damped Gram matrix's inverse: float32 [K, K].
+
+    Damping grows with K / tokens: correlations that few tokens show are partly chance.
 
     Raises:
         FloatingPointError: the matrix is not finite.
@@ -55,7 +61,8 @@ def factor(gram_KK: Tensor) -> Tensor:
     damped = gram_KK.double()
     mean = damped.diagonal().mean()
     # Inputs that are always zero, and those of a linear that no token reached, compensate nothing.
-    damped.diagonal().add_(torch.where(mean > 0, _DAMPING * mean, 1.0))
+    share = _DAMPING + len(damped) / tokens
+    damped.diagonal().add_(torch.where(mean > 0, share * mean, 1.0))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     upper_KK: Tensor = torch.linalg.cholesky(inverse, upper=True)
     return upper_KK.float()
@@ -98,10 +105,12 @@ def round_compensated(
                 (exact_N1 - _positions(codes_NC, highest, k)).square() * _FINER ** (k - 1)
                 for k, exact_N1 in exact.items()
             ]
-            cost_NC = torch.stack(costs).sum(0)
+            source_N1 = weight_NK[:, j, None].float() / scale_N1 + zero_N1
+            away_NC = source_N1 - _inside(source_N1, codes_NC, highest, 0.0)
+            cost_NC = torch.stack([*costs, _STAY * away_NC.square()]).sum(0)
             chosen_N1 = cost_NC.argmin(1, keepdim=True)
             bin_N1 = codes_NC.expand_as(cost_NC).gather(1, chosen_N1)
-            rounded_NK[:, j] = _inside(exact[highest], bin_N1, highest)[:, 0]
+            rounded_NK[:, j] = _inside(exact[highest], bin_N1, highest, _MARGIN)[:, 0]
             for k, target in targets.items():
                 error_N1 = (exact[k] - _positions(bin_N1, highest, k)) / factors[k][j, j]
                 error_N1 *= scale_N1
@@ -120,10 +129,10 @@ def _positions(code: Tensor, highest: int, slices: int) -> Tensor:
     return ((code >> (SLICE_BITS * (highest - slices))) + 0.5) * 4.0 ** (1 - slices)
 
 
-def _inside(exact: Tensor, code: Tensor, slices: int) -> Tensor:
-    """The position nearest to `exact` that is well inside a code's bin."""
-    low = (code + _MARGIN) * 4.0 ** (1 - slices)
-    high = (code + 1 - _MARGIN) * 4.0 ** (1 - slices)
+def _inside(exact: Tensor, code: Tensor, slices: int, margin: float) -> Tensor:
+    """The position nearest to `exact` that is inside a code's bin by a margin, in bins."""
+    low = (code + margin) * 4.0 ** (1 - slices)
+    high = (code + 1 - margin) * 4.0 ** (1 - slices)
     return exact.maximum(low).minimum(high)
 
 

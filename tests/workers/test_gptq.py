@@ -34,6 +34,9 @@ def _by_definition(
                 for k in factors
             }
             cost = sum(4.0 ** (k - 1) * ((targets[k][j] - levels[k]) / scale) ** 2 for k in factors)
+            # The source weight lies within an eighth of a bin of its own code's middle.
+            away = (weight_K[j] - levels[2]).abs() / scale - 1 / 8
+            cost = cost + 4.0 * away.clamp(min=0.0) ** 2
             code = int(torch.as_tensor(cost).argmin())
             codes_NK[row, j] = code
             for k, factor_KK in factors.items():
@@ -52,7 +55,7 @@ def _errors(x_TK: Tensor, weight_NK: Tensor, code_NK: Tensor, *grid: Tensor) -> 
 
 def test_follows_its_definition() -> None:
     weight_NK, scale_NG, zero_NG, x_TK = _case()
-    factors = {1: factor(x_TK[:200].T @ x_TK[:200]), 2: factor(x_TK.T @ x_TK)}
+    factors = {1: factor(x_TK[:200].T @ x_TK[:200], 200), 2: factor(x_TK.T @ x_TK, 400)}
     rounded_NK = round_compensated(weight_NK, scale_NG, zero_NG, factors)
     codes_NK = quantize(rounded_NK, scale_NG, zero_NG) >> 4
     assert torch.equal(codes_NK.long(), _by_definition(weight_NK, scale_NG, zero_NG, factors))
@@ -60,7 +63,7 @@ def test_follows_its_definition() -> None:
 
 def test_what_is_uncorrelated_is_rounded_to_the_nearest() -> None:
     weight_NK, scale_NG, zero_NG, _ = _case()
-    identity = factor(torch.eye(48))
+    identity = factor(torch.eye(48), 400)
     for slices in (1, 2, 4):
         rounded_NK = round_compensated(weight_NK, scale_NG, zero_NG, {slices: identity})
         dropped = 8 - 2 * slices
@@ -71,7 +74,7 @@ def test_what_is_uncorrelated_is_rounded_to_the_nearest() -> None:
 def test_pays_at_every_width_it_is_for() -> None:
     weight_NK, scale_NG, zero_NG, x_TK = _case(rows=64)
     grid = scale_NG, zero_NG
-    shared = factor(x_TK.T @ x_TK)
+    shared = factor(x_TK.T @ x_TK, 400)
     plain = _errors(x_TK, weight_NK, quantize(weight_NK, *grid), *grid)
     first_NK = quantize(round_compensated(weight_NK, *grid, {1: shared, 2: shared}), *grid)
     rounded_NK = round_compensated(weight_NK, *grid, {3: shared, 4: shared}, first_NK, 2)
@@ -91,7 +94,7 @@ def test_pays_at_every_width_it_is_for() -> None:
 def test_inputs_that_are_always_zero_do_no_harm(dead: str) -> None:
     weight_NK, scale_NG, zero_NG, x_TK = _case()
     x_TK[:, slice(3, 4) if dead == "one input" else slice(None)] = 0.0
-    rounded_NK = round_compensated(weight_NK, scale_NG, zero_NG, {1: factor(x_TK.T @ x_TK)})
+    rounded_NK = round_compensated(weight_NK, scale_NG, zero_NG, {1: factor(x_TK.T @ x_TK, 400)})
     assert rounded_NK.isfinite().all()
     same = (
         quantize(rounded_NK, scale_NG, zero_NG) >> 6 == quantize(weight_NK, scale_NG, zero_NG) >> 6
@@ -101,7 +104,7 @@ def test_inputs_that_are_always_zero_do_no_harm(dead: str) -> None:
 
 def test_inputs_that_are_not_finite_are_an_error() -> None:
     with pytest.raises(FloatingPointError, match="use dtype float32"):
-        factor(torch.tensor([[1.0, float("inf")], [float("inf"), 1.0]]))
+        factor(torch.tensor([[1.0, float("inf")], [float("inf"), 1.0]]), 2)
 
 
 def test_gram_matrices_are_of_what_enters_each_linear() -> None:
