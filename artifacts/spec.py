@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from mbq.artifacts.errors import InputError, NotFoundError
 
 # Of documents and files, and of what a spec means: the same spec never stands for other bytes.
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 SLICE_BITS = 2
 WORD_INPUTS = 32
 
@@ -87,7 +87,7 @@ class Optimisation(Document):
     weight_rate: Positive = 2e-3
     clip_rate: Positive = 1e-2
     gain_rate: Positive = 1e-2
-    balance: Annotated[float, Field(ge=0, le=1)] = 0.5
+    balance: Annotated[float, Field(ge=0, le=1)] = 0.25
 
 
 class Routing(Document):

@@ -1,28 +1,23 @@
 """Finished runs beside static peers: the same model, text, tokens and group size.
 
-    python benchmarks/quality.py NAME RUN [RUN ...] \
-        --peer auto-round=PYTHON --peer gptqmodel=PYTHON --peer llmcompressor=PYTHON
+    python benchmarks/static.py SPEC PEER=PYTHON ...      # makes the peers
+    python benchmarks/quality.py NAME RUN [RUN ...]
 
-RUN is in MBQ_HOME's store; its calibration tokens are what each peer gets, its evaluation tokens
-what each is measured on, by the same code. PYTHON is the interpreter of an environment that has the
-peer (benchmarks/README.md says how they are made). Each peer makes 2, 3 and 4 bits, symmetric and
-asymmetric, one model each; what it makes is kept under build/quality and not made again. A peer
-that fails is reported with its last line.
+RUN is in MBQ_HOME's store. Every peer that was made for the first run's model and calibration
+tokens is measured on its evaluation tokens, by the same code; a peer that failed is reported.
 
 `gap` is the mean difference of log perplexity to full precision, its error paired by sequence;
 `bits` are those of the codes, `total` adds scales, zeros, gains, biases and routers. For every
 average of ours, `best` is the peer with the smallest gap at the largest width that is not above it,
-and `beside` the difference of the gaps, its error paired again. Writes
+and `beside` the difference of the gaps, its error paired again. Seconds a block are those of the
+clock and, for peers, of the processor too, since runs may have shared it. Writes
 benchmarks/results/<date>-quality-NAME.json.
 """
 
 import datetime
 import json
-import os
 import platform
 import statistics
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +25,7 @@ from typing import Any
 
 import click
 import torch
-from safetensors.torch import save_file
+from static import folder_of
 
 from mbq.artifacts import keys
 from mbq.artifacts.manifest import Results, VariantLosses
@@ -44,14 +39,7 @@ from mbq.workers.model import open_model
 from mbq.workers.opened import Job, Opened
 from mbq.workers.variants import FULL, parse
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).with_name("results")
-SCRIPTS = {
-    "auto-round": "with_auto_round.py",
-    "gptqmodel": "with_gptqmodel.py",
-    "llmcompressor": "with_llmcompressor.py",
-}
-WIDTHS = (2, 3, 4)
 # A float16 scale for a group of 128; asymmetric ones have a zero as large as a code, too.
 SCALE_BITS = 16 / 128
 # What of a spec is recorded.
@@ -63,8 +51,7 @@ Entry = dict[str, Any]
 @click.command()
 @click.argument("name")
 @click.argument("runs", nargs=-1, required=True)
-@click.option("--peer", "peers", multiple=True, metavar="NAME=PYTHON")
-def main(name: str, runs: tuple[str, ...], peers: tuple[str, ...]) -> None:
+def main(name: str, runs: tuple[str, ...]) -> None:
     """Measure peers on the text of the first run, and put its and the other runs' rows beside."""
     store_uri = str(home() / "store")
     opened = [Opened(Job(store_uri, locate(run, store_uri)[1].run, "cpu")) for run in runs]
@@ -79,10 +66,7 @@ def main(name: str, runs: tuple[str, ...], peers: tuple[str, ...]) -> None:
         found = our_entries(one)
         full = found.pop(FULL)["losses"]
         ours |= {f"{one.document.spec.propagation} {key}": row for key, row in found.items()}
-    theirs: dict[str, Entry] = {}
-    for peer in peers:
-        known, _, python = peer.partition("=")
-        theirs |= peer_entries(first, known, python)
+    theirs = peer_entries(first)
     rows = {**ours, **theirs}
     for row in rows.values():
         if "losses" in row:
@@ -95,7 +79,6 @@ def main(name: str, runs: tuple[str, ...], peers: tuple[str, ...]) -> None:
         "processor": processor(),
         "python": platform.python_version(),
         "versions": {p: version(p) for p in ("mbq-cluster", "torch", "transformers")},
-        "peers": {p.partition("=")[0]: peer_version(*p.split("=")) for p in peers},
         "command": " ".join(["python", "benchmarks/quality.py", name, *runs]),
         "runs": {d.run: d.spec.model_dump(mode="json", include=RECORDED) for d in documents},
         "sequences": len(full),
@@ -120,62 +103,37 @@ def our_entries(opened: Opened) -> dict[str, Entry]:
     return found
 
 
-def peer_entries(opened: Opened, peer: str, python: str) -> dict[str, Entry]:
-    """Rows of a peer by width and kind."""
-    document = opened.document
-    assert document.evaluation_tokens is not None, "a run with results has a text for them"
-    ids = opened.tokens(document.evaluation_tokens)
-    folder = ROOT / "build" / "quality" / document.run
-    folder.mkdir(parents=True, exist_ok=True)
-    tokens = folder / "tokens.safetensors"
-    save_file({"ids": opened.tokens(document.calibration_tokens).int()}, tokens)
+def peer_entries(opened: Opened) -> dict[str, Entry]:
+    """Rows of all peers that were made, by peer, width and kind."""
+    text = opened.document.evaluation_tokens
+    assert text is not None, "a run with results has a text for them"
     found = {}
-    for bits in WIDTHS:
-        for kind in ("sym", "asym"):
-            stem = folder / f"{peer}-{bits}-{kind}"
-            done = stem.with_suffix(".json")
-            if not done.exists():
-                done.write_text(
-                    json.dumps(make(opened, peer, python, tokens, stem, ids, bits, kind))
-                )
-            found[f"{peer} {bits} {kind}"] = json.loads(done.read_text())
+    for record in sorted(folder_of(opened.document).glob("*-*-*sym.json")):
+        made = json.loads(record.read_text(encoding="utf-8"))
+        if "failed" not in made:
+            kept = record.with_suffix(f".{text.sha256[:12]}")
+            if not kept.exists():
+                losses = measure(opened, record.with_suffix(""), opened.tokens(text))
+                kept.write_text(json.dumps(losses), encoding="utf-8")
+            made |= {"losses": json.loads(kept.read_text(encoding="utf-8"))}
+            _, bits, kind = record.stem.rsplit("-", 2)
+            made |= {"bits": int(bits), "total": total_bits(int(bits), kind)}
+            for seconds in ("seconds", "cpu_seconds"):
+                made[f"{seconds}_per_block"] = made.pop(seconds) / opened.model.block_count
+        found[record.stem] = made
     return found
 
 
-def make(
-    opened: Opened,
-    peer: str,
-    python: str,
-    tokens: Path,
-    out: Path,
-    ids: torch.Tensor,
-    bits: int,
-    kind: str,
-) -> Entry:
-    """Let a peer quantize the model and measure what it made."""
-    script = Path(__file__).parent / "peers" / SCRIPTS[peer]
-    source = opened.document.model_location
-    done = subprocess.run(
-        [python, script, source, tokens, out, str(bits), kind],
-        env=os.environ | {"GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        return {"failed": (done.stderr.strip() or done.stdout.strip()).splitlines()[-1]}
-    line = next(t for t in reversed(done.stdout.splitlines()) if t.startswith("seconds "))
-    model = open_model(open_source(str(out), "main"), torch.float32, torch.device("cpu"))
+def measure(opened: Opened, folder: Path, ids: torch.Tensor) -> list[float]:
+    """Losses of a model that a peer made."""
+    model = open_model(open_source(str(folder), "main"), torch.float32, torch.device("cpu"))
     blocks = (model.block(index) for index in range(model.block_count))
     with attention():
-        losses = sequence_losses(model, blocks, ids, opened.spec.microbatch, lambda _: None)
-    total = bits + SCALE_BITS + (bits / 128 if kind == "asym" else 0.0)
-    return {
-        "losses": losses,
-        "bits": bits,
-        "total": total,
-        "seconds_per_block": float(line.split()[1]) / model.block_count,
-    }
+        return sequence_losses(model, blocks, ids, opened.spec.microbatch, lambda _: None)
+
+
+def total_bits(bits: int, kind: str) -> float:
+    return bits + SCALE_BITS + (bits / 128 if kind == "asym" else 0.0)
 
 
 def paired(values: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
@@ -207,17 +165,11 @@ def table(rows: Mapping[str, Entry]) -> str:
             lines.append(f"{key:32}  failed: {row['failed']}")
             continue
         numbers = f"{row['bits']:7.2f}{row['total']:7.2f}{row['gap']:9.4f}{row['gap_error']:8.4f}"
-        seconds = row.get("seconds_per_block")
-        end = f"   {seconds:.0f} s a block" if seconds else ""
+        end = f"   {row['cpu_seconds_per_block']:.0f} s a block" if "version" in row else ""
         if "best" in row:
             end = f"   {row['beside']:+.4f} ± {row['beside_error']:.4f} to {row['best']}"
         lines.append(f"{key:32}{numbers}{end}")
     return "\n".join(lines)
-
-
-def peer_version(peer: str, python: str) -> str:
-    command = f"from importlib.metadata import version; print(version({peer!r}))"
-    return subprocess.check_output([python, "-c", command], text=True).strip()
 
 
 def processor() -> str:
@@ -227,5 +179,4 @@ def processor() -> str:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main()

@@ -147,9 +147,9 @@ def build_plan(document: RunDocument) -> Plan:
         weights[linear.block] += linear.out_features * linear.in_features
 
     calibration_tokens = spec.calibration.samples * spec.calibration.sequence_length
-    # Forward and backward of two widths per pass, and a few forward passes around it, of which one
-    # or two add up Gram matrices.
-    per_weight = calibration_tokens * (12.0 * spec.optimisation.passes + 6.0)
+    # Forward and backward of two widths per pass, then of one that is refined, and a few forward
+    # passes around them, of which one or two add up Gram matrices.
+    per_weight = calibration_tokens * (18.0 * spec.optimisation.passes + 6.0)
     streams = 1 + len(spec.optimisation.slice_counts) * (spec.propagation == "sequential")
     evaluation = spec.evaluation
     head = 2.0 * document.source.config["vocab_size"] * document.source.config["hidden_size"]

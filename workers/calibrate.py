@@ -13,6 +13,10 @@ slice count but the highest.
 
 Training starts from digits that compensate for each other's errors at all trained slice counts
 (`gptq.py`): gradients then have less to find, and what they find for one width harms others less.
+Low widths weigh more in that loss than high ones, because high ones can be mended afterwards at no
+cost to them: every further trained width is refined alone, with the digits of the width before it
+and all ranges kept, so that only its own digits and its gain and bias move.
+
 What training changes for the sake of low widths it also changes, without need, in the digits that
 only high widths show. So in the end the digits of the trained low widths are kept, and those below
 them are chosen anew, compensating for what the kept ones cost.
@@ -27,6 +31,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -35,7 +40,9 @@ from torch import Tensor, nn
 from mbq.artifacts.spec import Optimisation
 from mbq.kernels.fake_linear import fake_linear
 from mbq.kernels.quantize import (
+    CODE_BITS,
     MAX_SLICES,
+    SLICE_BITS,
     dequantize,
     group_bounds,
     pack_pair,
@@ -51,10 +58,25 @@ Run = Callable[[nn.Module, Tensor], Tensor]
 _INITIAL_LOGIT = 4.0
 _FINAL_RATE = 0.05
 _RUNNING_MEAN_DECAY = 0.9
+# How far inside its bin a weight stays whose digits are kept, in bins: so that it is found there.
+_MARGIN = 0.02
 # A block that outputs zeros is reproduced exactly; nothing is divided by its loss.
 _SMALLEST_LOSS = 1e-30
 # Errors before and after are a report, not a decision: a few sequences are enough.
 _SHOWN_SEQUENCES = 16
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A part of training: the slice counts drawn, for how many passes.
+
+    Attributes:
+        kept_slices: digits that do not change any more, and with them the ranges; 0 for none.
+    """
+
+    slice_counts: tuple[int, ...]
+    passes: int
+    kept_slices: int = 0
 
 
 @dataclass(frozen=True)
@@ -154,6 +176,22 @@ class TrainableLinear(nn.Module):
             pack_pair(torch.stack([*self.gain]), torch.stack([*self.bias])).cpu(),
         )
 
+    @torch.no_grad()
+    def bins(self, kept_slices: int) -> tuple[Tensor, Tensor]:
+        """Values [N, K] between which the first digits stay as they are under these ranges."""
+        scale_NG, zero_NG = self.grid()
+        code_NK = quantize(self.value * self._unit_NK(), scale_NG, zero_NG)
+        first_NK = code_NK >> (CODE_BITS - SLICE_BITS * kept_slices)
+        group_size = code_NK.shape[1] // scale_NG.shape[1]
+        scale_NK, zero_NK = (
+            t.repeat_interleave(group_size, dim=1) for t in (scale_NG / self.unit_NG, zero_NG)
+        )
+        low_NK, high_NK = (
+            ((first_NK + inside) * 4.0 ** (1 - kept_slices) - zero_NK) * scale_NK
+            for inside in (_MARGIN, 1 - _MARGIN)
+        )
+        return low_NK, high_NK
+
     def _unit_NK(self) -> Tensor:
         group_size = self.value.shape[1] // self.unit_NG.shape[1]
         return self.unit_NG.repeat_interleave(group_size, dim=1)
@@ -236,19 +274,20 @@ def _train(
     seed: int,
     report: Callable[[float], None],
 ) -> None:
-    """Descend on the joint loss. Arguments as `calibrate_block`'s."""
+    """Descend on the joint loss, stage by stage. Arguments as `calibrate_block`'s."""
     running: dict[int, float] = {}
     stages = _stages(settings)
     steps_done = 0
     batches = math.ceil(len(target_BTH) / settings.batch_size)
-    steps_total = batches * sum(passes for _, passes in stages)
-    for number, (widths, passes) in enumerate(stages):
+    steps_total = batches * sum(stage.passes for stage in stages)
+    for number, stage in enumerate(stages):
         generator = torch.Generator().manual_seed(seed + number)
-        optimiser = _optimiser(trainables, settings)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _cosine(passes * batches))
-        for batch in _batches(len(target_BTH), settings.batch_size, passes, generator):
+        optimiser = _optimiser(trainables, settings, stage)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _cosine(stage.passes * batches))
+        bins = {m: m.bins(stage.kept_slices) for m in trainables.values() if stage.kept_slices}
+        for batch in _batches(len(target_BTH), settings.batch_size, stage.passes, generator):
             optimiser.zero_grad(set_to_none=True)
-            for slices in _draw(widths, generator):
+            for slices in _draw(stage.slice_counts, generator):
                 _set_slices(trainables, slices)
                 loss = 0.0
                 for part in batch.split(microbatch):
@@ -265,8 +304,16 @@ def _train(
                 running[slices] = max(usual, _SMALLEST_LOSS)
             optimiser.step()
             schedule.step()
+            _keep(bins)
             steps_done += 1
             report(steps_done / steps_total)
+
+
+@torch.no_grad()
+def _keep(bins: Mapping[TrainableLinear, tuple[Tensor, Tensor]]) -> None:
+    """Move every weight back between the values at which its first digits are the kept ones."""
+    for linear, (low_NK, high_NK) in bins.items():
+        linear.value.copy_(linear.value.maximum(low_NK).minimum(high_NK))
 
 
 def _replace_linears(block: nn.Module, group_size: int) -> dict[str, TrainableLinear]:
@@ -276,25 +323,30 @@ def _replace_linears(block: nn.Module, group_size: int) -> dict[str, TrainableLi
     return trainables
 
 
-def _stages(settings: Optimisation) -> list[tuple[tuple[int, ...], int]]:
-    """Slice counts and passes of each stage of training."""
+def _stages(settings: Optimisation) -> list[_Stage]:
+    counts = settings.slice_counts
     if settings.method == "clip":
         first = settings.passes // 2
-        return [((1,), first), (settings.slice_counts, settings.passes - first)]
-    return [(settings.slice_counts, settings.passes)]
+        return [_Stage((1,), first), _Stage(counts, settings.passes - first)]
+    # All slices need no refining: their digits are chosen anew in the end.
+    low = sorted(k for k in counts if k < MAX_SLICES)
+    refined = [_Stage((k,), settings.passes, kept) for kept, k in pairwise(low)]
+    return [_Stage(counts, settings.passes), *refined]
 
 
 def _optimiser(
-    trainables: Mapping[str, TrainableLinear], settings: Optimisation
+    trainables: Mapping[str, TrainableLinear], settings: Optimisation, stage: _Stage
 ) -> torch.optim.Optimizer:
     modules = list(trainables.values())
-    clips = [p for m in modules for p in (m.low_logit, m.high_logit)]
-    groups: list[dict[str, Any]] = [{"params": clips, "lr": settings.clip_rate}]
+    groups: list[dict[str, Any]] = []
+    if not stage.kept_slices:
+        clips = [p for m in modules for p in (m.low_logit, m.high_logit)]
+        groups.append({"params": clips, "lr": settings.clip_rate})
     if settings.method == "joint":
         groups.append({"params": [m.value for m in modules], "lr": settings.weight_rate})
-        # At the highest width a row has nothing left to correct, and Adam's noise in it would be
-        # larger than the error of the codes.
-        corrected = sorted(settings.slice_counts)[:-1]
+        # Beside other widths the highest has nothing left to correct, and Adam's noise in a row of
+        # gains would be larger than the error of the codes.
+        corrected = stage.slice_counts if stage.kept_slices else sorted(stage.slice_counts)[:-1]
         rows = [row[k - 1] for m in modules for row in (m.gain, m.bias) for k in corrected]
         groups.append({"params": rows, "lr": settings.gain_rate})
     trained = {id(p) for group in groups for p in group["params"]}

@@ -5,16 +5,18 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mbq.artifacts.source import open_source
 from mbq.artifacts.spec import Optimisation
 from mbq.kernels.quantize import dequantize, quantize, unpack_pair
-from mbq.workers.calibrate import Calibration, calibrate_block
+from mbq.workers.calibrate import Calibration, TrainableLinear, calibrate_block
 from mbq.workers.model import open_model
 
 
-def _calibrate(folder: Path, microbatch: int = 4, **settings: Any) -> Calibration:
+def _calibrate(folder: Path, microbatch: int = 4, **options: Any) -> Calibration:
     model = open_model(open_source(str(folder), "main"), torch.float32, torch.device("cpu"))
     generator = torch.Generator().manual_seed(5)
     hidden = torch.randn(16, 24, 64, generator=generator)
@@ -24,7 +26,7 @@ def _calibrate(folder: Path, microbatch: int = 4, **settings: Any) -> Calibratio
         lambda block, x: model.run(block, 0, x),
         dict.fromkeys(range(1, 5), hidden),
         hidden,
-        Optimisation(**({"passes": 6, "batch_size": 4} | settings)),
+        Optimisation(**({"passes": 6, "batch_size": 4} | options)),
         group_size=32,
         microbatch=microbatch,
         seed=3,
@@ -150,3 +152,42 @@ def test_a_loss_that_is_not_finite_is_an_error(tiny_model: Path) -> None:
             0,
             lambda fraction: None,
         )
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**31), tails=st.floats(2.0, 30.0), passes=st.integers(2, 12))
+def test_training_is_never_worse_than_its_start(seed: int, tails: float, passes: int) -> None:
+    torch.manual_seed(seed)
+    block = nn.Sequential(nn.Linear(64, 32), nn.SiLU(), nn.Linear(32, 32))
+    for linear in (block[0], block[2]):
+        weight = torch.distributions.StudentT(tails).sample(linear.weight.shape) / 8
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+    x = torch.randn(32, 8, 64)
+    result = calibrate_block(
+        block,
+        lambda module, x: module(x),
+        dict.fromkeys(range(1, 5), x),
+        x,
+        Optimisation(passes=passes, batch_size=4),
+        group_size=32,
+        microbatch=4,
+        seed=seed,
+        report=lambda fraction: None,
+    )
+    for slices in Optimisation().slice_counts:
+        assert result.loss_after[slices] <= result.loss_before[slices]
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**31), kept=st.integers(1, 3), moved=st.floats(0.0, 10.0))
+def test_weights_kept_in_their_bins_keep_their_first_digits(
+    seed: int, kept: int, moved: float
+) -> None:
+    torch.manual_seed(seed)
+    linear = TrainableLinear(nn.Linear(64, 16), group_size=32)
+    unit_NK = linear.unit_NG.repeat_interleave(32, dim=1)
+    before_NK = quantize(linear.value * unit_NK, *linear.grid())
+    low_NK, high_NK = linear.bins(kept)
+    value_NK = linear.value + moved * torch.randn_like(linear.value)
+    after_NK = quantize(value_NK.maximum(low_NK).minimum(high_NK) * unit_NK, *linear.grid())
+    assert torch.equal(after_NK >> (8 - 2 * kept), before_NK >> (8 - 2 * kept))
