@@ -6,9 +6,13 @@ It holds the published bit planes and, per slice count, a gain and a bias per ou
 
 where k is the same for every token, or what the router of its input gives each of them; tokens of
 one k are then multiplied together. All elastic linears of a model share one `Precision`, so
-changing the width of the whole model is one assignment. Unpacking a weight costs more than
-multiplying by it, so the dequantized weight is kept in the dtype of its input: on a CPU for every
-slice count used so far, on a GPU, where memory is short, for the last one only.
+changing the width of the whole model is one assignment.
+
+Few 16-bit tokens on a GPU are multiplied by the codes themselves (`triton_decode.py`). For that the
+planes are exchanged, at first use, for the layout of `digits.py`; whoever asks for the state gets
+planes again. All else multiplies by a dequantized weight. Unpacking one costs more than multiplying
+by it, so it is kept in the dtype of its input: on a CPU for every slice count used so far, on a
+GPU, where memory is short, for the last one only.
 
 Legend: N out_features, K in_features, G groups, S slices, W words (K / 32), T tokens.
 """
@@ -20,7 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mbq.kernels.bitplanes import WORD_BITS, unpack_planes
+from mbq.kernels import dispatch
+from mbq.kernels.bitplanes import WORD_BITS, pack_planes, unpack_planes
+from mbq.kernels.digits import Digits, pack_digits, unpack_digits
 from mbq.kernels.quantize import SLICE_BITS, dequantize, unpack_pair
 from mbq.kernels.router import Precision
 
@@ -44,7 +50,10 @@ class ElasticLinear(nn.Module):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
+        self.group_size = group_size
         self.precision = precision
+        # `precision` may be asked to use fewer than are stored.
+        self.stored_slices = precision.max_slices
         for p in range(SLICE_BITS * precision.max_slices):
             self._empty(f"plane_{p}", out_features, in_features // WORD_BITS)
         self._empty("scale_zero", out_features, in_features // group_size)
@@ -52,6 +61,7 @@ class ElasticLinear(nn.Module):
             self._empty(f"gain_bias_{k}", out_features)
         self.bias = bias
         self._weights: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._digits: Digits | None = None
         # In a tuple, so that the router is not registered as a part of each of its linears.
         self._router: tuple[nn.Module, int] | None = None
         self.reset_tally()
@@ -77,10 +87,9 @@ class ElasticLinear(nn.Module):
 
     def weight(self, slices: int) -> Tensor:
         """Dequantized weight at a slice count, gain included: float32 [N, K]."""
-        planes = [self.get_buffer(f"plane_{p}") for p in range(SLICE_BITS * slices)]
         scale_NG, zero_NG = unpack_pair(self.get_buffer("scale_zero"))
         gain_N, _ = unpack_pair(self.get_buffer(f"gain_bias_{slices}"))
-        return dequantize(unpack_planes(planes), scale_NG, zero_NG, slices).mul_(gain_N[:, None])
+        return dequantize(self._code(slices), scale_NG, zero_NG, slices).mul_(gain_N[:, None])
 
     def slice_counts(self, x: Tensor) -> Tensor | int:
         """Slices that each token of `x` [..., K] gets: int64 [T], or one number for all."""
@@ -96,10 +105,13 @@ class ElasticLinear(nn.Module):
         counts = self.slice_counts(x)
         tokens = x.numel() // self.in_features
         self.tokens += tokens
+        read = counts * tokens if isinstance(counts, int) else counts.sum()
+        self.slices_read = self.slices_read + read
+        alike = counts if isinstance(counts, int) else None
+        if dispatch.decodes(x, tokens, self.group_size, alike):
+            return self._decode(x, counts)
         if isinstance(counts, int):
-            self.slices_read = self.slices_read + counts * tokens
             return self._multiply(x, counts)
-        self.slices_read = self.slices_read + counts.sum()
         present = counts.unique().tolist()
         if len(present) == 1:
             return self._multiply(x, present[0])
@@ -112,6 +124,46 @@ class ElasticLinear(nn.Module):
         for r, out in zip(rows, outs, strict=True):
             out_TN[r] = out
         return out_TN.view(*x.shape[:-1], self.out_features)
+
+    @torch.no_grad()
+    def _decode(self, x: Tensor, counts: Tensor | int) -> Tensor:
+        """Few tokens times the codes; the host learns nothing of the counts."""
+        x_TK = x.reshape(-1, self.in_features)
+        if isinstance(counts, int):
+            counts_T = torch.full((len(x_TK),), counts, dtype=torch.int32, device=x.device)
+            out_TN = dispatch.decode(x_TK, counts_T, None, self._packed())
+        else:
+            out_TN = dispatch.decode(x_TK, counts.int(), self.stored_slices, self._packed())
+        if self.bias is not None:
+            out_TN += self.bias
+        return out_TN.view(*x.shape[:-1], self.out_features)
+
+    def _packed(self) -> Digits:
+        """The run-time layout; the planes, now in it, are let go."""
+        if self._digits is None:
+            slices = self.stored_slices
+            gains = [self.get_buffer(f"gain_bias_{k}") for k in range(1, slices + 1)]
+            with torch.inference_mode(False):
+                self._digits = pack_digits(
+                    self._code(slices), self.get_buffer("scale_zero"), torch.stack(gains), slices
+                )
+                for p in range(SLICE_BITS * slices):
+                    self._empty(f"plane_{p}", 0)
+        return self._digits
+
+    def _code(self, slices: int) -> Tensor:
+        if self._digits is not None:
+            return unpack_digits(self._digits)
+        return unpack_planes([self.get_buffer(f"plane_{p}") for p in range(SLICE_BITS * slices)])
+
+    def _unpack(self) -> None:
+        """Planes again, and nothing remembered."""
+        self._weights = {}
+        if self._digits is not None:
+            planes = pack_planes(self._code(self.stored_slices))
+            self._digits = None
+            for p, plane_NW in enumerate(planes):
+                self.register_buffer(f"plane_{p}", plane_NW.clone())
 
     def _multiply(self, x: Tensor, slices: int) -> Tensor:
         key = (slices, x.dtype)
@@ -128,12 +180,16 @@ class ElasticLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Moving or loading the module makes every remembered weight wrong.
-        self._weights = {}
+        self._unpack()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._unpack()
+        super()._save_to_state_dict(*args, **kwargs)
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._weights = {}
+        self._unpack()
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:

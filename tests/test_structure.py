@@ -93,7 +93,7 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
         f"mbq/{folder}/{path.name}"
         for folder in FOLDERS
         for path in (ROOT / folder).iterdir()
-        if path.suffix in (".py", ".html") or path.name == "py.typed"
+        if path.suffix in (".py", ".html", ".json") or path.name == "py.typed"
     }
     assert names == expected
 

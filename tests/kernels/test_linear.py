@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from mbq.kernels import dispatch
 from mbq.kernels.bitplanes import pack_planes
 from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.quantize import dequantize, pack_pair
@@ -158,3 +159,53 @@ def test_a_linear_without_a_router_says_so() -> None:
     precision.slices = None
     with pytest.raises(RuntimeError, match="has no router"):
         _linear(1, precision)(torch.randn(1, COLUMNS))
+
+
+@pytest.fixture
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decode kernel, in Triton's interpreter, serves what it would serve on a GPU."""
+    monkeypatch.setattr(dispatch, "decodes", lambda x, *_: x.dtype is torch.float16)
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("slices", [1, 4])
+def test_decoding_gives_what_dequantizing_does(slices: int, bias: bool) -> None:
+    linear = _linear(0, Precision(4), bias)
+    linear.precision.slices = slices
+    x = torch.randn(2, 3, COLUMNS)
+    with torch.no_grad():
+        out = linear(x.half())
+        assert out.shape == (2, 3, ROWS)
+        assert torch.allclose(out.float(), linear(x.half().float()), rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+def test_decoding_routed_tokens() -> None:
+    linear = _linear(0, Precision(4))
+    linear.route(_Given(torch.tensor([1, 4, 2, 3, 1])), 0)
+    linear.precision.slices = None
+    x = torch.randn(5, COLUMNS)
+    with torch.no_grad():
+        out, expected = linear(x.half()), linear(x.half().float())
+    assert torch.allclose(out.float(), expected, rtol=5e-3, atol=5e-3)
+    assert linear.tokens == 10
+    assert int(linear.slices_read) == 22
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+def test_after_decoding_the_state_is_as_it_was() -> None:
+    linear = _linear(0, Precision(4))
+    with torch.no_grad():
+        linear(torch.randn(1, COLUMNS).half())
+        # Exchanged for the run-time layout, not kept beside it.
+        assert linear.get_buffer("plane_0").numel() == 0
+        before = linear(torch.ones(1, COLUMNS))
+        state = linear.state_dict()
+        assert all(torch.equal(state[name], value) for name, value in _state(0).items())
+        assert torch.equal(linear(torch.ones(1, COLUMNS)), before)
+        linear(torch.randn(1, COLUMNS).half())
+        linear.load_state_dict(_state(1), strict=False)
+        assert torch.equal(
+            linear(torch.ones(1, COLUMNS)), _linear(1, Precision(4))(torch.ones(1, COLUMNS))
+        )

@@ -1,0 +1,413 @@
+"""Decode kernels on a GPU: correctness first, then microseconds beside the bounds and peers.
+
+    python benchmarks/kernels.py --out benchmarks/results
+    python benchmarks/kernels.py --tune kernels          # tiles for this GPU, then the same
+
+For every shape, width and number of tokens: time of one launch in a captured graph of many, with
+weights that rotate through more memory than the L2 cache holds; median of replays, and the share
+that the middle half of them spreads over. Bounds: bytes (codes, scales, zeros, inputs, outputs) at
+the measured memory speed, operations at the measured bf16 speed. `empty` is a graph node of an
+empty kernel. Peers in the same run: cuBLAS in bf16 and torch's int4 kernel (tinygemm), at 4 bits.
+Data are random; outputs are held against float64 first. Needs torch, triton and click only.
+"""
+
+import datetime
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mbq.kernels import dispatch
+from mbq.kernels.digits import BLOCK_INPUTS, Digits, pack_digits
+from mbq.kernels.quantize import dequantize, pack_pair, unpack_pair
+from mbq.kernels.reference import routed_linear
+from mbq.kernels.triton_decode import Prepared, Tile, multiply, prepare, token_tile
+
+SHAPES = {
+    "llama2-7b": {
+        "qkv": (12288, 4096),
+        "o": (4096, 4096),
+        "gate_up": (22016, 4096),
+        "down": (4096, 11008),
+    },
+    "llama2-13b": {
+        "qkv": (15360, 5120),
+        "o": (5120, 5120),
+        "gate_up": (27648, 5120),
+        "down": (5120, 13824),
+    },
+    "llama3-8b": {
+        "qkv": (6144, 4096),
+        "o": (4096, 4096),
+        "gate_up": (28672, 4096),
+        "down": (4096, 14336),
+    },
+}
+BLOCKS = {"llama2-7b": 32, "llama2-13b": 40, "llama3-8b": 32}
+TOKENS = (1, 4, 8, 16, 32, 64)
+GROUP = 128
+# More than any L2 holds, several times.
+ROTATED_BYTES = 240e6
+TOLERANCE = 5e-3
+SPLITS = (1, 2, 4, 8, 16)
+CUTS = ((64, 1), (64, 2), (128, 2), (128, 4))
+STAGES = (3, 5)
+
+Point = dict[str, Any]
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for results.")
+@click.option("--tune", type=click.Path(path_type=Path), help="Folder for measured tiles.")
+@click.option("--model", "models", multiple=True, type=click.Choice(list(SHAPES)))
+def main(out: Path, tune: Path | None, models: tuple[str, ...]) -> None:
+    """Check and time the decode kernels on the shapes of LLaMA models."""
+    torch.manual_seed(0)
+    chosen = models or tuple(SHAPES)
+    ceilings = measure_ceilings()
+    click.echo(json.dumps(ceilings))
+    shapes = sorted({shape for model in chosen for shape in SHAPES[model].values()})
+    if tune is not None:
+        tiles = tune_tiles(shapes)
+        major, minor = torch.cuda.get_device_capability()
+        name = f"tiles_sm{major}{minor}.json"
+        (tune / name).write_text(json.dumps(tiles, indent=1) + "\n", encoding="utf-8")
+        (out / name).write_text(json.dumps(tiles, indent=1) + "\n", encoding="utf-8")
+    errors = {f"{n} x {k}": check(n, k) for n, k in shapes}
+    click.echo(f"largest error against float64: {max(errors.values()):.1e}")
+    result: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "hardware": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "command": "python " + " ".join(sys.argv),
+        "ceilings": ceilings,
+        "errors": errors,
+        "repeatable": all(repeatable(n, k) for n, k in shapes),
+    }
+    result["mixed"] = [p for shape in shapes[-1:] for p in time_mixed(*shape)]
+    points: list[Point] = []
+    path = out / f"{result['date']}-kernels.json"
+    for shape in shapes:
+        points += time_shape(*shape, ceilings)
+        document = result | {"points": points, "sums": model_sums(points, chosen)}
+        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    show(points, model_sums(points, chosen))
+    if max(errors.values()) > TOLERANCE or not result["repeatable"]:
+        raise click.ClickException("wrong or unrepeatable results")
+
+
+@triton.jit
+def _empty_kernel(x_ptr):
+    tl.store(x_ptr, 1.0, mask=tl.program_id(0) < 0)
+
+
+@triton.jit
+def _read_kernel(x_ptr, out_ptr, count, SIZE: tl.constexpr):
+    total = tl.zeros((SIZE,), dtype=tl.float32)
+    start = tl.program_id(0) * SIZE
+    for at in tl.range(start, count, tl.num_programs(0) * SIZE, num_stages=4):
+        total += tl.load(x_ptr + at + tl.arange(0, SIZE))
+    tl.store(out_ptr + tl.program_id(0), tl.sum(total))
+
+
+def measure_ceilings() -> dict[str, float]:
+    """Memory speed (the faster of copying and reading), bf16 product speed, an empty kernel."""
+    source = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(source)
+    # Not `copy_`: in a graph that is a node of the copy engine, which is slower than kernels are.
+    copied = time_graph(lambda: torch.neg(source, out=target), 8)[0]
+    sums = torch.empty(132 * 8, device="cuda")
+    read = time_graph(
+        lambda: _read_kernel[(132 * 8,)](source, sums, source.numel(), SIZE=4096, num_warps=8), 8
+    )[0]
+    size = source.numel() * source.element_size()
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = time_graph(lambda: torch.mm(a, b), 8)[0]
+    x = torch.zeros(1, device="cuda")
+    empty = time_graph(lambda: _empty_kernel[(132,)](x), 200)[0]
+    return {
+        "bytes_per_second": max(2 * size / copied, size / read),
+        "copied_bytes_per_second": 2 * size / copied,
+        "read_bytes_per_second": size / read,
+        "flop_per_second": 2 * 8192**3 / product,
+        "empty_seconds": empty,
+    }
+
+
+def time_graph(launch: Callable[[], Any], count: int, replays: int = 15) -> tuple[float, float]:
+    """Median seconds of one of `count` launches in a graph, and its interquartile range."""
+    launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            launch()
+    for _ in range(3):
+        graph.replay()
+    times = []
+    for _ in range(replays):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / count)
+    low, middle, high = statistics.quantiles(times, n=4)
+    return middle, high - low
+
+
+def random_digits(n: int, k: int) -> Digits:
+    """Random codes, scales near 1 and zeros near the middle, made in the layout itself."""
+    shape = (4, k // BLOCK_INPUTS, n, 32)
+    groups = k // GROUP
+    scale = 0.5 + torch.rand(groups, n, device="cuda")
+    zero = 1.5 + torch.rand(groups, n, device="cuda")
+    gain = 0.9 + 0.2 * torch.rand(4, n, device="cuda")
+    return Digits(
+        torch.randint(-(2**15), 2**15, shape, dtype=torch.int16, device="cuda"),
+        pack_pair(scale, zero),
+        pack_pair(gain, torch.randn(4, n, device="cuda")),
+        n,
+        k,
+        GROUP,
+    )
+
+
+def rotation(n: int, k: int, bits: int) -> list[Digits]:
+    """As many weights as it takes to leave the cache between two uses of one."""
+    return [random_digits(n, k) for _ in range(math.ceil(ROTATED_BYTES / (n * k * bits / 8)) + 1)]
+
+
+def decode_times(
+    weights: list[Digits], prepared: Prepared, tile: Tile, replays: int = 15
+) -> tuple[float, float]:
+    """Seconds of one multiplication, weights rotating."""
+    turn = itertools.cycle(weights)
+    launches = max(len(weights), 24)
+    return time_graph(
+        lambda: multiply(prepared, next(turn), tile, torch.bfloat16), launches, replays
+    )
+
+
+def tokens_at(m: int, k: int, slices: int) -> Prepared:
+    """Random tokens that all take the same slices."""
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    counts = torch.full((m,), slices, dtype=torch.int32, device="cuda")
+    return prepare(x, counts, GROUP, None)
+
+
+def candidates(n: int, k: int) -> list[Tile]:
+    """Tiles worth timing: enough programs for every multiprocessor, not far too many."""
+    found = []
+    for (rows, warps), split, stages in itertools.product(CUTS, SPLITS, STAGES):
+        programs = n // rows * split
+        if 128 <= programs <= 3000 and split <= k // BLOCK_INPUTS:
+            found.append(Tile(rows, split, warps, stages))
+    return found
+
+
+def tune_tiles(shapes: list[tuple[int, int]]) -> dict[str, dict[str, list[int]]]:
+    """The fastest tile per shape and token tile, over 2, 4 and 8 bits alike."""
+    compile_all()
+    best: dict[str, dict[str, list[int]]] = {}
+    for n, k in shapes:
+        weights = rotation(n, k, 2)
+        for m in (1, 16, 32):
+            scores = {}
+            for tile in candidates(n, k):
+                times = [
+                    decode_times(weights[: math.ceil(len(weights) * 2 / bits) + 1], p, tile, 5)[0]
+                    for bits in (2, 4, 8)
+                    for p in [tokens_at(m, k, bits // 2)]
+                ]
+                scores[tile] = sum(math.log(t) for t in times)
+            tile = min(scores, key=lambda t: scores[t])
+            entry = best.setdefault(f"{n} x {k}", {})
+            entry[str(token_tile(m))] = [tile.rows, tile.split, tile.warps, tile.stages]
+        click.echo(f"{n} x {k}: {best[f'{n} x {k}']}")
+    return best
+
+
+def compile_all() -> None:
+    """Fill Triton's cache from many processes."""
+    tiles = {tile for n in (4096, 28672) for tile in candidates(n, 14336)}
+    jobs = [(m, t.rows, t.split, t.warps, t.stages) for m in (1, 16, 32) for t in tiles]
+    workers = max((os.cpu_count() or 2) - 2, 1)
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        pool.map(_compile, jobs, chunksize=4)
+
+
+def _compile(job: tuple[int, ...]) -> None:
+    m, *cut = job
+    multiply(tokens_at(m, 4096, 2), random_digits(256, 4096), Tile(*cut), torch.bfloat16)
+    torch.cuda.synchronize()
+
+
+def check(n: int, k: int) -> float:
+    """Largest relative error over uniform and mixed slice counts, against float64."""
+    code = torch.randint(0, 256, (n, k), dtype=torch.uint8, device="cuda")
+    scale = (0.5 + torch.rand(n, k // GROUP, device="cuda")).half().float()
+    zero = (1.5 + torch.rand(n, k // GROUP, device="cuda")).half().float()
+    gain = 0.9 + 0.2 * torch.rand(4, n, device="cuda")
+    gain_bias = pack_pair(gain, torch.randn(4, n, device="cuda"))
+    gain_SN, bias_SN = unpack_pair(gain_bias)
+    weight = pack_digits(code, pack_pair(scale, zero), gain_bias, 4)
+    weight_SNK = torch.stack(
+        [dequantize(code, scale, zero, s) * gain_SN[s - 1][:, None] for s in range(1, 5)]
+    )
+    worst = 0.0
+    for m, mixed in [(1, False), (3, True), (8, False), (16, True), (33, False), (64, True)]:
+        x = 10 * torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        counts = torch.randint(1, 5, (m,), dtype=torch.int32, device="cuda")
+        counts = counts if mixed else counts[:1].repeat(m)
+        prepared = prepare(x, counts, GROUP, 4 if mixed else None)
+        tile = dispatch.tile(n, k, m, x.device)
+        # What is allocated next lies where this was: an element that is not written stays NaN.
+        poison = torch.full((m, n), math.nan, dtype=torch.bfloat16, device="cuda")
+        del poison
+        out = multiply(prepared, weight, tile, torch.bfloat16).double()
+        some = slice(None, None, max(m // 4, 1))
+        expected = routed_linear(x[some].double(), weight_SNK, bias_SN, counts[some])
+        error = ((out[some] - expected).norm() / expected.norm()).item()
+        worst = max(worst, error if math.isfinite(error) else math.inf)
+    return worst
+
+
+def repeatable(n: int, k: int) -> bool:
+    """Whether two runs give the same bits."""
+    weight, prepared = random_digits(n, k), tokens_at(5, k, 3)
+    tile = dispatch.tile(n, k, 5, weight.digits_SBN32.device)
+    outs = [multiply(prepared, weight, tile, torch.bfloat16) for _ in range(3)]
+    return all(torch.equal(out, outs[0]) for out in outs)
+
+
+def time_shape(n: int, k: int, ceilings: dict[str, float]) -> list[Point]:
+    """All widths and numbers of tokens of one shape, with peers."""
+    points = []
+    peers = {m: time_peers(n, k, m) for m in TOKENS}
+    for bits in (2, 4, 6, 8):
+        weights = rotation(n, k, bits)
+        for m in TOKENS:
+            tile = dispatch.tile(n, k, m, torch.device("cuda"))
+            seconds, spread = decode_times(weights, tokens_at(m, k, bits // 2), tile)
+            moved = n * k * (bits + 32 / GROUP) / 8 + 2 * m * (n + k)
+            bound = max(
+                moved / ceilings["bytes_per_second"],
+                2 * m * n * k / ceilings["flop_per_second"],
+            )
+            points.append(
+                {
+                    "n": n,
+                    "k": k,
+                    "tokens": m,
+                    "bits": bits,
+                    "tile": [tile.rows, tile.split, tile.warps, tile.stages],
+                    "seconds": seconds,
+                    "spread_seconds": spread,
+                    "bound_seconds": bound,
+                    "of_bound": bound / seconds,
+                    "of_bound_and_empty": (bound + ceilings["empty_seconds"]) / seconds,
+                    **peers[m],
+                }
+            )
+    return points
+
+
+def time_mixed(n: int, k: int) -> list[Point]:
+    """One token in ten takes four slices, the others one: a batch reads what its hungriest does."""
+    weights = rotation(n, k, 2)
+    points = []
+    for m in (1, 4, 16, 64):
+        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        for hungry in sorted({0, math.ceil(m / 10)}):
+            counts = torch.ones(m, dtype=torch.int32, device="cuda")
+            counts[:hungry] = 4
+            prepared = prepare(x, counts, GROUP, 4)
+            tile = dispatch.tile(n, k, m, x.device)
+            preparing = time_graph(lambda x=x, c=counts: prepare(x, c, GROUP, 4), 24)[0]
+            points.append(
+                {
+                    "n": n,
+                    "k": k,
+                    "tokens": m,
+                    "tokens_with_4_slices": hungry,
+                    "slices_read": int(prepared.most),
+                    "seconds": decode_times(weights, prepared, tile)[0],
+                    "prepare_seconds": preparing,
+                }
+            )
+    return points
+
+
+def time_peers(n: int, k: int, m: int) -> dict[str, float]:
+    """Seconds of cuBLAS in bf16 and of torch's int4 kernel on the same shape."""
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    full = [
+        torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
+        for _ in range(max(math.ceil(ROTATED_BYTES / (2 * n * k)), 2))
+    ]
+    turn = itertools.cycle(full)
+    cublas = time_graph(lambda: torch.mm(x, next(turn).T), 24)[0]
+    count = math.ceil(ROTATED_BYTES / (n * k / 2))
+    codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
+    packed = [torch._convert_weight_to_int4pack(codes, 8) for _ in range(count)]
+    scales: Tensor = torch.rand(k // GROUP, n, 2, device="cuda").bfloat16()
+    quarter = itertools.cycle(packed)
+    tinygemm = time_graph(
+        lambda: torch._weight_int4pack_mm(x, next(quarter), GROUP, scales), max(count, 24)
+    )[0]
+    return {"cublas_seconds": cublas, "tinygemm_4bit_seconds": tinygemm}
+
+
+def model_sums(points: list[Point], models: tuple[str, ...]) -> list[Point]:
+    """All linears of a model, by width and tokens: seconds, shares of the bound, against peers."""
+    by_key = {(p["n"], p["k"], p["tokens"], p["bits"]): p for p in points}
+    sums = []
+    for model, m, bits in itertools.product(models, TOKENS, (2, 4, 6, 8)):
+        found = [by_key.get((*shape, m, bits)) for shape in SHAPES[model].values()]
+        if None in found:
+            continue
+        total = {
+            key: BLOCKS[model] * sum(p[key] for p in found if p)
+            for key in ("seconds", "bound_seconds", "cublas_seconds", "tinygemm_4bit_seconds")
+        }
+        shares = {
+            "of_bound": total["bound_seconds"] / total["seconds"],
+            "faster_than_cublas": total["cublas_seconds"] / total["seconds"],
+        }
+        sums.append({"model": model, "tokens": m, "bits": bits, **total, **shares})
+    return sums
+
+
+def show(points: list[Point], sums: list[Point]) -> None:
+    """Short tables, the sums last."""
+    click.echo("N x K | tokens | bits | us | bound | % | % with empty | cuBLAS us | int4 us | tile")
+    for p in points:
+        us = {key: p[f"{key}_seconds"] * 1e6 for key in ("bound", "cublas", "tinygemm_4bit")}
+        click.echo(
+            f"{p['n']} x {p['k']} | {p['tokens']} | {p['bits']} | {p['seconds'] * 1e6:.1f} | "
+            f"{us['bound']:.1f} | {p['of_bound']:.0%} | {p['of_bound_and_empty']:.0%} | "
+            f"{us['cublas']:.1f} | {us['tinygemm_4bit']:.1f} | {p['tile']}"
+        )
+    for s in sums:
+        click.echo(
+            f"{s['model']} | {s['tokens']} | {s['bits']} | {s['seconds'] * 1e3:.3f} ms | "
+            f"{s['of_bound']:.0%} of bound | {s['faster_than_cublas']:.2f}x cuBLAS"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Run-time layout of the codes on a GPU: planes of 2-bit digits, one plane per slice.
+
+    digits int16 [S, B, N', 32], contiguous; slices from the most significant one
+    bits 2i+1:2i of element [e, b, n, j] are digit e of input 256 b + 32 i + j of row n
+
+so k slices are a prefix, the rows of a block of 256 inputs lie side by side, and one shift and mask
+of a word gives the same digit position of 32 neighbouring inputs: an operand of a matrix
+instruction without any permutation. Rows are padded to a multiple of 128, inputs to one of 256;
+what is padded has scale 0 and adds nothing. Scales and zeros lie with rows innermost:
+
+    scale_zero int32 [B * 256 / g, N']   float16 pair, scale in the low half
+    gain_bias  int32 [S, N']             float16 pair, row k - 1 for k slices
+
+Legend: N out_features, N' N padded, K in_features, B blocks of 256 inputs, G groups, g inputs per
+group, S slices.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mbq.kernels.quantize import CODE_BITS, SLICE_BITS
+
+BLOCK_INPUTS = 256
+ROW_MULTIPLE = 128
+# Group sizes that divide a block; the kernels restart their sums at every group.
+GROUP_SIZES = (32, 64, 128, 256)
+_CHUNKS = 8
+
+
+@dataclass(frozen=True)
+class Digits:
+    """One linear's codes and what scales them, as the kernels read them (see the header)."""
+
+    digits_SBN32: Tensor
+    scale_zero_GN: Tensor
+    gain_bias_SN: Tensor
+    out_features: int
+    in_features: int
+    group_size: int
+
+
+def pack_digits(
+    code_NK: Tensor, scale_zero_NG: Tensor, gain_bias_SN: Tensor, slices: int
+) -> Digits:
+    """From codes uint8 [N, K] and the published pairs, int32 [N, G] and [S, N].
+
+    Raises:
+        ValueError: the group size is none of `GROUP_SIZES`.
+    """
+    rows, inputs = code_NK.shape
+    group_size = inputs // scale_zero_NG.shape[1]
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"group size {group_size} must be one of {GROUP_SIZES}")
+    more_rows, more_inputs = -rows % ROW_MULTIPLE, -inputs % BLOCK_INPUTS
+    code_N8 = F.pad(code_NK, (0, more_inputs, 0, more_rows)).unflatten(1, (-1, _CHUNKS, 32))
+    planes = []
+    for e in range(slices):
+        digit = ((code_N8 >> (CODE_BITS - SLICE_BITS * (e + 1))) & 3).to(torch.int16)
+        word_NB32 = digit[:, :, 0].clone()
+        for i in range(1, _CHUNKS):
+            word_NB32 |= digit[:, :, i] << (2 * i)
+        planes.append(word_NB32.transpose(0, 1))
+    groups = (inputs + more_inputs) // group_size
+    padded_NG = F.pad(scale_zero_NG, (0, groups - scale_zero_NG.shape[1], 0, more_rows))
+    return Digits(
+        torch.stack(planes),
+        padded_NG.T.contiguous(),
+        F.pad(gain_bias_SN, (0, more_rows)).contiguous(),
+        rows,
+        inputs,
+        group_size,
+    )
+
+
+def unpack_digits(packed: Digits) -> Tensor:
+    """The codes again, uint8 [N, K]; digits of slices that are not there are 0."""
+    code_NK: Tensor | None = None
+    for e, word_BN32 in enumerate(packed.digits_SBN32):
+        chunks = [((word_BN32 >> (2 * i)) & 3).to(torch.uint8) for i in range(_CHUNKS)]
+        digit_NK = torch.stack(chunks, dim=2).transpose(0, 1).flatten(1)
+        shifted_NK = digit_NK << (CODE_BITS - SLICE_BITS * (e + 1))
+        code_NK = shifted_NK if code_NK is None else code_NK | shifted_NK
+    assert code_NK is not None
+    return code_NK[: packed.out_features, : packed.in_features]

@@ -1,0 +1,59 @@
+"""The run-time layout: known words, round trips of odd shapes, and what is padded."""
+
+import pytest
+import torch
+
+from mbq.kernels.digits import pack_digits, unpack_digits
+from mbq.kernels.quantize import pack_pair, unpack_pair
+
+
+def _pack(code_NK: torch.Tensor, group_size: int, slices: int = 4):
+    rows, inputs = code_NK.shape
+    pair_NG = pack_pair(*torch.rand(2, rows, inputs // group_size))
+    return pack_digits(code_NK, pair_NG, pack_pair(*torch.rand(2, 4, rows)), slices)
+
+
+def test_words_of_known_codes() -> None:
+    code = torch.zeros(2, 256, dtype=torch.uint8)
+    code[0, 0] = 0b11_00_00_00  # input 0: position 0 of word 0
+    code[1, 37] = 0b00_10_00_01  # input 32 + 5: position 1 of word 5
+    code[1, 255] = 0b10_00_00_00  # input 224 + 31: position 7 of word 31, in the sign
+    digits = _pack(code, 128).digits_SBN32
+    assert digits.shape == (4, 1, 128, 32)
+    assert digits[0, 0, 0, 0] == 3
+    assert digits[1, 0, 1, 5] == 2 << 2
+    assert digits[3, 0, 1, 5] == 1 << 2
+    assert digits[0, 0, 1, 31] == -(2**15)
+    assert digits.count_nonzero() == 4
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "group_size"), [(1, 128, 128), (70, 384, 32), (200, 768, 64), (3, 512, 256)]
+)
+def test_codes_come_back(rows: int, inputs: int, group_size: int) -> None:
+    code = torch.randint(0, 256, (rows, inputs), dtype=torch.uint8)
+    packed = _pack(code, group_size)
+    assert torch.equal(unpack_digits(packed), code)
+
+
+@pytest.mark.parametrize("slices", [1, 2, 3])
+def test_fewer_slices_are_a_prefix(slices: int) -> None:
+    code = torch.randint(0, 256, (5, 256), dtype=torch.uint8)
+    few, all_ = _pack(code, 128, slices), _pack(code, 128)
+    assert torch.equal(few.digits_SBN32, all_.digits_SBN32[:slices])
+    kept = 0xFF << (8 - 2 * slices) & 0xFF
+    assert torch.equal(unpack_digits(few), code & kept)
+
+
+def test_padding_has_scale_zero() -> None:
+    packed = _pack(torch.full((3, 128), 255, dtype=torch.uint8), 128)
+    scale, _ = unpack_pair(packed.scale_zero_GN)
+    assert scale.shape == (2, 128)
+    assert (scale[0, :3] > 0).all()
+    assert not scale[1].any()
+    assert not scale[:, 3:].any()
+
+
+def test_a_group_that_straddles_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match="group size 96 must be one of"):
+        _pack(torch.zeros(4, 192, dtype=torch.uint8), 96)

@@ -1,0 +1,41 @@
+"""Which kernel, and how it is cut."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mbq.kernels import dispatch
+from mbq.kernels.digits import ROW_MULTIPLE
+
+FOLDER = Path(dispatch.__file__).parent
+
+
+@pytest.mark.parametrize(("rows", "blocks"), [(128, 1), (4096, 16), (11008, 43), (128256, 16)])
+@pytest.mark.parametrize("width", [8, 16, 32])
+def test_the_rule_of_thumb_leaves_work_for_every_program(
+    rows: int, blocks: int, width: int
+) -> None:
+    tile = dispatch.default_tile(rows, blocks, width)
+    assert rows % tile.rows == 0
+    assert 1 <= tile.split <= blocks
+
+
+def test_shipped_tiles_fit_their_shapes() -> None:
+    files = list(FOLDER.glob("tiles_sm*.json"))
+    assert files
+    for file in files:
+        for shape, by_width in json.loads(file.read_text(encoding="utf-8")).items():
+            rows, inputs = map(int, shape.split(" x "))
+            assert rows % ROW_MULTIPLE == 0
+            for tile, split, warps, stages in by_width.values():
+                assert rows % tile == 0
+                assert split * 256 <= inputs
+                assert warps in (1, 2, 4, 8)
+                assert stages >= 1
+
+
+def test_on_a_cpu_weights_are_dequantized() -> None:
+    x = torch.zeros(1, 256, dtype=torch.bfloat16)
+    assert not dispatch.decodes(x, 1, 128, 1)

@@ -1,0 +1,48 @@
+"""What the compiler makes of the decode kernel for GPUs that are not here.
+
+`instructions.json` holds instructions per digit by Triton version and kernel: a ratchet. Where a
+version is not listed, all but that is checked.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "support" / "compiled.py"
+SHARED_BYTES = {"sm_80": 166912, "sm_90": 232448}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, Any]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True, check=True
+    )
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_fits_the_hardware(compiled: dict[str, Any]) -> None:
+    for name, kernel in compiled["kernels"].items():
+        assert kernel["stack_bytes"] == 0, f"{name} spills"
+        assert kernel["shared_bytes"] <= SHARED_BYTES[name[:5]], name
+
+
+def test_loads_are_wide_and_digits_meet_matrix_units(compiled: dict[str, Any]) -> None:
+    for name, kernel in compiled["kernels"].items():
+        assert kernel["wide_loads"] > 0, name
+        assert kernel["matrix"] > 0, name
+
+
+def test_no_more_instructions_than_before(compiled: dict[str, Any]) -> None:
+    known = json.loads((Path(__file__).parent / "instructions.json").read_text(encoding="utf-8"))
+    limits = known.get(compiled["triton"], {})
+    found = {name: kernel["instructions"] for name, kernel in compiled["kernels"].items()}
+    assert found
+    for name, limit in limits.items():
+        assert found[name] <= limit * 1.05, f"{name}: {found[name]:.2f} instructions per digit"

@@ -1,0 +1,107 @@
+"""Compile the decode kernel for GPUs that are not here, and print what it takes, as JSON.
+
+    python tests/support/compiled.py
+
+Runs in a process of its own, without TRITON_INTERPRET. Triton's package brings the assembler and
+the disassembler. `instructions` are those of the largest loop, per digit (2 bits of one weight).
+"""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mbq.kernels import dispatch
+from mbq.kernels.triton_decode import _decode_kernel
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+POINTERS = {"x_ptr": "*fp16", "digits_ptr": "*i16", "out_ptr": "*bf16"}
+WHOLE = ("scale_zero_ptr", "gain_bias_ptr", "counts_ptr", "most_ptr", "arrived_ptr")
+# What the launcher finds to be multiples of 16 at every real shape.
+ALIGNED = ("out_features", "rows", "x_slice")
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(.*?);")
+
+
+def main() -> None:
+    found = {}
+    for architecture in (80, 90):
+        for width in (8, 16, 32):
+            found[f"sm_{architecture}, {width} tokens"] = build(architecture, width)
+    print(json.dumps({"triton": triton.__version__, "kernels": found}))
+
+
+def build(architecture: int, width: int) -> dict[str, Any]:
+    """The default tile of LLaMA-2-7B's gate and up, for a number of tokens a program."""
+    tile = dispatch.default_tile(22016, 16, width)
+    constants = {
+        "ROWS": tile.rows,
+        "TOKENS": width,
+        "SPLIT": tile.split,
+        "STAGES": tile.stages,
+        "BLOCK_GROUPS": 2,
+        "ASM": True,
+    }
+    names = _decode_kernel.arg_names
+    signature = {name: "constexpr" if name in constants else _kind(name) for name in names}
+    aligned = [name for name in names if name.endswith("_ptr") or name in ALIGNED]
+    source = ASTSource(
+        fn=_decode_kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": tile.warps}
+    )
+    with TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _run("cuobjdump", "--dump-resource-usage", cubin)
+        assembly = _run("nvdisasm", "-c", cubin)
+    stack = re.search(r"STACK:(\d+)", usage)
+    assert stack is not None
+    digits = tile.rows * 256 / (32 * tile.warps)
+    return {
+        "stack_bytes": int(stack[1]),
+        "shared_bytes": compiled.metadata.shared,
+        "wide_loads": assembly.count("LDGSTS.E.BYPASS.128"),
+        "matrix": assembly.count("HMMA") + assembly.count("HGMMA"),
+        "conversions": assembly.count("I2F"),
+        "instructions": _largest_loop(assembly) / digits,
+    }
+
+
+def _kind(name: str) -> str:
+    if not name.endswith("_ptr"):
+        return "i32"
+    return POINTERS.get(name, "*i32" if name in WHOLE else "*fp32")
+
+
+def _run(tool: str, *arguments: object) -> str:
+    command = [str(TOOLS / tool), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _largest_loop(assembly: str) -> int:
+    """Instructions from a label to the farthest branch back to it."""
+    labels: dict[str, int] = {}
+    count = largest = 0
+    for line in assembly.splitlines():
+        if label := re.match(r"^(\.L_\S+):", line.strip()):
+            labels[label[1]] = count
+        elif instruction := _INSTRUCTION.match(line):
+            count += 1
+            branch = re.search(r"BRA.*`\((\.L_\S+?)\)", instruction[1])
+            if branch and branch[1] in labels:
+                largest = max(largest, count - labels[branch[1]])
+    return largest
+
+
+if __name__ == "__main__":
+    main()
