@@ -62,7 +62,7 @@ GROUP = 128
 ROTATED_BYTES = 240e6
 TOLERANCE = 5e-3
 SPLITS = (1, 2, 4, 8, 16)
-CUTS = ((64, 1), (64, 2), (128, 2), (128, 4))
+CUTS = ((64, 1), (64, 2), (128, 2), (128, 4), (256, 4))
 STAGES = (3, 5)
 
 Point = dict[str, Any]
@@ -214,7 +214,7 @@ def candidates(n: int, k: int) -> list[Tile]:
     found = []
     for (rows, warps), split, stages in itertools.product(CUTS, SPLITS, STAGES):
         programs = n // rows * split
-        if 128 <= programs <= 3000 and split <= k // BLOCK_INPUTS:
+        if n % rows == 0 and 128 <= programs <= 3000 and split <= k // BLOCK_INPUTS:
             found.append(Tile(rows, split, warps, stages))
     return found
 

@@ -129,6 +129,8 @@ class ElasticLinear(nn.Module):
     def _decode(self, x: Tensor, counts: Tensor | int) -> Tensor:
         """Few tokens times the codes; the host learns nothing of the counts."""
         x_TK = x.reshape(-1, self.in_features)
+        # What a prompt was multiplied by; from here on memory is for codes.
+        self._weights = {}
         if isinstance(counts, int):
             counts_T = torch.full((len(x_TK),), counts, dtype=torch.int32, device=x.device)
             out_TN = dispatch.decode(x_TK, counts_T, None, self._packed())

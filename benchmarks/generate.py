@@ -1,0 +1,141 @@
+"""Tokens per second of a random LLaMA-2-7B on a GPU: bf16, then elastic at 2, 4 and 8 bits.
+
+    python benchmarks/generate.py --out benchmarks/results
+    python benchmarks/generate.py --captured --out benchmarks/results
+
+One sequence, greedy. By default through `generate` as transformers has it, where the host's
+launches decide; `--captured` replays one decoding step (static cache, last position) as a graph,
+where the GPU decides. Memory is the most that was allocated while generating, and what is left after it.
+Weights and codes are random: times and memory depend on shapes alone.
+"""
+
+import datetime
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import transformers
+import triton
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+from mbq.artifacts.loading import elastic_linears, replace_linears
+from mbq.kernels.quantize import pack_pair
+from mbq.kernels.router import Precision
+
+PROMPT_TOKENS = 8
+NEW_TOKENS = 48
+ENDINGS = [f"self_attn.{n}_proj" for n in "qkvo"] + [
+    f"mlp.{n}_proj" for n in ("gate", "up", "down")
+]
+
+Entry = dict[str, Any]
+
+
+@click.command()
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder for the result."
+)
+@click.option("--captured", is_flag=True, help="Replay one step as a graph.")
+@torch.inference_mode()
+def main(out: Path, captured: bool) -> None:
+    """Generate text with random weights at several widths."""
+    torch.manual_seed(0)
+    measure = measure_captured if captured else measure_generate
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config).eval()
+    found = {"bf16": measure(model)}
+    click.echo(f"bf16: {found['bf16']}")
+    precision = make_elastic(model)
+    for bits in (2, 4, 8):
+        precision.set_bits(bits)
+        found[f"{bits} bits"] = measure(model)
+        click.echo(f"{bits} bits: {found[f'{bits} bits']}")
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "hardware": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "transformers": transformers.__version__,
+        "command": "python " + " ".join(sys.argv),
+        "new_tokens": NEW_TOKENS,
+        "measured": found,
+    }
+    name = f"{result['date']}-generate{'-captured' if captured else ''}.json"
+    (out / name).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def make_elastic(model: LlamaForCausalLM) -> Precision:
+    """Exchange the linears for elastic ones with random codes."""
+    precision = Precision(4)
+    replace_linears(model, ENDINGS, 128, precision)
+    for linear in elastic_linears(model):
+        for name, buffer in linear.named_buffers():
+            if name.startswith("plane_"):
+                buffer.random_(-(2**31), 2**31 - 1)
+            elif name == "scale_zero":
+                scale = torch.full(buffer.shape, 0.01, device="cuda")
+                buffer.copy_(pack_pair(scale, torch.full_like(scale, 2.0)))
+            else:
+                gain = torch.ones(buffer.shape, device="cuda")
+                buffer.copy_(pack_pair(gain, torch.zeros_like(gain)))
+    torch.cuda.empty_cache()
+    return precision
+
+
+def measure_generate(model: Any) -> Entry:
+    """Through `generate`: the time between tokens, prefill aside."""
+    prompt = torch.randint(0, 32000, (1, PROMPT_TOKENS), device="cuda")
+    seconds = []
+    for tokens in (4, 1, NEW_TOKENS + 1, NEW_TOKENS + 1):
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+        started = time.monotonic()
+        model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+        torch.cuda.synchronize()
+        seconds.append(time.monotonic() - started)
+    _, first, *runs = seconds
+    return {
+        "tokens_per_second": NEW_TOKENS / (statistics.fmean(runs) - first),
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated(),
+        "gpu_bytes": torch.cuda.memory_allocated(),
+    }
+
+
+def measure_captured(model: Any) -> Entry:
+    """One step at the last position of a static cache, captured once and replayed."""
+    cache = StaticCache(config=model.config, max_cache_len=PROMPT_TOKENS + NEW_TOKENS)
+    prompt = torch.randint(0, 32000, (1, PROMPT_TOKENS), device="cuda")
+    model(prompt, past_key_values=cache, use_cache=True)
+    token = torch.randint(0, 32000, (1, 1), device="cuda")
+    position = torch.full((1, 1), PROMPT_TOKENS, device="cuda")
+
+    def step() -> None:
+        model(token, past_key_values=cache, position_ids=position, use_cache=True)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    times = []
+    for _ in range(20):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return {"tokens_per_second": 1 / statistics.median(times)}
+
+
+if __name__ == "__main__":
+    main()
