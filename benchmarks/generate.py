@@ -5,8 +5,8 @@
 
 One sequence, greedy. By default through `generate` as transformers has it, where the host's
 launches decide; `--captured` replays one decoding step (static cache, last position) as a graph,
-where the GPU decides. Memory is the most that was allocated while generating, and what is left after it.
-Weights and codes are random: times and memory depend on shapes alone.
+where the GPU decides. Memory is the most that was allocated while generating, and what is left
+after it. Weights and codes are random: times and memory depend on shapes alone.
 """
 
 import datetime
