@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from mbq.artifacts.errors import InputError, NotFoundError
 
 # Of documents and files, and of what a spec means: the same spec never stands for other bytes.
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 SLICE_BITS = 2
 WORD_INPUTS = 32
 

@@ -344,9 +344,9 @@ def _optimiser(
         groups.append({"params": clips, "lr": settings.clip_rate})
     if settings.method == "joint":
         groups.append({"params": [m.value for m in modules], "lr": settings.weight_rate})
-        # Beside other widths the highest has nothing left to correct, and Adam's noise in a row of
-        # gains would be larger than the error of the codes.
-        corrected = stage.slice_counts if stage.kept_slices else sorted(stage.slice_counts)[:-1]
+        # The highest width has nothing left to correct: Adam's noise in a row of gains would be
+        # larger than the error of the codes.
+        corrected = sorted(stage.slice_counts)[:-1]
         rows = [row[k - 1] for m in modules for row in (m.gain, m.bias) for k in corrected]
         groups.append({"params": rows, "lr": settings.gain_rate})
     trained = {id(p) for group in groups for p in group["params"]}
