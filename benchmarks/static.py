@@ -63,11 +63,12 @@ def make(peer: str, python: str, model: str, folder: Path, row: str) -> Entry:
 
     Returns its version and its seconds, of the clock and of the processor; or why it failed.
     """
-    script = Path(__file__).parent / "peers" / SCRIPTS[peer]
+    script = Path(__file__).resolve().parent / "peers" / SCRIPTS[peer]
     bits, kind = row.split("-")
     tokens, out = folder / "tokens.safetensors", folder / f"{peer}-{row}"
     done = subprocess.run(
         [python, script, model, tokens, out, bits, kind],
+        cwd=folder,
         env=os.environ | {"GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
