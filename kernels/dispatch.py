@@ -1,6 +1,6 @@
 """Which kernel multiplies, and how it is cut: by device, tokens and shape, never by trying.
 
-Cuts that were measured ship as `tiles_<architecture>.json`, made by `benchmarks/kernels.py --tune`:
+Cuts that were measured ship as `tiles_<architecture>.json`, made by `benchmarks/decode.py --tune`:
 
     {"<N'> x <K'>": {"<tokens of a program>": [rows, split, warps, stages]}}
 
@@ -24,7 +24,7 @@ else:
     _TRITON = True
 
 # Every slice is a matrix product of its own: against cuBLAS on dequantized weights this is where it
-# stops to pay (benchmarks/results/*-kernels.json).
+# stops to pay (benchmarks/results/*-decode.json).
 _MOST_PRODUCTS = 48
 # Programs to aim at: about four for each of a large GPU's multiprocessors.
 _PROGRAMS = 528

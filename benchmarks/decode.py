@@ -1,7 +1,7 @@
 """Decode kernels on a GPU: correctness first, then microseconds beside the bounds and peers.
 
-    python benchmarks/kernels.py --out benchmarks/results
-    python benchmarks/kernels.py --tune kernels          # tiles for this GPU, then the same
+    python benchmarks/decode.py --out benchmarks/results
+    python benchmarks/decode.py --tune kernels          # tiles for this GPU, then the same
 
 For every shape, width and number of tokens: time of one launch in a captured graph of many, with
 weights that rotate through more memory than the L2 cache holds; median of replays, and the share
@@ -99,7 +99,7 @@ def main(out: Path, tune: Path | None, models: tuple[str, ...]) -> None:
     }
     result["mixed"] = [p for shape in shapes[-1:] for p in time_mixed(*shape)]
     points: list[Point] = []
-    path = out / f"{result['date']}-kernels.json"
+    path = out / f"{result['date']}-decode.json"
     for shape in shapes:
         points += time_shape(*shape, ceilings)
         document = result | {"points": points, "sums": model_sums(points, chosen)}
