@@ -2,9 +2,9 @@
 
     python benchmarks/mismatch.py NAME RUN
 
-Every block of the run's model is trained at 3 bits alone and at 4 bits alone, on the inputs of the
+Every block of the run's model is trained at 2, at 3 and at 4 bits alone, on the inputs of the
 full-precision model: its ranges (`clip`, OmniQuant's learnable clipping) or ranges and weights
-(`weights`). What was trained for 3 bits is then quantized at 4 as well, without training again.
+(`weights`). What was trained for fewer bits is then quantized at more, too, without training again.
 MoBiQuant's experiment (arXiv 2602.20191) in small. Beside it are the run's own rows. Writes
 benchmarks/results/<date>-mismatch-NAME.json.
 """
@@ -38,7 +38,7 @@ RESULTS = Path(__file__).with_name("results")
 SETTINGS = Optimisation()
 INITIAL_LOGIT = 4.0
 # Trained at, read at.
-READINGS = {3: (3, 4), 4: (4,)}
+READINGS = {2: (2, 3, 4), 3: (3, 4), 4: (4,)}
 
 
 class StaticLinear(nn.Module):
@@ -67,7 +67,7 @@ class StaticLinear(nn.Module):
 @click.argument("name")
 @click.argument("run")
 def main(name: str, run: str) -> None:
-    """Train at 3 and at 4 bits, read what 3 bits gave at 4."""
+    """Train at 2, 3 and 4 bits, read what fewer bits gave at more."""
     store_uri = str(home() / "store")
     opened = Opened(Job(store_uri, locate(run, store_uri)[1].run, "cpu"))
     ours = our_entries(opened)

@@ -6,10 +6,9 @@ block must reproduce, at each trained slice count, what the full-precision block
     loss_k = MSE(block_k(x_k), block(x)) / (running mean of that MSE) ^ balance
 
 Each step draws two of the trained slice counts and descends on both, one after the other, so that
-only one graph is alive. Trained are, per linear: the weight in units of its initial 2-bit step, the
-two ends of every group's range (sigmoid of a logit times the smallest and largest weight, as in
-OmniQuant's learnable weight clipping), and a gain and a bias per output channel at every trained
-slice count but the highest.
+only one graph is alive. Trained are, per linear (`trainable.py`): the weight, the ends of every
+group's range, and a gain and a bias per output channel at every trained slice count but the
+highest.
 
 Training starts from digits that compensate for each other's errors at all trained slice counts
 (`gptq.py`): gradients then have less to find, and what they find for one width harms others less.
@@ -38,28 +37,15 @@ import torch
 from torch import Tensor, nn
 
 from mbq.artifacts.spec import Optimisation
-from mbq.kernels.fake_linear import fake_linear
-from mbq.kernels.quantize import (
-    CODE_BITS,
-    MAX_SLICES,
-    SLICE_BITS,
-    dequantize,
-    group_bounds,
-    pack_pair,
-    quantize,
-    scale_and_zero,
-)
-from mbq.workers.gptq import factor, gram_matrices, round_compensated
+from mbq.kernels.quantize import MAX_SLICES
+from mbq.workers.gptq import gram_matrices
 from mbq.workers.model import linears
+from mbq.workers.trainable import CalibratedLinear, TrainableLinear
 
 Run = Callable[[nn.Module, Tensor], Tensor]
 
-# sigmoid(4) = 0.982: ranges start almost unclipped (OmniQuant's initial value).
-_INITIAL_LOGIT = 4.0
 _FINAL_RATE = 0.05
 _RUNNING_MEAN_DECAY = 0.9
-# How far inside its bin a weight stays whose digits are kept, in bins: so that it is found there.
-_MARGIN = 0.02
 # A block that outputs zeros is reproduced exactly; nothing is divided by its loss.
 _SMALLEST_LOSS = 1e-30
 # Errors before and after are a report, not a decision: a few sequences are enough.
@@ -80,21 +66,6 @@ class _Stage:
 
 
 @dataclass(frozen=True)
-class CalibratedLinear:
-    """What one linear becomes.
-
-    Attributes:
-        code_NK: uint8 [N, K].
-        scale_zero_NG: float16 pairs in int32 [N, G].
-        gain_bias_SN: float16 pairs in int32 [S, N]; row k-1 belongs to k slices.
-    """
-
-    code_NK: Tensor
-    scale_zero_NG: Tensor
-    gain_bias_SN: Tensor
-
-
-@dataclass(frozen=True)
 class Calibration:
     """A calibrated block and its mean squared output error by slice count, before and after.
 
@@ -107,94 +78,6 @@ class Calibration:
     loss_before: dict[int, float]
     loss_after: dict[int, float]
     outlier_overlap: dict[int, dict[int, float]]
-
-
-class TrainableLinear(nn.Module):
-    """Stands in for a linear during calibration; `slices` selects the width it shows."""
-
-    def __init__(self, linear: nn.Linear, group_size: int) -> None:
-        super().__init__()
-        weight_NK = linear.weight.detach().float()
-        self.low_NG, self.high_NG = group_bounds(weight_NK, group_size)
-        self.unit_NG, _ = scale_and_zero(self.low_NG, self.high_NG)
-        self.value = nn.Parameter(weight_NK / self.unit_NG.repeat_interleave(group_size, dim=1))
-        self.low_logit = nn.Parameter(torch.full_like(self.low_NG, _INITIAL_LOGIT))
-        self.high_logit = nn.Parameter(torch.full_like(self.low_NG, _INITIAL_LOGIT))
-        rows = MAX_SLICES, linear.out_features
-        self.gain = nn.ParameterList(weight_NK.new_ones(rows).unbind())
-        self.bias = nn.ParameterList(weight_NK.new_zeros(rows).unbind())
-        self.original_bias = linear.bias
-        self.source = linear.weight
-        self.slices = MAX_SLICES
-
-    def grid(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero of every group under the present ranges."""
-        return scale_and_zero(
-            self.low_logit.sigmoid() * self.low_NG, self.high_logit.sigmoid() * self.high_NG
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale_NG, zero_NG = self.grid()
-        row = self.slices - 1
-        bias_N = self.bias[row]
-        if self.original_bias is not None:
-            bias_N = bias_N + self.original_bias.float()
-        return fake_linear(
-            x, self.value, self.unit_NG, scale_NG, zero_NG, self.gain[row], bias_N, self.slices
-        )
-
-    @torch.no_grad()
-    def compensate(self, grams: Mapping[int, Tensor], tokens: int) -> None:
-        """Start from digits that make up for each other's errors.
-
-        Args:
-            grams: Gram matrix of the inputs [K, K] by slice count, added up over `tokens`.
-        """
-        factors = {slices: factor(gram_KK, tokens) for slices, gram_KK in grams.items()}
-        self.value.copy_(round_compensated(self.source, *self.grid(), factors) / self._unit_NK())
-
-    @torch.no_grad()
-    def finish(self, kept_slices: int, gram_KK: Tensor | None, tokens: int) -> CalibratedLinear:
-        """The codes: `kept_slices` digits as trained, those below chosen for the source's weight.
-
-        The module itself then shows exactly these codes at every width.
-
-        Args:
-            gram_KK: of the inputs at high widths, added up over `tokens`; None if all digits are
-                kept.
-        """
-        grid = self.grid()
-        code_NK = quantize(self.value * self._unit_NK(), *grid)
-        if gram_KK is not None:
-            factors = dict.fromkeys(range(kept_slices + 1, MAX_SLICES + 1), factor(gram_KK, tokens))
-            rounded_NK = round_compensated(self.source, *grid, factors, code_NK, kept_slices)
-            code_NK = quantize(rounded_NK, *grid)
-        self.value.copy_(dequantize(code_NK, *grid, MAX_SLICES) / self._unit_NK())
-        return CalibratedLinear(
-            code_NK.cpu(),
-            pack_pair(*grid).cpu(),
-            pack_pair(torch.stack([*self.gain]), torch.stack([*self.bias])).cpu(),
-        )
-
-    @torch.no_grad()
-    def bins(self, kept_slices: int) -> tuple[Tensor, Tensor]:
-        """Values [N, K] between which the first digits stay as they are under these ranges."""
-        scale_NG, zero_NG = self.grid()
-        code_NK = quantize(self.value * self._unit_NK(), scale_NG, zero_NG)
-        first_NK = code_NK >> (CODE_BITS - SLICE_BITS * kept_slices)
-        group_size = code_NK.shape[1] // scale_NG.shape[1]
-        scale_NK, zero_NK = (
-            t.repeat_interleave(group_size, dim=1) for t in (scale_NG / self.unit_NG, zero_NG)
-        )
-        low_NK, high_NK = (
-            ((first_NK + inside) * 4.0 ** (1 - kept_slices) - zero_NK) * scale_NK
-            for inside in (_MARGIN, 1 - _MARGIN)
-        )
-        return low_NK, high_NK
-
-    def _unit_NK(self) -> Tensor:
-        group_size = self.value.shape[1] // self.unit_NG.shape[1]
-        return self.unit_NG.repeat_interleave(group_size, dim=1)
 
 
 def calibrate_block(

@@ -22,10 +22,10 @@ from mbq.artifacts.tensors import TensorFile, encode
 from mbq.kernels.bitplanes import pack_planes
 from mbq.kernels.quantize import SLICE_BITS
 from mbq.kernels.router import Precision, pack_halves
-from mbq.workers.calibrate import CalibratedLinear
 from mbq.workers.model import Model, linears
 from mbq.workers.route import FittedInput, norm_head
 from mbq.workers.tensors import entry_of, read_tensor, tensor_bytes
+from mbq.workers.trainable import CalibratedLinear
 
 
 @dataclass(frozen=True)

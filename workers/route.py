@@ -36,7 +36,8 @@ from mbq.artifacts.checkpoint import KNOTS
 from mbq.artifacts.spec import Routing
 from mbq.kernels.quantize import dequantize, unpack_pair
 from mbq.kernels.router import features, pack_halves, score, unpack_halves
-from mbq.workers.calibrate import CalibratedLinear, Run
+from mbq.workers.calibrate import Run
+from mbq.workers.trainable import CalibratedLinear
 
 # One token in four is kept for the maps.
 _HELD_OUT = 4

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from mbq.artifacts.source import open_source
 from mbq.artifacts.spec import Optimisation
 from mbq.kernels.quantize import dequantize, quantize, unpack_pair
-from mbq.workers.calibrate import Calibration, TrainableLinear, calibrate_block
+from mbq.workers.calibrate import Calibration, calibrate_block
 from mbq.workers.model import open_model
+from mbq.workers.trainable import TrainableLinear
 
 
 def _calibrate(folder: Path, microbatch: int = 4, **options: Any) -> Calibration:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from mbq.artifacts.spec import Routing
 from mbq.kernels.router import features
-from mbq.workers.calibrate import CalibratedLinear
 from mbq.workers.route import (
     FittedInput,
     fit_input,
@@ -20,6 +19,7 @@ from mbq.workers.route import (
     norm_head,
     rank_knots,
 )
+from mbq.workers.trainable import CalibratedLinear
 
 K, LINEARS, EXTRA = 32, 2, 3
 
