@@ -162,7 +162,7 @@ class RunSpec(Document):
     group_size: Annotated[int, Field(ge=WORD_INPUTS, le=4096)] = 128
     optimisation: Optimisation = Optimisation()
     routing: Routing = Routing()
-    propagation: Literal["full_precision", "sequential"] = "full_precision"
+    propagation: Literal["sequential", "full_precision"] = "sequential"
     dtype: Literal["float32", "bfloat16"] = "float32"
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     microbatch: Annotated[int, Field(ge=1, le=4096)] = 8

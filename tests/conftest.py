@@ -178,6 +178,8 @@ def tiny_document(tiny_model: Path, text_file: Path) -> Callable[..., dict[str, 
             "group_size": 32,
             "optimisation": {"passes": 2, "batch_size": 4},
             "routing": {"steps": 20, "width": 4, "settle_tokens": 128},
+            # All blocks at once: what can go wrong between tasks goes wrong here.
+            "propagation": "full_precision",
         } | changes
 
     return make

@@ -44,7 +44,7 @@ def _with(document: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("optimisation.slice_counts", [], r"\[\] must be distinct numbers of slices"),
         ("optimisation.method", "magic", "must be 'joint' or 'clip'"),
         ("optimisation.weight_rate", -1, "must be greater than 0"),
-        ("propagation", "both", "must be 'full_precision' or 'sequential'"),
+        ("propagation", "both", "must be 'sequential' or 'full_precision'"),
         ("dtype", "int8", "must be 'float32' or 'bfloat16'"),
         ("threads", 0, "must be greater than or equal to 1"),
         ("evaluation.tokens", 300, "must hold at least two sequences of 200"),
