@@ -6,7 +6,8 @@
     model-slice<e>-0000i-of-0000n.safetensors one set per slice e, most significant first; per
                                               linear
         <linear>.plane_<p>      I32 [N, K/32] p = 2e and 2e + 1 (layout: kernels/bitplanes.py)
-        <linear>.gain_bias_<k>  I32 [N]       k = e + 1: float16 pair of gain and bias at k slices
+        <linear>.gain_bias_<b>  I32 [N]       float16 pair of gain and bias at each width b that
+                                              this slice completes: 2; 3 and 4; 6; 8
     model-routing.safetensors                 the routers, per linear input of a block: `trunk`,
                                               `offset`, `head`, `knots` (kernels/router.py), as
                                               many of them as the routing method has
@@ -28,8 +29,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mbq.artifacts.source import Source
-from mbq.artifacts.spec import FORMAT_VERSION, SLICE_BITS, WORD_INPUTS
+from mbq.artifacts.spec import FORMAT_VERSION, WORD_INPUTS
 from mbq.artifacts.tensors import Entry
+from mbq.kernels.widths import SLICE_BITS, WIDTHS, slices_of, steps_up_to
 
 QUANT_METHOD = "mbq"
 PACKING = "plane-row32-lsb"
@@ -136,7 +138,7 @@ def router_shape(method: str, width: int) -> RouterShape:
     return shapes.get(method, RouterShape(width, KNOTS))
 
 
-def routing_shard(linears: Sequence[Linear], slices: int, shape: RouterShape) -> Shard:
+def routing_shard(linears: Sequence[Linear], max_bits: int, shape: RouterShape) -> Shard:
     """The file of the routers."""
     routers = find_routers(linears)
     inputs = {(linear.block, linear.local_name): linear.in_features for linear in linears}
@@ -146,15 +148,15 @@ def routing_shard(linears: Sequence[Linear], slices: int, shape: RouterShape) ->
         for block in blocks
         for router, served in routers.items()
         for name, size in _router_shapes(
-            inputs[block, served[0]], len(served), slices - 1, shape
+            inputs[block, served[0]], len(served), len(steps_up_to(max_bits)), shape
         ).items()
     ]
     return Shard(ROUTING_FILE, None, tuple(entries), tuple(blocks))
 
 
-def router_bits(linears: Sequence[Linear], slices: int, shape: RouterShape) -> float:
+def router_bits(linears: Sequence[Linear], max_bits: int, shape: RouterShape) -> float:
     """What routers read for each token, per weight; the maps are read when the width changes."""
-    entries = routing_shard(linears, slices, shape).entries if slices > 1 else ()
+    entries = routing_shard(linears, max_bits, shape).entries if max_bits > SLICE_BITS else ()
     read_bytes = sum(e.size_bytes for e in entries if not e.name.endswith(".knots"))
     return 8 * read_bytes / sum(linear.out_features * linear.in_features for linear in linears)
 
@@ -167,7 +169,7 @@ def index_document(shards: Iterable[Shard]) -> bytes:
 
 
 def routing_document(
-    method: str, slices: int, shape: RouterShape, linears: Sequence[Linear], curves: Any
+    method: str, max_bits: int, shape: RouterShape, linears: Sequence[Linear], curves: Any
 ) -> dict[str, Any]:
     """The part of `quantization_config` that describes the routers.
 
@@ -176,7 +178,7 @@ def routing_document(
     """
     return {
         "method": method,
-        "slices": slices,
+        "max_bits": max_bits,
         "width": shape.width,
         "knots": shape.knots,
         "routers": {name: list(served) for name, served in find_routers(linears).items()},
@@ -186,7 +188,7 @@ def routing_document(
 
 def config_document(
     source: Source,
-    slices: int,
+    max_bits: int,
     group_size: int,
     linears: Sequence[Linear],
     routing: Mapping[str, Any] | None,
@@ -196,7 +198,7 @@ def config_document(
     config["quantization_config"] = {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
-        "max_bits": SLICE_BITS * slices,
+        "max_bits": max_bits,
         "group_size": group_size,
         "packing": PACKING,
         "linears": sorted({linear.local_name for linear in linears}),
@@ -214,15 +216,17 @@ def plane_name(linear: str, plane: int) -> str:
     return f"{linear}.plane_{plane}"
 
 
-def gain_bias_name(linear: str, slices: int) -> str:
-    return f"{linear}.gain_bias_{slices}"
+def gain_bias_name(linear: str, bits: int) -> str:
+    return f"{linear}.gain_bias_{bits}"
 
 
 def _slice_entries(linear: Linear, e: int) -> list[Entry]:
     words = (linear.out_features, linear.in_features // WORD_INPUTS)
     planes = range(SLICE_BITS * e, SLICE_BITS * (e + 1))
     entries = [Entry(plane_name(linear.name, p), "I32", words) for p in planes]
-    return [*entries, Entry(gain_bias_name(linear.name, e + 1), "I32", (linear.out_features,))]
+    completed = [bits for bits in WIDTHS if slices_of(bits) == e + 1]
+    names = [gain_bias_name(linear.name, bits) for bits in completed]
+    return [*entries, *(Entry(name, "I32", (linear.out_features,)) for name in names)]
 
 
 def _router_shapes(

@@ -18,7 +18,7 @@ from mbq.artifacts.spec import FORMAT_VERSION, Document, explain
 # The largest known has some hundred kilobytes.
 MAX_CONFIG_BYTES = 4 * 1024 * 1024
 
-_Slices = Annotated[int, Field(strict=True, ge=1, le=4)]
+_MaxBits = Annotated[int, Field(strict=True, ge=2, le=8, multiple_of=2)]
 _Names = Annotated[list[str], Field(min_length=1)]
 
 
@@ -42,7 +42,7 @@ class StoredRouting(Document):
     """How bits are shared; fields as `checkpoint.routing_document` writes them."""
 
     method: str
-    slices: _Slices
+    max_bits: _MaxBits
     width: Annotated[int, Field(strict=True, ge=0, le=1024)] | None
     knots: Annotated[int, Field(strict=True, ge=1, le=4096)]
     routers: Annotated[dict[str, _Names], Field(min_length=1)]
@@ -54,7 +54,7 @@ class Quantization(Document):
 
     quant_method: str
     format_version: int
-    max_bits: Annotated[int, Field(strict=True, ge=2, le=8, multiple_of=2)]
+    max_bits: _MaxBits
     group_size: Annotated[int, Field(strict=True, ge=32, le=4096, multiple_of=32)]
     packing: str
     linears: _Names

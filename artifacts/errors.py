@@ -5,6 +5,7 @@
     +-- NotFoundError        a run, a file or a preset does not exist; exit code 3
     +-- StoreError           the object store refused or lost something; may pass when tried again
     +-- CorruptError         bytes differ from what their digest, header or index promises
+    +-- KernelError          a packed linear computes something wrong on this machine
     +-- RunError             a run ended without a checkpoint
     +-- ClusterError         the cluster is unreachable or unfit
 
@@ -29,6 +30,10 @@ class StoreError(MbqError):
 
 
 class CorruptError(MbqError):
+    pass
+
+
+class KernelError(MbqError):
     pass
 
 

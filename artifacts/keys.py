@@ -7,6 +7,7 @@ runs/<run>/shards/<file>/record.json            a finished file of the checkpoin
 runs/<run>/sensitivity.json                     how much the loss minds each linear's errors
 runs/<run>/routing/<method>.json                thresholds of one way to share bits, settled
 runs/<run>/evaluations/<tokens>/<variant>.json  losses of one model variant
+runs/<run>/validations/<N>x<K>.json             a packed linear of that shape, right and timed
 runs/<run>/sample.json                          bits of each token of the sample text
 runs/<run>/results.json                         the table of the run
 runs/<run>/checkpoint/...                       the packed checkpoint; manifest.json comes last
@@ -43,6 +44,10 @@ def sensitivity_key(run: str) -> str:
 
 def routing_key(run: str, method: str) -> str:
     return f"{RUNS}/{run}/routing/{method}.json"
+
+
+def validation_key(run: str, shape: str) -> str:
+    return f"{RUNS}/{run}/validations/{shape}.json"
 
 
 def sample_key(run: str) -> str:

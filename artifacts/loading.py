@@ -31,9 +31,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from mbq.artifacts.checkpoint import PACKING, QUANT_METHOD, RouterShape
 from mbq.artifacts.config import check_quantization, stored_quantization
 from mbq.artifacts.errors import CorruptError, InputError, NotFoundError
-from mbq.artifacts.spec import FORMAT_VERSION, SLICE_BITS
+from mbq.artifacts.spec import FORMAT_VERSION
 from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.router import Curve, Precision, Router
+from mbq.kernels.widths import SLICE_BITS
 
 
 def load_model(
@@ -114,13 +115,13 @@ class MbqQuantizer(HfQuantizer):
     ) -> None:
         config = self.quantization_config
         assert isinstance(config, MbqConfig)
-        precision = Precision(config.max_bits // SLICE_BITS)
+        precision = Precision(config.max_bits)
         names = replace_linears(model, config.linears, config.group_size, precision)
         if config.routing is not None:
             routing = config.routing
             shape = RouterShape(routing["width"], routing["knots"])
             names += add_routers(
-                model, names, routing["routers"], routing["slices"], shape, precision
+                model, names, routing["routers"], routing["max_bits"], shape, precision
             )
         _require_tensors(model, names, checkpoint_files or [])
 
@@ -165,7 +166,7 @@ def add_routers(
     model: nn.Module,
     linears: Sequence[str],
     routers: Mapping[str, Sequence[str]],
-    slices: int,
+    max_bits: int,
     shape: RouterShape,
     precision: Precision,
 ) -> list[str]:
@@ -174,7 +175,7 @@ def add_routers(
     Args:
         linears: names of the elastic linears.
         routers: the linears that each router of a block serves, by names inside the block.
-        slices: how many the routers know; the linears may hold fewer.
+        max_bits: what the routers know; the linears may hold fewer.
 
     Returns the names of the routers.
     """
@@ -189,7 +190,7 @@ def add_routers(
             assert isinstance(first, ElasticLinear)
             with torch.device(first.get_buffer("scale_zero").device):
                 router = Router(
-                    first.in_features, len(group), slices, shape.width, shape.knots, precision
+                    first.in_features, len(group), max_bits, shape.width, shape.knots, precision
                 )
             parent, _, child = (prefix + router_name).rpartition(".")
             model.get_submodule(parent).add_module(child, router)
@@ -250,8 +251,8 @@ def realised_bits(model: PreTrainedModel) -> float:
     passed = sum(linear.tokens * linear.weights for linear in linears)
     if not passed:
         raise InputError("no token has been processed since the width was last set")
-    read = sum(int(linear.slices_read) * linear.weights for linear in linears)
-    return SLICE_BITS * read / passed
+    read = sum(int(linear.bits_read) * linear.weights for linear in linears)
+    return read / passed
 
 
 def set_policy(model: PreTrainedModel, policy: Callable[[], float] | None) -> None:
@@ -281,7 +282,7 @@ def _curve(model: PreTrainedModel, precision: Precision) -> Curve:
     """The budget curve of the loaded ceiling."""
     config = model.config.quantization_config
     routing = config["routing"] if isinstance(config, dict) else config.routing
-    ceiling = SLICE_BITS * precision.max_slices
+    ceiling = precision.max_bits
     if ceiling == SLICE_BITS:
         return Curve((float(SLICE_BITS),), (0.0,))
     try:

@@ -19,8 +19,9 @@ from mbq.artifacts.digests import Digest, Digester
 from mbq.artifacts.errors import CorruptError
 from mbq.artifacts.sealed import MAX_DOCUMENT_BYTES, find_document, get_document
 from mbq.artifacts.source import Source
-from mbq.artifacts.spec import FORMAT_VERSION, SLICE_BITS, Document, RunSpec
+from mbq.artifacts.spec import FORMAT_VERSION, Document, RunSpec
 from mbq.artifacts.store import Store, is_name
+from mbq.kernels.widths import SLICE_BITS
 
 # Far less than the grace that unreferenced blobs are given.
 _YOUNG_SECONDS = 3600.0
@@ -55,8 +56,8 @@ class BlockRecord(Document):
     """A finished block. Attempt and seconds are the run's history, not the block's identity.
 
     Attributes:
-        loss_before, loss_after: mean squared output error by slice count.
-        outlier_overlap: of the tenth of tokens with the largest error at one slice count, the share
+        loss_before, loss_after: mean squared output error by width.
+        outlier_overlap: of the tenth of tokens with the largest error at one width, the share
             that is among those of another.
     """
 
@@ -207,6 +208,38 @@ class TokenBits(Document):
     manifest_sha256: str
     ids: tuple[int, ...]
     bits: dict[str, tuple[float, ...]]
+
+
+class KernelTiming(Document):
+    """Median time of one call of a linear, and its interquartile range.
+
+    Attributes:
+        bits: width of every token; None for a product with a bf16 weight of that shape.
+    """
+
+    bits: int | None
+    tokens: int
+    seconds: float
+    spread_seconds: float
+
+
+class ValidationRecord(Document):
+    """A packed linear that computes what it should.
+
+    Attributes:
+        checks: how many products were held against float64.
+        largest_error: norm of the error over the norm of the product.
+        timings: empty where there was no GPU.
+    """
+
+    linear: str
+    out_features: int
+    in_features: int
+    manifest_sha256: str
+    hardware: str
+    checks: int
+    largest_error: float
+    timings: tuple[KernelTiming, ...]
 
 
 class Row(Document):

@@ -19,9 +19,10 @@ from mbq.artifacts.errors import CorruptError, InputError, NotFoundError
 from mbq.artifacts.keys import MANIFEST_FILE
 from mbq.artifacts.manifest import Manifest
 from mbq.artifacts.sealed import MAX_DOCUMENT_BYTES, get_document
-from mbq.artifacts.spec import FORMAT_VERSION, SLICE_BITS
+from mbq.artifacts.spec import FORMAT_VERSION
 from mbq.artifacts.store import Store
 from mbq.artifacts.tensors import open_tensors
+from mbq.kernels.widths import SLICE_BITS
 
 CONFIG_FILE = "config.json"
 READERS = 8

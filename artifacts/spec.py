@@ -21,10 +21,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mbq.artifacts.errors import InputError, NotFoundError
+from mbq.kernels.widths import SLICE_BITS, widths_up_to
 
 # Of documents and files, and of what a spec means: the same spec never stands for other bytes.
-FORMAT_VERSION = 6
-SLICE_BITS = 2
+FORMAT_VERSION = 7
 WORD_INPUTS = 32
 
 # Names and rules in a message may come from a hostile document.
@@ -83,7 +83,7 @@ class Optimisation(Document):
     method: Literal["joint", "clip"] = "joint"
     passes: Annotated[int, Field(ge=2, le=1000)] = 6
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 8
-    slice_counts: tuple[int, ...] = (1, 2)
+    widths: tuple[int, ...] = (2, 3, 4)
     weight_rate: Positive = 2e-3
     clip_rate: Positive = 1e-2
     gain_rate: Positive = 1e-2
@@ -178,7 +178,7 @@ class RunSpec(Document):
                 f"group_size {self.group_size} is not a multiple of {WORD_INPUTS}: a stored word "
                 "holds 32 inputs; use 32, 64, 128 or 256"
             )
-        most = SLICE_BITS * self.slices
+        most = self.max_bits
         if self.routing.method == "target" and self.routing.target_bits > most:
             raise ValueError(
                 f"routing.target_bits {self.routing.target_bits} is more than {most}, the bits of "
@@ -190,15 +190,19 @@ class RunSpec(Document):
                 f"evaluation.average_bits {list(averages)} must lie between 2 and {most}, the bits "
                 f"of {self.slices} slices, with at least 2 slices; change one to fit the other"
             )
-        counts = self.optimisation.slice_counts
-        allowed = list(range(1, self.slices + 1))
-        if not counts or len(set(counts)) < len(counts) or not set(counts) <= set(allowed):
+        widths = self.optimisation.widths
+        allowed = list(widths_up_to(most))
+        if not widths or len(set(widths)) < len(widths) or not set(widths) <= set(allowed):
             raise ValueError(
-                f"optimisation.slice_counts {list(counts)} must be distinct numbers of slices out "
-                f"of {allowed} (k slices are {SLICE_BITS} k bits, and slices is {self.slices}); "
-                "set one to fit the other"
+                f"optimisation.widths {list(widths)} must be distinct bits out of {allowed}, those "
+                f"of {self.slices} slices; set one to fit the other"
             )
         return self
+
+    @property
+    def max_bits(self) -> int:
+        """Bits of all slices."""
+        return SLICE_BITS * self.slices
 
 
 def load_spec(path: Path, settings: Sequence[str] = ()) -> RunSpec:

@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mbq.artifacts.checkpoint import find_linears, find_routers
 from mbq.artifacts.source import Source
 from mbq.artifacts.spec import Optimisation, Routing
+from mbq.kernels.widths import CODE_BITS, WIDTHS
 from mbq.workers.calibrate import calibrate_block
 from mbq.workers.determinism import attention, hardware_kind, pin
 from mbq.workers.model import Model, open_model
@@ -106,7 +107,7 @@ def calibrate(model: Model, options: dict[str, Any]) -> dict[str, Any]:
         done = calibrate_block(
             model.block(0),
             lambda block, x: model.run(block, 0, x),
-            dict.fromkeys(range(1, 5), hidden),
+            dict.fromkeys(WIDTHS, hidden),
             hidden,
             Optimisation(passes=options["passes"]),
             group_size=128,
@@ -123,7 +124,7 @@ def calibrate(model: Model, options: dict[str, Any]) -> dict[str, Any]:
             done.linears,
             hidden,
             Routing(),
-            slices=4,
+            max_bits=CODE_BITS,
             microbatch=options["microbatch"],
             seed=0,
         )

@@ -8,6 +8,8 @@ weights that rotate through more memory than the L2 cache holds; median of repla
 that the middle half of them spreads over. Bounds: bytes (codes, scales, zeros, inputs, outputs) at
 the measured memory speed, operations at the measured bf16 speed. `empty` is a graph node of an
 empty kernel. Peers in the same run: cuBLAS in bf16 and torch's int4 kernel (tinygemm), at 4 bits.
+The bound of 3 bits counts 3, though the kernel reads two whole slices for them. `prompts` are many
+tokens times a weight that is dequantized each time, beside cuBLAS with a weight that is there.
 Data are random; outputs are held against float64 first. Needs torch, triton and click only.
 """
 
@@ -17,9 +19,7 @@ import json
 import math
 import multiprocessing
 import os
-import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,10 @@ from mbq.kernels import dispatch
 from mbq.kernels.digits import BLOCK_INPUTS, Digits, pack_digits
 from mbq.kernels.quantize import dequantize, pack_pair, unpack_pair
 from mbq.kernels.reference import routed_linear
+from mbq.kernels.timing import time_graph
 from mbq.kernels.triton_decode import Prepared, Tile, multiply, prepare, token_tile
+from mbq.kernels.triton_dequantize import dequantize_digits
+from mbq.kernels.widths import CODE_BITS, MAX_SLICES, WIDTHS
 
 SHAPES = {
     "llama2-7b": {
@@ -57,10 +60,22 @@ SHAPES = {
 }
 BLOCKS = {"llama2-7b": 32, "llama2-13b": 40, "llama3-8b": 32}
 TOKENS = (1, 4, 8, 16, 32, 64)
+PROMPTS = (256, 1024, 4096)
 GROUP = 128
 # More than any L2 holds, several times.
 ROTATED_BYTES = 240e6
 TOLERANCE = 5e-3
+# Numbers of tokens, and the widths that they are drawn from.
+CHECKS = (
+    *((1, (bits,)) for bits in WIDTHS),
+    (8, (3,)),
+    (33, (3,)),
+    (3, (2, 8)),
+    (5, (2, 3)),
+    (16, (2, 4, 6, 8)),
+    (33, WIDTHS),
+    (64, WIDTHS),
+)
 SPLITS = (1, 2, 4, 8, 16)
 CUTS = ((64, 1), (64, 2), (128, 2), (128, 4), (256, 4))
 STAGES = (3, 5)
@@ -98,6 +113,7 @@ def main(out: Path, tune: Path | None, models: tuple[str, ...]) -> None:
         "repeatable": all(repeatable(n, k) for n, k in shapes),
     }
     result["mixed"] = [p for shape in shapes[-1:] for p in time_mixed(*shape)]
+    result["prompts"] = [p for shape in shapes for p in time_prompts(*shape)]
     points: list[Point] = []
     path = out / f"{result['date']}-decode.json"
     for shape in shapes:
@@ -147,39 +163,17 @@ def measure_ceilings() -> dict[str, float]:
     }
 
 
-def time_graph(launch: Callable[[], Any], count: int, replays: int = 15) -> tuple[float, float]:
-    """Median seconds of one of `count` launches in a graph, and its interquartile range."""
-    launch()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(count):
-            launch()
-    for _ in range(3):
-        graph.replay()
-    times = []
-    for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / count)
-    low, middle, high = statistics.quantiles(times, n=4)
-    return middle, high - low
-
-
 def random_digits(n: int, k: int) -> Digits:
     """Random codes, scales near 1 and zeros near the middle, made in the layout itself."""
-    shape = (4, k // BLOCK_INPUTS, n, 32)
+    shape = (MAX_SLICES, k // BLOCK_INPUTS, n, 32)
     groups = k // GROUP
     scale = 0.5 + torch.rand(groups, n, device="cuda")
     zero = 1.5 + torch.rand(groups, n, device="cuda")
-    gain = 0.9 + 0.2 * torch.rand(4, n, device="cuda")
+    gain = 0.9 + 0.2 * torch.rand(len(WIDTHS), n, device="cuda")
     return Digits(
         torch.randint(-(2**15), 2**15, shape, dtype=torch.int16, device="cuda"),
         pack_pair(scale, zero),
-        pack_pair(gain, torch.randn(4, n, device="cuda")),
+        pack_pair(gain, torch.randn_like(gain)),
         n,
         k,
         GROUP,
@@ -202,11 +196,10 @@ def decode_times(
     )
 
 
-def tokens_at(m: int, k: int, slices: int) -> Prepared:
-    """Random tokens that all take the same slices."""
+def tokens_at(m: int, k: int, bits: int) -> Prepared:
+    """Random tokens that all have the same width."""
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    counts = torch.full((m,), slices, dtype=torch.int32, device="cuda")
-    return prepare(x, counts, GROUP, None)
+    return prepare(x, bits, GROUP, CODE_BITS)
 
 
 def candidates(n: int, k: int) -> list[Tile]:
@@ -231,7 +224,7 @@ def tune_tiles(shapes: list[tuple[int, int]]) -> dict[str, dict[str, list[int]]]
                 times = [
                     decode_times(weights[: math.ceil(len(weights) * 2 / bits) + 1], p, tile, 5)[0]
                     for bits in (2, 4, 8)
-                    for p in [tokens_at(m, k, bits // 2)]
+                    for p in [tokens_at(m, k, bits)]
                 ]
                 scores[tile] = sum(math.log(t) for t in times)
             tile = min(scores, key=lambda t: scores[t])
@@ -252,35 +245,41 @@ def compile_all() -> None:
 
 def _compile(job: tuple[int, ...]) -> None:
     m, *cut = job
-    multiply(tokens_at(m, 4096, 2), random_digits(256, 4096), Tile(*cut), torch.bfloat16)
+    multiply(tokens_at(m, 4096, 4), random_digits(256, 4096), Tile(*cut), torch.bfloat16)
     torch.cuda.synchronize()
 
 
 def check(n: int, k: int) -> float:
-    """Largest relative error over uniform and mixed slice counts, against float64."""
+    """Largest relative error over `CHECKS`, against float64."""
     code = torch.randint(0, 256, (n, k), dtype=torch.uint8, device="cuda")
     scale = (0.5 + torch.rand(n, k // GROUP, device="cuda")).half().float()
     zero = (1.5 + torch.rand(n, k // GROUP, device="cuda")).half().float()
-    gain = 0.9 + 0.2 * torch.rand(4, n, device="cuda")
-    gain_bias = pack_pair(gain, torch.randn(4, n, device="cuda"))
-    gain_SN, bias_SN = unpack_pair(gain_bias)
-    weight = pack_digits(code, pack_pair(scale, zero), gain_bias, 4)
-    weight_SNK = torch.stack(
-        [dequantize(code, scale, zero, s) * gain_SN[s - 1][:, None] for s in range(1, 5)]
+    gain = 0.9 + 0.2 * torch.rand(len(WIDTHS), n, device="cuda")
+    gain_bias = pack_pair(gain, torch.randn_like(gain))
+    gain_WN, bias_WN = unpack_pair(gain_bias)
+    weight = pack_digits(code, pack_pair(scale, zero), gain_bias, MAX_SLICES)
+    weight_WNK = torch.stack(
+        [
+            dequantize(code, scale, zero, bits) * gain_N[:, None]
+            for bits, gain_N in zip(WIDTHS, gain_WN, strict=True)
+        ]
     )
     worst = 0.0
-    for m, mixed in [(1, False), (3, True), (8, False), (16, True), (33, False), (64, True)]:
+    for bits, weight_NK in zip(WIDTHS, weight_WNK, strict=True):
+        made_NK = dequantize_digits(weight, bits, torch.bfloat16).float()
+        worst = max(worst, ((made_NK - weight_NK).norm() / weight_NK.norm()).item())
+    for m, widths in CHECKS:
         x = 10 * torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-        counts = torch.randint(1, 5, (m,), dtype=torch.int32, device="cuda")
-        counts = counts if mixed else counts[:1].repeat(m)
-        prepared = prepare(x, counts, GROUP, 4 if mixed else None)
+        # In turn, so that every width occurs wherever there are enough tokens.
+        bits_T = torch.tensor(list(itertools.islice(itertools.cycle(widths), m)), device="cuda")
+        prepared = prepare(x, bits_T if len(widths) > 1 else widths[0], GROUP, CODE_BITS)
         tile = dispatch.tile(n, k, m, x.device)
         # What is allocated next lies where this was: an element that is not written stays NaN.
         poison = torch.full((m, n), math.nan, dtype=torch.bfloat16, device="cuda")
         del poison
         out = multiply(prepared, weight, tile, torch.bfloat16).double()
-        some = slice(None, None, max(m // 4, 1))
-        expected = routed_linear(x[some].double(), weight_SNK, bias_SN, counts[some])
+        some = torch.randperm(m, device="cuda")[:8]
+        expected = routed_linear(x[some].double(), weight_WNK, bias_WN, bits_T[some])
         error = ((out[some] - expected).norm() / expected.norm()).item()
         worst = max(worst, error if math.isfinite(error) else math.inf)
     return worst
@@ -288,7 +287,7 @@ def check(n: int, k: int) -> float:
 
 def repeatable(n: int, k: int) -> bool:
     """Whether two runs give the same bits."""
-    weight, prepared = random_digits(n, k), tokens_at(5, k, 3)
+    weight, prepared = random_digits(n, k), tokens_at(5, k, 6)
     tile = dispatch.tile(n, k, 5, weight.digits_SBN32.device)
     outs = [multiply(prepared, weight, tile, torch.bfloat16) for _ in range(3)]
     return all(torch.equal(out, outs[0]) for out in outs)
@@ -298,11 +297,11 @@ def time_shape(n: int, k: int, ceilings: dict[str, float]) -> list[Point]:
     """All widths and numbers of tokens of one shape, with peers."""
     points = []
     peers = {m: time_peers(n, k, m) for m in TOKENS}
-    for bits in (2, 4, 6, 8):
+    for bits in WIDTHS:
         weights = rotation(n, k, bits)
         for m in TOKENS:
             tile = dispatch.tile(n, k, m, torch.device("cuda"))
-            seconds, spread = decode_times(weights, tokens_at(m, k, bits // 2), tile)
+            seconds, spread = decode_times(weights, tokens_at(m, k, bits), tile)
             moved = n * k * (bits + 32 / GROUP) / 8 + 2 * m * (n + k)
             bound = max(
                 moved / ceilings["bytes_per_second"],
@@ -327,26 +326,56 @@ def time_shape(n: int, k: int, ceilings: dict[str, float]) -> list[Point]:
 
 
 def time_mixed(n: int, k: int) -> list[Point]:
-    """One token in ten takes four slices, the others one: a batch reads what its hungriest does."""
+    """One token in ten has 8 bits, the others 2 or 3: a batch reads what its hungriest does."""
     weights = rotation(n, k, 2)
     points = []
     for m in (1, 4, 16, 64):
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-        for hungry in sorted({0, math.ceil(m / 10)}):
-            counts = torch.ones(m, dtype=torch.int32, device="cuda")
-            counts[:hungry] = 4
-            prepared = prepare(x, counts, GROUP, 4)
+        for bits, hungry in itertools.product((2, 3), sorted({0, math.ceil(m / 10)})):
+            bits_T = torch.full((m,), bits, device="cuda")
+            bits_T[:hungry] = CODE_BITS
+            prepared = prepare(x, bits_T, GROUP, CODE_BITS)
             tile = dispatch.tile(n, k, m, x.device)
-            preparing = time_graph(lambda x=x, c=counts: prepare(x, c, GROUP, 4), 24)[0]
+            preparing = time_graph(lambda x=x, b=bits_T: prepare(x, b, GROUP, CODE_BITS), 24)[0]
             points.append(
                 {
                     "n": n,
                     "k": k,
                     "tokens": m,
-                    "tokens_with_4_slices": hungry,
-                    "slices_read": int(prepared.most),
+                    "tokens_with_8_bits": hungry,
+                    "bits_of_others": bits,
+                    "steps": int(prepared.steps[0]),
                     "seconds": decode_times(weights, prepared, tile)[0],
                     "prepare_seconds": preparing,
+                }
+            )
+    return points
+
+
+def time_prompts(n: int, k: int) -> list[Point]:
+    """Many tokens: dequantizing and multiplying, and multiplying alone."""
+    digits = itertools.cycle(rotation(n, k, 8))
+    full_NK = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
+    points = []
+    for m in PROMPTS:
+        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        cublas = time_graph(lambda x=x: torch.mm(x, full_NK.T), 8)[0]
+        for bits in WIDTHS:
+            seconds, spread = time_graph(
+                lambda x=x, b=bits: torch.mm(
+                    x, dequantize_digits(next(digits), b, torch.bfloat16).T
+                ),
+                8,
+            )
+            points.append(
+                {
+                    "n": n,
+                    "k": k,
+                    "tokens": m,
+                    "bits": bits,
+                    "seconds": seconds,
+                    "spread_seconds": spread,
+                    "cublas_seconds": cublas,
                 }
             )
     return points
@@ -376,7 +405,7 @@ def model_sums(points: list[Point], models: tuple[str, ...]) -> list[Point]:
     """All linears of a model, by width and tokens: seconds, shares of the bound, against peers."""
     by_key = {(p["n"], p["k"], p["tokens"], p["bits"]): p for p in points}
     sums = []
-    for model, m, bits in itertools.product(models, TOKENS, (2, 4, 6, 8)):
+    for model, m, bits in itertools.product(models, TOKENS, WIDTHS):
         found = [by_key.get((*shape, m, bits)) for shape in SHAPES[model].values()]
         if None in found:
             continue

@@ -50,7 +50,7 @@ from mbq.artifacts.packed import CONFIG_FILE, make_index, open_checkpoint, verif
 from mbq.artifacts.pull import pull
 from mbq.artifacts.sealed import get_document, put_document
 from mbq.artifacts.source import Source
-from mbq.artifacts.spec import Document
+from mbq.artifacts.spec import FORMAT_VERSION, Document
 from mbq.artifacts.store import LocalStore
 from mbq.artifacts.tensors import Entry, encode, open_tensors
 
@@ -74,15 +74,15 @@ Config: {model_type: llama, hidden_size: 4, num_hidden_layers: 1, vocab_size: 8,
   quantization_config: {quant_method: mbq, max_bits: 4, group_size: 32, linears: [mlp.up_proj]}}
 ShardRecord: {blobs: [a], file: &blob {size_bytes: 1, part_sha256: [&sha
   0000000000000000000000000000000000000000000000000000000000abcdef], sha256: *sha}}
-Manifest: {format_version: 3, run: 0123456789ab, model_digest: a, max_bits: 4, group_size: 32,
+Manifest: {run: 0123456789ab, model_digest: a, max_bits: 4, group_size: 32,
   files: {a.safetensors: *blob, b.safetensors: *blob}, blocks: [*sha], hardware: [any],
   slice_files: [[a.safetensors], [b.safetensors]]}
 RunDocument: {run: 0123456789ab, name: fuzz, model_location: /m, model_commit: null,
   code_version: a, model_digest: a, model_files: {a: *blob}, calibration_tokens: *blob,
   evaluation_tokens: *blob, sample_tokens: null, spec: {model: {source: /m}, calibration: &text
   {dataset: text, files: [/t]}, evaluation: *text}}
-BlockRecord: {block: 0, blob: *blob, hardware: any, loss_before: {1: 0.5}, loss_after: {1: 0.2},
-  outlier_overlap: {1: {2: 0.5}}, attempt: 1, seconds: 1.5}
+BlockRecord: {block: 0, blob: *blob, hardware: any, loss_before: {2: 0.5}, loss_after: {2: 0.2},
+  outlier_overlap: {2: {3: 0.5}}, attempt: 1, seconds: 1.5}
 Status: {run: 0123456789ab, attempt: 1, state: running, blocks_done: 0, blocks_total: 1,
   fraction: 0.5, seconds_left: null, started_at: 1, updated_at: 2,
   running: [{task: block 0, fraction: 0.5}],
@@ -97,6 +97,7 @@ Results: {run: 0123456789ab, method: null, tokens_sha256: *sha, tokens: 9, seque
   rows: [{variant: a, bits: 2, realised_bits: 2, total_bits: 2.5, perplexity: 9,
   perplexity_error: 0.1, gap: 0.1, gap_error: 0.1}], slice_bytes: [64, 64], base_bytes: 160}
 """)
+SAMPLES["Manifest"]["format_version"] = FORMAT_VERSION
 SEAL = b',\n "seal": "%s"\n}\n'
 SEAL_BYTES = len(SEAL % (b"0" * 64))
 TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|-?[0-9][0-9.eE+-]*|true|false|null|[\[\]{}]')

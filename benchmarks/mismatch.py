@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mbq.artifacts.spec import Optimisation
 from mbq.kernels.fake_linear import fake_linear
-from mbq.kernels.quantize import SLICE_BITS, group_bounds, scale_and_zero
+from mbq.kernels.quantize import group_bounds, scale_and_zero
 from mbq.orchestrator.status import locate
 from mbq.orchestrator.submit import home
 from mbq.workers.determinism import attention
@@ -58,9 +58,9 @@ class StaticLinear(nn.Module):
         scale_NG, zero_NG = scale_and_zero(low * self.low_NG, high * self.high_NG)
         rows = len(self.value)
         gain_N, bias_N = x.new_ones(rows), x.new_zeros(rows)
-        # A slice and a half are 3 bits.
-        slices: Any = self.bits / SLICE_BITS
-        return fake_linear(x, self.value, self.unit_NG, scale_NG, zero_NG, gain_N, bias_N, slices)
+        return fake_linear(
+            x, self.value, self.unit_NG, scale_NG, zero_NG, gain_N, bias_N, self.bits
+        )
 
 
 @click.command()

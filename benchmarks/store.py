@@ -58,9 +58,10 @@ from mbq.artifacts.packed import CONFIG_FILE, make_index, open_checkpoint
 from mbq.artifacts.pull import pull
 from mbq.artifacts.sealed import put_document
 from mbq.artifacts.spans import cut, md5_of
-from mbq.artifacts.spec import FORMAT_VERSION, SLICE_BITS
+from mbq.artifacts.spec import FORMAT_VERSION
 from mbq.artifacts.store import open_store
 from mbq.artifacts.tensors import Entry, encode
+from mbq.kernels.widths import SLICE_BITS
 
 try:
     import obstore

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from mbq.kernels.quantize import CODE_BITS
+from mbq.kernels.widths import CODE_BITS
 
 WORD_BITS = 32
 

@@ -3,16 +3,16 @@
     digits int16 [S, B, N', 32], contiguous; slices from the most significant one
     bits 2i+1:2i of element [e, b, n, j] are digit e of input 256 b + 32 i + j of row n
 
-so k slices are a prefix, the rows of a block of 256 inputs lie side by side, and one shift and mask
-of a word gives the same digit position of 32 neighbouring inputs: an operand of a matrix
-instruction without any permutation. Rows are padded to a multiple of 128, inputs to one of 256;
-what is padded has scale 0 and adds nothing. Scales and zeros lie with rows innermost:
+so the slices of a width are a prefix, the rows of a block of 256 inputs lie side by side, and one
+shift and mask of a word gives the same digit position of 32 neighbouring inputs: an operand of a
+matrix instruction without any permutation. Rows are padded to a multiple of 128, inputs to one of
+256; what is padded has scale 0 and adds nothing. Scales and zeros lie with rows innermost:
 
     scale_zero int32 [B * 256 / g, N']   float16 pair, scale in the low half
-    gain_bias  int32 [S, N']             float16 pair, row k - 1 for k slices
+    gain_bias  int32 [W, N']             float16 pair, a row per width as in WIDTHS
 
 Legend: N out_features, N' N padded, K in_features, B blocks of 256 inputs, G groups, g inputs per
-group, S slices.
+group, S slices, W widths.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mbq.kernels.quantize import CODE_BITS, SLICE_BITS
+from mbq.kernels.widths import CODE_BITS, SLICE_BITS
 
 BLOCK_INPUTS = 256
 ROW_MULTIPLE = 128
@@ -36,16 +36,16 @@ class Digits:
 
     digits_SBN32: Tensor
     scale_zero_GN: Tensor
-    gain_bias_SN: Tensor
+    gain_bias_WN: Tensor
     out_features: int
     in_features: int
     group_size: int
 
 
 def pack_digits(
-    code_NK: Tensor, scale_zero_NG: Tensor, gain_bias_SN: Tensor, slices: int
+    code_NK: Tensor, scale_zero_NG: Tensor, gain_bias_WN: Tensor, slices: int
 ) -> Digits:
-    """From codes uint8 [N, K] and the published pairs, int32 [N, G] and [S, N].
+    """From codes uint8 [N, K] and the published pairs, int32 [N, G] and [W, N].
 
     Raises:
         ValueError: the group size is none of `GROUP_SIZES`.
@@ -68,7 +68,7 @@ def pack_digits(
     return Digits(
         torch.stack(planes),
         padded_NG.T.contiguous(),
-        F.pad(gain_bias_SN, (0, more_rows)).contiguous(),
+        F.pad(gain_bias_WN, (0, more_rows)).contiguous(),
         rows,
         inputs,
         group_size,

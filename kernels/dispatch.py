@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from mbq.kernels.digits import BLOCK_INPUTS, GROUP_SIZES, ROW_MULTIPLE, Digits
+from mbq.kernels.widths import slices_of
 
 try:
-    from mbq.kernels import triton_decode
+    from mbq.kernels import triton_decode, triton_dequantize
 except ImportError:
     _TRITON = False
 else:
@@ -30,36 +31,51 @@ _MOST_PRODUCTS = 48
 _PROGRAMS = 528
 
 
-def decodes(x: Tensor, tokens: int, group_size: int, slices: int | None) -> bool:
-    """Whether the decode kernel serves these tokens: few, 16-bit, on a GPU, with Triton there.
+def packs(x: Tensor, group_size: int) -> bool:
+    """Whether kernels serve these tokens from the run-time layout: 16-bit, on a GPU, with Triton.
 
-    Gradients are not recorded through it.
-
-    Args:
-        slices: the same for all tokens, or None if they may differ: then the kernel serves as many
-            as it can, since dequantized weights would have to be made for every width in turn.
+    All others are multiplied by weights that torch dequantizes.
     """
     return (
         _TRITON
         and x.is_cuda
         and x.dtype in (torch.float16, torch.bfloat16)
-        and 1 <= tokens <= triton_decode.MAX_TOKENS
-        and (slices is None or tokens * slices <= _MOST_PRODUCTS)
         and group_size in GROUP_SIZES
+    )
+
+
+def decodes(x: Tensor, tokens: int, group_size: int, bits: int | None) -> bool:
+    """Whether the decode kernel serves these tokens: those that `packs` accepts, and few.
+
+    Gradients are not recorded through it.
+
+    Args:
+        bits: the same for all tokens, or None if they may differ: then the kernel serves as many
+            as it can, since dequantized weights would have to be made for every width in turn.
+    """
+    return (
+        packs(x, group_size)
+        and 1 <= tokens <= triton_decode.MAX_TOKENS
+        and (bits is None or tokens * slices_of(bits) <= _MOST_PRODUCTS)
         and not (torch.is_grad_enabled() and x.requires_grad)
     )
 
 
-def decode(x_TK: Tensor, counts_T: Tensor, slices: int | None, weight: Digits) -> Tensor:
-    """Tokens that `decodes` accepts times a weight, each at its own slice count: [T, N].
+def decode(x_TK: Tensor, bits: Tensor | int, max_bits: int, weight: Digits) -> Tensor:
+    """Tokens that `decodes` accepts times a weight, each at its own width: [T, N].
 
     Args:
-        counts_T: int32 [T].
-        slices: stored slices if tokens may differ in their counts, None if all have the same.
+        bits: the same for all tokens; or, if they may differ, int32 or int64 [T].
+        max_bits: stored bits, the most that a token may ask for.
     """
-    prepared = triton_decode.prepare(x_TK, counts_T, weight.group_size, slices)
+    prepared = triton_decode.prepare(x_TK, bits, weight.group_size, max_bits)
     cut = tile(weight.out_features, weight.in_features, len(x_TK), x_TK.device)
     return triton_decode.multiply(prepared, weight, cut, x_TK.dtype)
+
+
+def dequantize(weight: Digits, bits: int, dtype: torch.dtype) -> Tensor:
+    """The weight at a width, gain included, for tokens that `packs` accepts: [N, K] of `dtype`."""
+    return triton_dequantize.dequantize_digits(weight, bits, dtype)
 
 
 def tile(

@@ -1,6 +1,6 @@
 """A linear layer with fake-quantized weights that remembers no quantized copy of them.
 
-Training on the joint loss over several slice counts would, in plain autograd, keep one quantized
+Training on the joint loss over several widths would, in plain autograd, keep one quantized
 weight per linear alive until its backward pass: more memory than the weight itself. `fake_linear`
 keeps only what exists anyway and computes the quantized weight again when gradients are due.
 
@@ -8,9 +8,9 @@ The trainable weight is stored in units of the group's initial 2-bit step (`weig
 so that one learning rate fits every linear of every model.
 
 Gradients pass the floor straight through inside the range and stop outside it. With
-u = value * unit / s + z, q = (floor(4^(k-1) u) + 1/2) / 4^(k-1) and w_k = s (q - z):
+u = value * unit / s + z, q = (floor(2^(b-2) u) + 1/2) / 2^(b-2) and w_b = s (q - z) at b bits:
 
-    dw_k/dvalue = unit [in],   dw_k/ds = q - z - [in] value unit / s,   dw_k/dz = s ([in] - 1)
+    dw_b/dvalue = unit [in],   dw_b/ds = q - z - [in] value unit / s,   dw_b/dz = s ([in] - 1)
 
 where [in] is 1 for 0 <= u < 4 and 0 elsewhere.
 
@@ -25,10 +25,10 @@ from torch.nn import functional as F
 
 
 def fake_weight(
-    value_NK: Tensor, unit_NG: Tensor, scale_NG: Tensor, zero_NG: Tensor, slices: int
+    value_NK: Tensor, unit_NG: Tensor, scale_NG: Tensor, zero_NG: Tensor, bits: int
 ) -> Tensor:
-    """Weight as `slices` slices will reconstruct it: float32 [N, K]; no gradient."""
-    weight_NGg, _ = _bins(value_NK, unit_NG, scale_NG, zero_NG, slices)
+    """Weight as `bits` bits will reconstruct it: float32 [N, K]; no gradient."""
+    weight_NGg, _ = _bins(value_NK, unit_NG, scale_NG, zero_NG, bits)
     return weight_NGg.sub_(zero_NG[..., None]).mul_(scale_NG[..., None]).flatten(1)
 
 
@@ -40,28 +40,28 @@ def fake_linear(
     zero_NG: Tensor,
     gain_N: Tensor,
     bias_N: Tensor,
-    slices: int,
+    bits: int,
 ) -> Tensor:
-    """`x @ (gain * w_k).T + bias`, differentiable in everything but `unit`.
+    """`x @ (gain * w_b).T + bias`, differentiable in everything but `unit`.
 
     `x_TK` may have any number of leading dimensions and any float dtype; the product is computed
     in that dtype, the quantization in float32.
     """
     out: Tensor = _FakeLinear.apply(  # type: ignore[no-untyped-call]
-        x_TK, value_NK, unit_NG, scale_NG, zero_NG, gain_N, bias_N, slices
+        x_TK, value_NK, unit_NG, scale_NG, zero_NG, gain_N, bias_N, bits
     )
     return out
 
 
 def _bins(
-    value_NK: Tensor, unit_NG: Tensor, scale_NG: Tensor, zero_NG: Tensor, slices: int
+    value_NK: Tensor, unit_NG: Tensor, scale_NG: Tensor, zero_NG: Tensor, bits: int
 ) -> tuple[Tensor, Tensor]:
     """Quantized position q and exact position u of every weight, in 2-bit bins: [N, G, g]."""
     ratio_NG1 = (unit_NG / scale_NG)[..., None]
     exact = torch.addcmul(
         zero_NG[..., None], value_NK.unflatten(1, (unit_NG.shape[1], -1)), ratio_NG1
     )
-    bins = 4**slices
+    bins = 2**bits
     quantized = (exact * (bins / 4)).floor_().clamp_(0, bins - 1).add_(0.5).mul_(4 / bins)
     return quantized, exact
 
@@ -69,17 +69,17 @@ def _bins(
 class _FakeLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Any) -> Tensor:
-        value, unit, scale, zero, gain, bias, slices = parameters
+        value, unit, scale, zero, gain, bias, bits = parameters
         ctx.save_for_backward(x, value, unit, scale, zero, gain)
-        ctx.slices = slices
-        weight = fake_weight(value, unit, scale, zero, slices).mul_(gain[:, None])
+        ctx.bits = bits
+        weight = fake_weight(value, unit, scale, zero, bits).mul_(gain[:, None])
         return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         x, value, unit, scale, zero, gain = ctx.saved_tensors
         grad_TN = grad_outputs[0].flatten(0, -2)
-        quantized, exact = _bins(value, unit, scale, zero, ctx.slices)
+        quantized, exact = _bins(value, unit, scale, zero, ctx.bits)
         inside = (exact >= 0) & (exact < 4)
 
         weight = (quantized - zero[..., None]).mul_(scale[..., None]).flatten(1)

@@ -1,20 +1,23 @@
-"""A linear layer that runs at any stored number of slices.
+"""A linear layer that runs at any stored width.
 
-It holds the published bit planes and, per slice count, a gain and a bias per output channel:
+It holds the published bit planes and, per width, a gain and a bias per output channel:
 
-    y = gain_k * (x @ w_k.T) + bias_k + bias
+    y = gain_b * (x @ w_b.T) + bias_b + bias
 
-where k is the same for every token, or what the router of its input gives each of them; tokens of
-one k are then multiplied together. All elastic linears of a model share one `Precision`, so
+where b is the same for every token, or what the router of its input gives each of them; tokens of
+one width are then multiplied together. All elastic linears of a model share one `Precision`, so
 changing the width of the whole model is one assignment.
 
-Few 16-bit tokens on a GPU are multiplied by the codes themselves (`triton_decode.py`). For that the
-planes are exchanged, at first use, for the layout of `digits.py`; whoever asks for the state gets
-planes again. All else multiplies by a dequantized weight. Unpacking one costs more than multiplying
-by it, so it is kept in the dtype of its input: on a CPU for every slice count used so far, on a
-GPU, where memory is short, for the last one only.
+16-bit tokens on a GPU are multiplied by the codes themselves where they are few
+(`triton_decode.py`), and by a weight that is made and thrown away where they are many
+(`triton_dequantize.py`). For that the planes are exchanged, at first use, for the layout of
+`digits.py`; whoever asks for the state gets planes again.
 
-Legend: N out_features, K in_features, G groups, S slices, W words (K / 32), T tokens.
+Elsewhere torch dequantizes a weight. That costs more than multiplying by it, so it is kept in the
+dtype of its input: on a CPU for every width used so far, on a GPU, where memory is short, for the
+last one only.
+
+Legend: N out_features, K in_features, G groups, W words (K / 32), T tokens.
 """
 
 from collections.abc import Callable
@@ -27,16 +30,17 @@ from torch.nn import functional as F
 from mbq.kernels import dispatch
 from mbq.kernels.bitplanes import WORD_BITS, pack_planes, unpack_planes
 from mbq.kernels.digits import Digits, pack_digits, unpack_digits
-from mbq.kernels.quantize import SLICE_BITS, dequantize, unpack_pair
+from mbq.kernels.quantize import dequantize, unpack_pair
 from mbq.kernels.router import Precision
+from mbq.kernels.widths import slices_of, widths_up_to
 
 
 class ElasticLinear(nn.Module):
     """Replaces `nn.Linear`; `precision` may be shared with other linears.
 
-    Buffers: `plane_0` ... `plane_{2S-1}` int32 [N, K/32], `scale_zero` int32 [N, G] and
-    `gain_bias_1` ... `gain_bias_S` int32 [N]; the pairs are float16 in one int32 so that casting
-    the model leaves them alone.
+    Buffers: `plane_0` ... int32 [N, K/32], one per stored bit, `scale_zero` int32 [N, G] and, per
+    width, `gain_bias_2`, `gain_bias_3`, `gain_bias_4` ... int32 [N]; the pairs are float16 in one
+    int32 so that casting the model leaves them alone.
     """
 
     def __init__(
@@ -53,12 +57,12 @@ class ElasticLinear(nn.Module):
         self.group_size = group_size
         self.precision = precision
         # `precision` may be asked to use fewer than are stored.
-        self.stored_slices = precision.max_slices
-        for p in range(SLICE_BITS * precision.max_slices):
+        self.stored_bits = precision.max_bits
+        for p in range(self.stored_bits):
             self._empty(f"plane_{p}", out_features, in_features // WORD_BITS)
         self._empty("scale_zero", out_features, in_features // group_size)
-        for k in range(1, precision.max_slices + 1):
-            self._empty(f"gain_bias_{k}", out_features)
+        for bits in widths_up_to(self.stored_bits):
+            self._empty(f"gain_bias_{bits}", out_features)
         self.bias = bias
         self._weights: dict[tuple[int, torch.dtype], Tensor] = {}
         self._digits: Digits | None = None
@@ -70,54 +74,54 @@ class ElasticLinear(nn.Module):
         """Let a router decide, where `precision` leaves it to routers.
 
         Args:
-            router: answers `router(x, number)` with slice counts, as `Router` does.
+            router: answers `router(x, number)` with widths, as `Router` does.
             number: which of the router's linears this is.
         """
         self._router = router, number
 
     def reset_tally(self) -> None:
-        """Forget how many slices were read."""
+        """Forget how many bits were read."""
         self.tokens = 0
-        self.slices_read: int | Tensor = 0
+        self.bits_read: int | Tensor = 0
 
     @property
     def weights(self) -> int:
         """How many weights (parameters) it has."""
         return self.out_features * self.in_features
 
-    def weight(self, slices: int) -> Tensor:
-        """Dequantized weight at a slice count, gain included: float32 [N, K]."""
+    def weight(self, bits: int) -> Tensor:
+        """Dequantized weight at a width, gain included: float32 [N, K]."""
         scale_NG, zero_NG = unpack_pair(self.get_buffer("scale_zero"))
-        gain_N, _ = unpack_pair(self.get_buffer(f"gain_bias_{slices}"))
-        return dequantize(self._code(slices), scale_NG, zero_NG, slices).mul_(gain_N[:, None])
+        gain_N, _ = unpack_pair(self.get_buffer(f"gain_bias_{bits}"))
+        return dequantize(self._code(bits), scale_NG, zero_NG, bits).mul_(gain_N[:, None])
 
-    def slice_counts(self, x: Tensor) -> Tensor | int:
-        """Slices that each token of `x` [..., K] gets: int64 [T], or one number for all."""
-        if self.precision.slices is not None:
-            return self.precision.slices
+    def widths(self, x: Tensor) -> Tensor | int:
+        """Bits that each token of `x` [..., K] gets: int64 [T], or one number for all."""
+        if self.precision.bits is not None:
+            return self.precision.bits
         if self._router is None:
             raise RuntimeError("the tokens of this linear are to be routed, but it has no router")
         router, number = self._router
-        counts: Tensor | int = router(x, number)
-        return counts
+        widths: Tensor | int = router(x, number)
+        return widths
 
     def forward(self, x: Tensor) -> Tensor:
-        counts = self.slice_counts(x)
+        widths = self.widths(x)
         tokens = x.numel() // self.in_features
         self.tokens += tokens
-        read = counts * tokens if isinstance(counts, int) else counts.sum()
-        self.slices_read = self.slices_read + read
-        alike = counts if isinstance(counts, int) else None
+        read = widths * tokens if isinstance(widths, int) else widths.sum()
+        self.bits_read = self.bits_read + read
+        alike = widths if isinstance(widths, int) else None
         if dispatch.decodes(x, tokens, self.group_size, alike):
-            return self._decode(x, counts)
-        if isinstance(counts, int):
-            return self._multiply(x, counts)
-        present = counts.unique().tolist()
+            return self._decode(x, widths)
+        if isinstance(widths, int):
+            return self._multiply(x, widths)
+        present = widths.unique().tolist()
         if len(present) == 1:
             return self._multiply(x, present[0])
         x_TK = x.reshape(-1, self.in_features)
-        rows = [(counts == slices).nonzero().squeeze(1) for slices in present]
-        outs = [self._multiply(x_TK[r], slices) for r, slices in zip(rows, present, strict=True)]
+        rows = [(widths == bits).nonzero().squeeze(1) for bits in present]
+        outs = [self._multiply(x_TK[r], bits) for r, bits in zip(rows, present, strict=True)]
         # The dtype of the products: autocast may have chosen another than that of x.
         dtype = outs[0].dtype if outs else x.dtype
         out_TN = x.new_empty(tokens, self.out_features, dtype=dtype)
@@ -126,16 +130,10 @@ class ElasticLinear(nn.Module):
         return out_TN.view(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
-    def _decode(self, x: Tensor, counts: Tensor | int) -> Tensor:
-        """Few tokens times the codes; the host learns nothing of the counts."""
+    def _decode(self, x: Tensor, widths: Tensor | int) -> Tensor:
+        """Few tokens times the codes; the host learns nothing of the widths."""
         x_TK = x.reshape(-1, self.in_features)
-        # What a prompt was multiplied by; from here on memory is for codes.
-        self._weights = {}
-        if isinstance(counts, int):
-            counts_T = torch.full((len(x_TK),), counts, dtype=torch.int32, device=x.device)
-            out_TN = dispatch.decode(x_TK, counts_T, None, self._packed())
-        else:
-            out_TN = dispatch.decode(x_TK, counts.int(), self.stored_slices, self._packed())
+        out_TN = dispatch.decode(x_TK, widths, self.stored_bits, self._packed())
         if self.bias is not None:
             out_TN += self.bias
         return out_TN.view(*x.shape[:-1], self.out_features)
@@ -143,42 +141,53 @@ class ElasticLinear(nn.Module):
     def _packed(self) -> Digits:
         """The run-time layout; the planes, now in it, are let go."""
         if self._digits is None:
-            slices = self.stored_slices
-            gains = [self.get_buffer(f"gain_bias_{k}") for k in range(1, slices + 1)]
+            bits = self.stored_bits
+            gains = [self.get_buffer(f"gain_bias_{width}") for width in widths_up_to(bits)]
             with torch.inference_mode(False):
                 self._digits = pack_digits(
-                    self._code(slices), self.get_buffer("scale_zero"), torch.stack(gains), slices
+                    self._code(bits),
+                    self.get_buffer("scale_zero"),
+                    torch.stack(gains),
+                    slices_of(bits),
                 )
-                for p in range(SLICE_BITS * slices):
+                for p in range(bits):
                     self._empty(f"plane_{p}", 0)
         return self._digits
 
-    def _code(self, slices: int) -> Tensor:
+    def _code(self, bits: int) -> Tensor:
         if self._digits is not None:
             return unpack_digits(self._digits)
-        return unpack_planes([self.get_buffer(f"plane_{p}") for p in range(SLICE_BITS * slices)])
+        return unpack_planes([self.get_buffer(f"plane_{p}") for p in range(bits)])
 
     def _unpack(self) -> None:
         """Planes again, and nothing remembered."""
         self._weights = {}
         if self._digits is not None:
-            planes = pack_planes(self._code(self.stored_slices))
+            planes = pack_planes(self._code(self.stored_bits))
             self._digits = None
             for p, plane_NW in enumerate(planes):
                 self.register_buffer(f"plane_{p}", plane_NW.clone())
 
-    def _multiply(self, x: Tensor, slices: int) -> Tensor:
-        key = (slices, x.dtype)
+    def _multiply(self, x: Tensor, bits: int) -> Tensor:
+        weight_NK = self._dequantized(x, bits)
+        _, bias_N = unpack_pair(self.get_buffer(f"gain_bias_{bits}"))
+        if self.bias is not None:
+            bias_N = bias_N + self.bias.float()
+        return F.linear(x, weight_NK, bias_N.to(x.dtype))
+
+    def _dequantized(self, x: Tensor, bits: int) -> Tensor:
+        """The weight in the dtype of `x`."""
+        if dispatch.packs(x, self.group_size):
+            with torch.no_grad():
+                return dispatch.dequantize(self._packed(), bits, x.dtype)
+        key = (bits, x.dtype)
         if key not in self._weights:
             if x.is_cuda:
                 self._weights = {}
             # Made as an ordinary tensor, so that it also serves calls that record gradients.
             with torch.inference_mode(False), torch.no_grad():
-                self._weights[key] = self.weight(slices).to(x.dtype)
-        _, bias_N = unpack_pair(self.get_buffer(f"gain_bias_{slices}"))
-        if self.bias is not None:
-            bias_N = bias_N + self.bias.float()
-        return F.linear(x, self._weights[key], bias_N.to(x.dtype))
+                self._weights[key] = self.weight(bits).to(x.dtype)
+        return self._weights[key]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Moving or loading the module makes every remembered weight wrong.
@@ -197,7 +206,7 @@ class ElasticLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"max_bits={SLICE_BITS * self.precision.max_slices}, bias={self.bias is not None}"
+            f"max_bits={self.precision.max_bits}, bias={self.bias is not None}"
         )
 
     def _empty(self, name: str, *shape: int) -> None:

@@ -1,17 +1,17 @@
-"""The slice ladder: one 8-bit code per weight, cut into four nested 2-bit slices.
+"""The slice ladder: one 8-bit code per weight that can be read at 2, 3, 4, 6 or 8 bits.
 
 A group of `group_size` neighbouring inputs of one output channel shares a scale `s` (the width of
 a 2-bit bin) and a zero `z` (where 0.0 lies, in bins). A weight w becomes the floor code
 
     code = clamp(floor(64 * (w / s + z)), 0, 255)
 
-and k slices, that is the top 2k bits of the code, reconstruct the middle of the bin they name:
+and its top b bits reconstruct the middle of the bin they name:
 
-    w_k = s * ((floor(code / 4^(4-k)) + 1/2) / 4^(k-1) - z)
+    w_b = s * ((floor(code / 2^(8-b)) + 1/2) / 2^(b-2) - z)
 
-Dropping slices is therefore requantizing: nothing is rounded twice and nothing is stored per
-slice but a gain and a bias per output channel. The recursive definition (MoBiQuant,
-arXiv 2602.20191, section 4.1, with its floor-aligned mapping from appendix B) is in
+Reading fewer bits is therefore requantizing: nothing is rounded twice and nothing is stored per
+width but a gain and a bias per output channel. The recursive definition of the four 2-bit slices
+(MoBiQuant, arXiv 2602.20191, section 4.1, with its floor-aligned mapping from appendix B) is in
 `reference.py`; both give the same codes.
 
 Scale and zero are rounded to float16 BEFORE the codes are computed and travel as one int32 per
@@ -24,9 +24,7 @@ Legend: N out_features, K in_features, G groups (K / group_size).
 import torch
 from torch import Tensor
 
-SLICE_BITS = 2
-MAX_SLICES = 4
-CODE_BITS = SLICE_BITS * MAX_SLICES
+from mbq.kernels.widths import CODE_BITS
 
 # float16's smallest normal number: a scale below it would lose its mantissa.
 _SMALLEST_SCALE = 2.0**-14
@@ -61,13 +59,13 @@ def quantize(weight_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor) -> Tensor:
     return code_NK
 
 
-def dequantize(code_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor, slices: int) -> Tensor:
-    """Weight that the first `slices` slices of the codes stand for: float32 [N, K].
+def dequantize(code_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor, bits: int) -> Tensor:
+    """Weight that the first `bits` bits of the codes stand for: float32 [N, K].
 
-    The bits below those slices are ignored, so codes whose lower bits were never loaded are fine.
+    The bits below those are ignored, so codes whose lower bits were never loaded are fine.
     """
-    bin_NGg = (code_NK >> (CODE_BITS - SLICE_BITS * slices)).unflatten(1, (scale_NG.shape[1], -1))
-    position_NGg = (bin_NGg.float() + 0.5) * 4.0 ** (1 - slices)
+    bin_NGg = (code_NK >> (CODE_BITS - bits)).unflatten(1, (scale_NG.shape[1], -1))
+    position_NGg = (bin_NGg.float() + 0.5) * 2.0 ** (2 - bits)
     weight_NK: Tensor = ((position_NGg - zero_NG[..., None]) * scale_NG[..., None]).flatten(1)
     return weight_NK
 

@@ -2,18 +2,18 @@
 
 `slice_recursively` is MoBiSlice as the paper writes it (arXiv 2602.20191, section 4.1 and
 appendix B): a 2-bit base slice, then 2-bit slices of the residual, each with a quarter of the scale
-before it. `round_to_nearest` is the baseline every report compares with. `count_slices` and
+before it. `round_to_nearest` is the baseline every report compares with. `route` and
 `routed_linear` are MoBiRoute at run time, one token after the other (nested gates: section 4.2; the
 features are ours, see `router.py`).
 
-Legend: N out_features, K in_features, G groups, S slices, T tokens, L linears of one input, E extra
-slices, H rows of the trunk, F features (H + 2).
+Legend: N out_features, K in_features, G groups, S slices, T tokens, L linears of one input, W
+widths, E extra ones (W - 1), H rows of the trunk, F features (H + 2).
 """
 
 import torch
 from torch import Tensor
 
-from mbq.kernels.quantize import MAX_SLICES
+from mbq.kernels.widths import MAX_SLICES, WIDTHS
 
 
 def slice_recursively(
@@ -55,15 +55,15 @@ def round_to_nearest(weight_NK: Tensor, bits: int, group_size: int) -> Tensor:
     return rounded_NK
 
 
-def count_slices(
+def route(
     x_TK: Tensor,
     trunk_HK: Tensor,
     offset_H: Tensor,
     head_ELF: Tensor,
     threshold_EL: Tensor,
 ) -> Tensor:
-    """The router, token by token: slices of every token in each linear, int64 [L, T]."""
-    counts = []
+    """The router, token by token: bits of every token in each linear, int64 [L, T]."""
+    widths = []
     for x_K in x_TK.double():
         square = x_K.square().mean().clamp(min=1e-30)
         hidden_H = trunk_HK.double() @ (x_K / square.sqrt()) + offset_H.double()
@@ -71,20 +71,20 @@ def count_slices(
         feature_F = torch.cat((hidden_H, square.log()[None], torch.ones_like(square)[None]))
         row = []
         for linear in range(head_ELF.shape[1]):
-            slices = 1
+            taken = 0
             for head_F, threshold in zip(head_ELF[:, linear], threshold_EL[:, linear], strict=True):
                 if head_F.double() @ feature_F < threshold:
                     break
-                slices += 1
-            row.append(slices)
-        counts.append(row)
-    return torch.tensor(counts).T
+                taken += 1
+            row.append(WIDTHS[taken])
+        widths.append(row)
+    return torch.tensor(widths).T
 
 
-def routed_linear(x_TK: Tensor, weight_SNK: Tensor, bias_SN: Tensor, counts_T: Tensor) -> Tensor:
-    """Each token times the weight of its own slice count (row k-1 for k slices): float64 [T, N]."""
+def routed_linear(x_TK: Tensor, weight_WNK: Tensor, bias_WN: Tensor, bits_T: Tensor) -> Tensor:
+    """Each token times the weight of its own width (rows as WIDTHS): float64 [T, N]."""
     rows = [
-        weight_SNK[k - 1].double() @ x_K + bias_SN[k - 1].double()
-        for x_K, k in zip(x_TK.double(), counts_T.tolist(), strict=True)
+        weight_WNK[WIDTHS.index(bits)].double() @ x_K + bias_WN[WIDTHS.index(bits)].double()
+        for x_K, bits in zip(x_TK.double(), bits_T.tolist(), strict=True)
     ]
     return torch.stack(rows)

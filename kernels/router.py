@@ -1,22 +1,22 @@
-"""Which token gets how many slices: the run-time router, one per linear INPUT.
+"""Which token gets how many bits: the run-time router, one per linear INPUT.
 
 Linears that read the same input (q, k and v; gate and up) share a router. It sees each token and
-gives one score per linear and extra slice:
+gives one score per linear and extra width, that is, every width above the lowest:
 
     hidden   = silu(trunk @ (x / rms(x)) + offset)
     features = [hidden, log(rms(x)^2), 1]
     score    = head @ features
 
-A score means nothing by itself. `knots` map it to the logarithm of what the slice is expected to
-earn for that token: nats of loss per bit read, so that the earnings of all linears compare. One
-threshold for the whole model, in the same unit, then decides: slice k + 1 is read while slice k is
-and it earns at least the threshold (nested gates: a residual slice without those before it means
-nothing). The norm is a feature of its own because a linear's error grows with it; a trunk of no
-rows leaves only the norm, and without features every token of a linear gets the same.
+A score means nothing by itself. `knots` map it to the logarithm of what the step to that width is
+expected to earn for that token: nats of loss per bit read, so that the earnings of all linears
+compare. One threshold for the whole model, in the same unit, then decides: a step is taken while
+the one before it is and it earns at least the threshold (nested gates: residual bits without those
+before them mean nothing). The norm is a feature of its own because a linear's error grows with it;
+a trunk of no rows leaves only the norm, and without features every token of a linear gets the same.
 
 `Curve` knows the threshold of every average width.
 
-Legend: T tokens, K in_features, L linears, E extra slices (stored slices - 1), H rows of the trunk,
+Legend: T tokens, K in_features, L linears, E extra widths, H rows of the trunk,
 F features (H + 2), Q knots.
 """
 
@@ -31,7 +31,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mbq.kernels.quantize import SLICE_BITS, pack_pair, unpack_pair
+from mbq.kernels.quantize import pack_pair, unpack_pair
+from mbq.kernels.widths import SLICE_BITS, WIDTHS, steps_up_to, widths_up_to
 
 # Mean square of a token that is all zeros, so that its logarithm exists.
 _SMALLEST_SQUARE = 1e-30
@@ -70,28 +71,28 @@ class Curve:
 
 
 class Precision:
-    """How many slices the linears of one model use; `max_slices` are loaded.
+    """How many bits the linears of one model use; `max_bits` are loaded.
 
     Attributes:
-        slices: the same for every token, or None where the routers decide.
-        log_threshold: what a slice must earn, as the logarithm of nats per bit.
+        bits: the same for every token, or None where the routers decide.
+        log_threshold: what a step must earn, as the logarithm of nats per bit.
     """
 
-    def __init__(self, max_slices: int) -> None:
-        self.max_slices = max_slices
-        self.slices: int | None = max_slices
+    def __init__(self, max_bits: int) -> None:
+        self.max_bits = max_bits
+        self.bits: int | None = max_bits
         self.log_threshold = math.inf
 
     def set_bits(self, bits: int) -> None:
         """Use `bits` bits per weight for every token from the next forward pass on.
 
         Raises:
-            ValueError: no whole number of the loaded slices has that many bits.
+            ValueError: it is no width that is loaded.
         """
-        widths = [SLICE_BITS * k for k in range(1, self.max_slices + 1)]
+        widths = list(widths_up_to(self.max_bits))
         if bits not in widths:
             raise ValueError(f"bits {bits} must be one of {widths}, the widths that are loaded")
-        self.slices = bits // SLICE_BITS
+        self.bits = bits
 
     def set_average_bits(self, average_bits: float, curve: Curve) -> None:
         """Let the routers share `average_bits` bits per weight; at both ends all tokens are equal.
@@ -100,12 +101,12 @@ class Precision:
             ValueError: the curve does not reach that width.
         """
         self.log_threshold = curve.log_threshold(average_bits)
-        ends = (SLICE_BITS, SLICE_BITS * self.max_slices)
-        self.slices = int(average_bits) // SLICE_BITS if average_bits in ends else None
+        ends = (SLICE_BITS, self.max_bits)
+        self.bits = int(average_bits) if average_bits in ends else None
 
 
 class Router(nn.Module):
-    """Slice counts for the linears that read one input.
+    """Widths for the linears that read one input.
 
     Buffers, all int32 so that casting the model leaves them alone: `trunk` [H, K/2] (pairs of
     float16), and the bits of float32 in `offset` [H], `head` [E, L, F] and `knots` [E, L, 2, Q]
@@ -117,7 +118,7 @@ class Router(nn.Module):
         self,
         in_features: int,
         linears: int,
-        slices: int,
+        bits: int,
         width: int | None,
         knots: int,
         precision: Precision,
@@ -126,7 +127,7 @@ class Router(nn.Module):
         self.linears = linears
         self.width = width
         self.precision = precision
-        extra = slices - 1
+        extra = len(widths_up_to(bits)) - 1
         if width:
             self._empty("trunk", width, in_features // 2)
             self._empty("offset", width)
@@ -136,28 +137,27 @@ class Router(nn.Module):
         self._threshold_EL: Tensor | None = None
         self._set_to = math.nan
         self._seen: weakref.ref[Tensor] | None = None
-        self._counts_LT: Tensor | None = None
+        self._widths_LT: Tensor | None = None
 
     def forward(self, x: Tensor, linear: int) -> Tensor | int:
-        """Slices that each token of `x` [..., K] gets in one of the linears.
+        """Bits that each token of `x` [..., K] gets in one of the linears.
 
         Returns int64 [T], or one number where it is the same for every token.
         """
         threshold_EL = self._thresholds()
         if self.width is None:
-            return 1 + int((threshold_EL[:, linear] <= 0).long().cumprod(0).sum())
+            return WIDTHS[int((threshold_EL[:, linear] <= 0).long().cumprod(0).sum())]
         # The first linear of a pass computes for all; the others are given the same tensor.
         if linear == 0 or self._seen is None or self._seen() is not x:
             score_ELT = self.scores(x)[: len(threshold_EL)]
-            gate_ELT = (score_ELT >= threshold_EL[..., None]).long()
-            self._counts_LT = 1 + gate_ELT.cumprod(0).sum(0)
+            self._widths_LT = bits_taken(score_ELT >= threshold_EL[..., None])
             self._seen = weakref.ref(x)
-        assert self._counts_LT is not None
-        return self._counts_LT[linear]
+        assert self._widths_LT is not None
+        return self._widths_LT[linear]
 
     @torch.no_grad()
     def scores(self, x: Tensor) -> Tensor:
-        """Score of every token in every linear for every extra slice: float32 [E, L, T]."""
+        """Score of every token in every linear for every extra width: float32 [E, L, T]."""
         assert self.width is not None, "a router without features has no scores"
         x_TK = x.reshape(-1, x.shape[-1]).float()
         trunk_HK, offset_H = x_TK.new_zeros(0, x_TK.shape[1]), x_TK.new_zeros(0)
@@ -169,14 +169,14 @@ class Router(nn.Module):
             return score(x_TK, trunk_HK, offset_H, _floats(self.get_buffer("head")))
 
     def log_earnings(self, x: Tensor) -> Tensor:
-        """What each slice is expected to earn: float32 [E, L, T], or [E, L, 1] without features."""
+        """What each step is expected to earn: float32 [E, L, T], or [E, L, 1] without features."""
         knots = _floats(self.get_buffer("knots"))
         if self.width is None:
             return interpolate(knots[:, :, 0], knots[:, :, 1], torch.zeros_like(knots[:, :, 0, :1]))
         return interpolate(knots[:, :, 0], knots[:, :, 1], self.scores(x))
 
     def _thresholds(self) -> Tensor:
-        """The model's threshold in terms of scores: [E', L] of the extra slices in use."""
+        """The model's threshold in terms of scores: [E', L] of the extra widths in use."""
         log_threshold = self.precision.log_threshold
         if self._threshold_EL is None or self._set_to != log_threshold:
             # Made as an ordinary tensor, so that it can be changed in and out of inference mode.
@@ -189,10 +189,10 @@ class Router(nn.Module):
                 else:
                     self._threshold_EL.copy_(found_EL)
             self._set_to = log_threshold
-        return self._threshold_EL[: self.precision.max_slices - 1]
+        return self._threshold_EL[: len(widths_up_to(self.precision.max_bits)) - 1]
 
     def _forget(self) -> None:
-        self._threshold_EL = self._counts_LT = self._seen = None
+        self._threshold_EL = self._widths_LT = self._seen = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._forget()
@@ -205,10 +205,19 @@ class Router(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A weak reference cannot be pickled.
-        return self.__dict__ | {"_seen": None, "_counts_LT": None}
+        return self.__dict__ | {"_seen": None, "_widths_LT": None}
 
     def _empty(self, name: str, *shape: int) -> None:
         self.register_buffer(name, torch.zeros(shape, dtype=torch.int32))
+
+
+def bits_taken(gate_EX: Tensor) -> Tensor:
+    """Bits that nested gates read: int64, without the first dimension of `gate_EX`, boolean."""
+    bits_X = gate_EX.new_full(gate_EX.shape[1:], WIDTHS[0], dtype=torch.int64)
+    steps = steps_up_to(WIDTHS[len(gate_EX)])
+    for step, taken_X in zip(steps, gate_EX.long().cumprod(0), strict=True):
+        bits_X += step * taken_X
+    return bits_X
 
 
 def score(x_TK: Tensor, trunk_HK: Tensor, offset_H: Tensor, head_ELF: Tensor) -> Tensor:

@@ -245,6 +245,23 @@ def evaluate(
 
 
 @main.command()
+@click.argument("target", metavar="RUN|DIR")
+@store_option
+@json_option
+def bench(target: str, store: str | None, as_json: bool) -> None:
+    """Check a packed checkpoint's linears against float64 here and, on a GPU, time them."""
+    from mbq.orchestrator import bench as benching
+    from mbq.orchestrator import display
+
+    records = benching.bench(target, store_uri(store), say)
+    if as_json:
+        click.echo(display.to_json([record.model_dump(mode="json") for record in records]))
+        return
+    for line in display.validation_lines(records):
+        click.echo(line)
+
+
+@main.command()
 @click.argument("run")
 @click.option(
     "--out", type=click.Path(dir_okay=False), help="File to write [default: RUN.html here]."
@@ -291,6 +308,8 @@ def _print_results(store: "Store", document: "RunDocument", to_stderr: bool) -> 
     results = status.results_of(store, document)
     if results is not None:
         console.print(display.result_table(results))
+    for line in display.validation_lines(status.validations_of(store, document)):
+        console.print(line, soft_wrap=True)
     console.print(f"checkpoint: {status.checkpoint_location(store, document)}", soft_wrap=True)
 
 

@@ -6,10 +6,10 @@ Pure functions of a spec and of shapes.
 from collections.abc import Sequence
 
 from mbq.artifacts.checkpoint import Linear, router_bits, router_shape
-from mbq.artifacts.spec import SLICE_BITS, RunSpec
+from mbq.artifacts.spec import RunSpec
+from mbq.kernels.widths import widths_up_to
 from mbq.workers.variants import FULL, PACKED, ROUNDED, ROUTED, parse
 
-BITS = (2, 4, 6, 8)
 # Average widths that are evaluated unless the spec names others, and those of all rivals and of
 # the sample text.
 AVERAGE_BITS = (2.25, 2.5, 3.0, 3.5)
@@ -21,7 +21,7 @@ def variants(spec: RunSpec) -> list[str]:
     """What the table of a run compares; nothing without an evaluation text."""
     if spec.evaluation is None:
         return []
-    widths = [bits for bits in BITS if bits <= SLICE_BITS * spec.slices]
+    widths = widths_up_to(spec.max_bits)
     averages = average_bits(spec)
     # Rounding has whole widths only; a fair row beside each average that is one.
     rounded = sorted({*widths, *(int(bits) for bits in averages if bits == int(bits))})
@@ -47,7 +47,7 @@ def default_averages(spec: RunSpec) -> tuple[float, ...]:
     """Average widths that a spec need not name; a single slice has nothing to share."""
     if spec.slices == 1:
         return ()
-    return tuple(bits for bits in AVERAGE_BITS if bits <= SLICE_BITS * spec.slices)
+    return tuple(bits for bits in AVERAGE_BITS if bits <= spec.max_bits)
 
 
 def candidates(spec: RunSpec) -> tuple[str, ...]:
@@ -89,5 +89,5 @@ def other_bits(linears: Sequence[Linear], spec: RunSpec, variant: str, method: s
     learned = spec.routing.learned
     routers = {ROUTED: method, "norm": "norm", "learned": learned, "shuffled": learned}.get(kind)
     shape = router_shape(routers or "linear", spec.routing.width)
-    read = router_bits(linears, spec.slices, shape)
+    read = router_bits(linears, spec.max_bits, shape)
     return 32 / spec.group_size + 32 * channels / weights + read

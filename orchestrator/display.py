@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from mbq.artifacts.manifest import Results, Row
+from mbq.artifacts.manifest import Results, Row, ValidationRecord
 from mbq.orchestrator.status import RunState
 from mbq.workers.variants import PACKED, ROUTED, parse
 
@@ -150,6 +150,33 @@ def result_table(results: Results) -> Table:
             f"{rounded.perplexity:.3f} ± {rounded.perplexity_error:.3f}" if rounded else "",
         )
     return table
+
+
+def validation_lines(records: Sequence[ValidationRecord]) -> list[str]:
+    """What was found of packed linears: one line on errors, then one for every shape on times."""
+    if not records:
+        return []
+    largest = max(record.largest_error for record in records)
+    hardware = "; ".join(sorted({record.hardware for record in records}))
+    lines = [
+        f"kernels: {sum(record.checks for record in records)} products of {len(records)} shapes "
+        f"are right, largest error {largest:.1e} ({hardware})"
+    ]
+    if not any(record.timings for record in records):
+        lines.append("no GPU was there: nothing was timed")
+    for record in records:
+        full = {timing.tokens: timing.seconds for timing in record.timings if timing.bits is None}
+        for tokens, seconds in full.items():
+            times = ", ".join(
+                f"{t.bits} bits {1e6 * t.seconds:.1f} us ({seconds / t.seconds:.2f}x)"
+                for t in record.timings
+                if t.tokens == tokens and t.bits is not None
+            )
+            lines.append(
+                f"{record.out_features} x {record.in_features}, {tokens} tokens: {times}; bf16 "
+                f"{1e6 * seconds:.1f} us"
+            )
+    return lines
 
 
 def _by_width(results: Results) -> list[Row]:

@@ -18,6 +18,7 @@ from mbq.artifacts.manifest import (
     SensitivityRecord,
     ShardRecord,
     TokenBits,
+    ValidationRecord,
     VariantLosses,
     block_records,
 )
@@ -127,7 +128,7 @@ def begin(store: Store, document: RunDocument, runner: Runner, attempt: int) -> 
         ):
             driver.shards[task.target] = record
             driver.done.add(task)
-    adopt_losses(driver)
+    adopt_measurements(driver)
     return driver
 
 
@@ -145,7 +146,7 @@ def _adopt_routing(driver: Driver) -> None:
             driver.done.add(task)
 
 
-def adopt_losses(driver: Driver) -> None:
+def adopt_measurements(driver: Driver) -> None:
     """Take over what was measured; on a packed checkpoint only if it is this one."""
     text = driver.document.evaluation_tokens
     for task in driver.plan.evaluations if text else ():
@@ -156,6 +157,11 @@ def adopt_losses(driver: Driver) -> None:
             continue
         if of_source(task.target) or losses.manifest_sha256 == driver.manifest_sha256 is not None:
             driver.losses[task.target] = losses
+            driver.done.add(task)
+    for task in driver.plan.validations:
+        key = keys.validation_key(driver.document.run, task.target)
+        record = find_document(driver.store, key, ValidationRecord)
+        if record is not None and record.manifest_sha256 == driver.manifest_sha256:
             driver.done.add(task)
     sample = find_document(driver.store, keys.sample_key(driver.document.run), TokenBits)
     averages = {f"{bits:g}" for bits in default_averages(driver.document.spec)}
@@ -183,6 +189,8 @@ def call_of(driver: Driver, task: Task) -> tuple[Call, TaskResources]:
     if task.kind == "route":
         assert driver.routing is not None
         return Call(name, tasks.route, (job, driver.routing.method)), PACKING
+    if task.kind == "validate":
+        return Call(name, tasks.validate, (job, task.target)), resources
     if task.kind == "sample":
         averages = default_averages(driver.document.spec)
         arguments = (job, driver.document.sample_tokens, averages)

@@ -16,7 +16,8 @@ from mbq.artifacts import keys
 from mbq.artifacts.checkpoint import QUANT_METHOD
 from mbq.artifacts.errors import InputError, NotFoundError
 from mbq.artifacts.source import Source
-from mbq.artifacts.spec import SLICE_BITS, Evaluation, explain
+from mbq.artifacts.spec import Evaluation, explain
+from mbq.kernels.widths import widths_up_to
 from mbq.orchestrator.checkpoints import find_checkpoint, local_folder
 from mbq.orchestrator.display import bar
 from mbq.orchestrator.status import locate, names_run
@@ -94,7 +95,7 @@ def _stored_bits(folder: str) -> list[int]:
     quantized = Source(folder).config.get("quantization_config") or {}
     if quantized.get("quant_method") != QUANT_METHOD:
         raise NotFoundError(f"{folder} is not a checkpoint packed by mbq-cluster")
-    return list(range(SLICE_BITS, quantized["max_bits"] + 1, SLICE_BITS))
+    return list(widths_up_to(quantized["max_bits"]))
 
 
 def _find(target: str, store_uri: str, text: Mapping[str, Any] | None) -> tuple[str, Tokens]:

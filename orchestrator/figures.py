@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mbq.artifacts.manifest import BlockRecord, Row
-from mbq.artifacts.spec import SLICE_BITS
+from mbq.kernels.widths import SLICE_BITS
 from mbq.workers.variants import FULL, PACKED, ROUNDED, ROUTED, parse
 
 _STYLE: dict[Any, Any] = {
@@ -105,12 +105,10 @@ def block_errors(records: Sequence[BlockRecord]) -> str:
         figure = Figure(figsize=(7.5, 3.4), layout="constrained")
         axes = figure.subplots()
         blocks = [record.block for record in records]
-        for slices in records[0].loss_after:
-            after = [record.loss_after[slices] for record in records]
-            before = [record.loss_before[slices] for record in records]
-            (line,) = axes.plot(
-                blocks, after, "o-", markersize=3, label=f"{SLICE_BITS * slices} bits"
-            )
+        for bits in records[0].loss_after:
+            after = [record.loss_after[bits] for record in records]
+            before = [record.loss_before[bits] for record in records]
+            (line,) = axes.plot(blocks, after, "o-", markersize=3, label=f"{bits} bits")
             axes.plot(blocks, before, ":", color=line.get_color(), linewidth=1)
         axes.set_yscale("log")
         axes.set_xlabel("block (dotted: before training)")
@@ -121,17 +119,17 @@ def block_errors(records: Sequence[BlockRecord]) -> str:
 
 def outliers(records: Sequence[BlockRecord]) -> str:
     """Overlap of the tenth of tokens with the largest errors between widths, mean over blocks."""
-    counts = sorted(records[0].outlier_overlap)
+    widths = sorted(records[0].outlier_overlap)
     overlap = np.mean(
-        [[[r.outlier_overlap[a][b] for b in counts] for a in counts] for r in records], axis=0
+        [[[r.outlier_overlap[a][b] for b in widths] for a in widths] for r in records], axis=0
     )
     with mpl.rc_context(_STYLE | {"axes.grid": False}):
         figure = Figure(figsize=(3.6, 3.0), layout="constrained")
         axes = figure.subplots()
         axes.pcolormesh(overlap, cmap="Blues", vmin=0, vmax=1)
         axes.invert_yaxis()
-        labels = [str(SLICE_BITS * k) for k in counts]
-        middles = np.arange(len(counts)) + 0.5
+        labels = [str(bits) for bits in widths]
+        middles = np.arange(len(widths)) + 0.5
         axes.set_xticks(middles, labels)
         axes.set_yticks(middles, labels)
         for (row, column), value in np.ndenumerate(overlap):

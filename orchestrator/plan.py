@@ -11,7 +11,7 @@
                  publish                              index, config, tokenizer, manifest
                      |
       evaluate mbq-<bits>, routed-<bits>, sample      evaluate full and rtn-<bits> need nothing,
-                                                      rivals need every settle, too
+      validate <shape> ...                            rivals need every settle, too
 
 `sensitivity` needs nothing. A checkpoint of one slice has nothing to share: no sensitivity, settle,
 route or sample.
@@ -37,7 +37,15 @@ from mbq.orchestrator.comparison import candidates, settled_methods, variants
 from mbq.workers.variants import PACKED, ROUTED, of_source, parse
 
 Kind = Literal[
-    "capture", "sensitivity", "calibrate", "settle", "pack", "route", "evaluate", "sample"
+    "capture",
+    "sensitivity",
+    "calibrate",
+    "settle",
+    "pack",
+    "route",
+    "validate",
+    "evaluate",
+    "sample",
 ]
 # Evaluations of the source model need nothing and fill whatever is left idle, so they come last.
 _PRIORITY: dict[Kind, int] = {
@@ -47,6 +55,7 @@ _PRIORITY: dict[Kind, int] = {
     "settle": 2,
     "pack": 3,
     "route": 3,
+    "validate": 4,
     "evaluate": 4,
     "sample": 4,
 }
@@ -57,7 +66,7 @@ _SETTLE_PASSES = 21
 
 @dataclass(frozen=True)
 class Task:
-    """One unit of work; `target` is a block's number, a file's name, a method or a variant.
+    """One unit of work; `target` is the number, name, method, shape or variant it is about.
 
     Attributes:
         flops: how much arithmetic it is, to tell the time left; not exact.
@@ -86,6 +95,7 @@ class Plan:
     settles: tuple[Task, ...]
     packs: tuple[Task, ...]
     routes: tuple[Task, ...]
+    validations: tuple[Task, ...]
     evaluations: tuple[Task, ...]
     samples: tuple[Task, ...]
     candidates: tuple[str, ...]
@@ -102,6 +112,7 @@ class Plan:
             + self.settles
             + self.packs
             + self.routes
+            + self.validations
             + self.evaluations
             + self.samples
         )
@@ -147,10 +158,11 @@ def build_plan(document: RunDocument) -> Plan:
         weights[linear.block] += linear.out_features * linear.in_features
 
     calibration_tokens = spec.calibration.samples * spec.calibration.sequence_length
-    # Forward and backward of two widths per pass, then of one that is refined, and a few forward
-    # passes around them, of which one or two add up Gram matrices.
-    per_weight = calibration_tokens * (18.0 * spec.optimisation.passes + 6.0)
-    streams = 1 + len(spec.optimisation.slice_counts) * (spec.propagation == "sequential")
+    # Forward and backward of two widths per pass, in the last stage of one, and a few forward
+    # passes around them, most of which add up Gram matrices.
+    trained = 2 * len(spec.optimisation.widths) - 1
+    per_weight = calibration_tokens * (6.0 * trained * spec.optimisation.passes + 6.0)
+    streams = 1 + len(spec.optimisation.widths) * (spec.propagation == "sequential")
     evaluation = spec.evaluation
     head = 2.0 * document.source.config["vocab_size"] * document.source.config["hidden_size"]
     forward = 2.0 * sum(weights) + head
@@ -178,6 +190,7 @@ def build_plan(document: RunDocument) -> Plan:
             Task("pack", shard.file, 200.0 * sum(e.size_bytes for e in shard.entries))
             for shard in shards
         ),
+        validations=tuple(Task("validate", shape, 0.0) for shape in shapes_of(document)),
         evaluations=tuple(Task("evaluate", v, evaluated) for v in variants(spec)),
         samples=(Task("sample", "text", 0.0),) if document.sample_tokens else (),
         candidates=candidates(spec),
@@ -185,6 +198,12 @@ def build_plan(document: RunDocument) -> Plan:
         linears=tuple(linears),
         sequential=spec.propagation == "sequential",
     )
+
+
+def shapes_of(document: RunDocument) -> list[str]:
+    """Every shape of a quantized linear, `<N>x<K>`."""
+    linears = find_linears(document.source.tensors)
+    return list(dict.fromkeys(f"{x.out_features}x{x.in_features}" for x in linears))
 
 
 def ready(plan: Plan, progress: Progress, workers: int) -> list[Task]:
@@ -245,7 +264,7 @@ def task_memory_bytes(plan: Plan, spec: RunSpec, hidden_size: int) -> int:
         grams[linear.block] = grams.get(linear.block, 0) + linear.in_features**2
     item = 2 if spec.dtype == "bfloat16" else 4
     tokens = spec.calibration.samples * spec.calibration.sequence_length
-    quantized = len(spec.optimisation.slice_counts) * (spec.propagation == "sequential")
+    quantized = len(spec.optimisation.widths) * (spec.propagation == "sequential")
     hidden = (2 + quantized) * tokens * hidden_size * item
     widest = max(linear.out_features + linear.in_features for linear in plan.linears)
     activations = 12 * spec.microbatch * spec.calibration.sequence_length * widest * item

@@ -16,9 +16,9 @@ from mbq.artifacts.digests import digest_of
 from mbq.artifacts.manifest import Manifest, Results, VariantLosses
 from mbq.artifacts.sealed import document_sha256, put_document
 from mbq.artifacts.source import TOKENIZER_FILES
-from mbq.artifacts.spec import FORMAT_VERSION, SLICE_BITS
+from mbq.artifacts.spec import FORMAT_VERSION
 from mbq.orchestrator.comparison import other_bits
-from mbq.orchestrator.driver import Driver, adopt_losses
+from mbq.orchestrator.driver import Driver, adopt_measurements
 from mbq.orchestrator.plan import Plan
 from mbq.workers.evaluate import table
 from mbq.workers.variants import FULL, parse
@@ -32,12 +32,14 @@ def publish(driver: Driver) -> None:
     if driver.routing is not None:
         method = driver.routing.method
         shape = router_shape(method, spec.routing.width)
-        shards.append(routing_shard(plan.linears, spec.slices, shape))
+        shards.append(routing_shard(plan.linears, spec.max_bits, shape))
         curves = {str(c): curve.model_dump() for c, curve in driver.routing.curves.items()}
-        routing = routing_document(method, spec.slices, shape, plan.linears, curves)
+        routing = routing_document(method, spec.max_bits, shape, plan.linears, curves)
     small = {
         INDEX_FILE: index_document(shards),
-        "config.json": config_document(source, spec.slices, spec.group_size, plan.linears, routing),
+        "config.json": config_document(
+            source, spec.max_bits, spec.group_size, plan.linears, routing
+        ),
     }
     for name in TOKENIZER_FILES:
         data = source.read(name)
@@ -52,7 +54,7 @@ def publish(driver: Driver) -> None:
         format_version=FORMAT_VERSION,
         run=document.run,
         model_digest=document.model_digest,
-        max_bits=SLICE_BITS * spec.slices,
+        max_bits=spec.max_bits,
         group_size=spec.group_size,
         files=dict(sorted(files.items())),
         slice_files=slice_files(plan.shards, spec.slices),
@@ -62,7 +64,7 @@ def publish(driver: Driver) -> None:
     key = keys.manifest_key(document.run)
     put_document(store, key, manifest)
     driver.manifest_sha256 = document_sha256(store, key)
-    adopt_losses(driver)
+    adopt_measurements(driver)
 
 
 def write_results(driver: Driver) -> None:

@@ -24,11 +24,14 @@ from mbq.artifacts.manifest import (
     Row,
     RunDocument,
     TokenBits,
+    ValidationRecord,
     VariantLosses,
 )
 from mbq.artifacts.sealed import document_sha256, find_document
 from mbq.artifacts.store import Store
 from mbq.orchestrator import figures
+from mbq.orchestrator.display import validation_lines
+from mbq.orchestrator.status import validations_of
 from mbq.workers.variants import FULL, PACKED, ROUNDED, ROUTED, parse
 
 _SHOWN_WIDTHS = 4
@@ -65,6 +68,7 @@ class Found:
     linear_bits: dict[float, dict[str, float]]
     sample: TokenBits | None
     tokens: Sequence[str]
+    validations: Sequence[ValidationRecord]
 
 
 def collect(store: Store, document: RunDocument) -> Found:
@@ -94,6 +98,7 @@ def collect(store: Store, document: RunDocument) -> Found:
         linear_bits=_linear_bits(store, document, results) if results else {},
         sample=sample,
         tokens=_pieces(store, run, sample.ids) if sample else (),
+        validations=validations_of(store, document),
     )
 
 
@@ -118,6 +123,7 @@ def render(found: Found) -> str:
         names=NAMES,
         kind=lambda row: parse(row.variant)[0],
         sample=_coloured(found),
+        kernels=validation_lines(found.validations),
         spec=yaml.safe_dump(found.document.spec.model_dump(mode="json"), sort_keys=False),
     )
 

@@ -165,7 +165,7 @@ def _collect(driver: Driver, handle: Handle, retry_seconds: float) -> None:
             driver.settled[task.target] = driver.runner.result(handle)
         elif task.kind in ("pack", "route"):
             driver.shards[task.target] = driver.runner.result(handle)
-        elif task.kind in ("sensitivity", "sample"):
+        elif task.kind in ("sensitivity", "validate", "sample"):
             driver.runner.outcome(handle)
         else:
             driver.losses[task.target] = driver.runner.result(handle)

@@ -11,11 +11,12 @@ from urllib.parse import unquote, urlparse
 
 from mbq.artifacts import keys
 from mbq.artifacts.errors import ClusterError, CorruptError, InputError, NotFoundError
-from mbq.artifacts.manifest import Results, RunDocument, Status, find_run
+from mbq.artifacts.manifest import Results, RunDocument, Status, ValidationRecord, find_run
 from mbq.artifacts.sealed import find_document
 from mbq.artifacts.spec import is_path
 from mbq.artifacts.store import Store, open_store
 from mbq.cluster.jobs import JobInfo, Jobs
+from mbq.orchestrator.plan import shapes_of
 
 # A driver says something every second; a store may be slow.
 _SILENCE_SECONDS = 30.0
@@ -125,6 +126,15 @@ def follow(
 
 def results_of(store: Store, document: RunDocument) -> Results | None:
     return find_document(store, keys.results_key(document.run), Results)
+
+
+def validations_of(store: Store, document: RunDocument) -> list[ValidationRecord]:
+    """What was found of the packed linears, a record for each shape."""
+    found = [
+        find_document(store, keys.validation_key(document.run, shape), ValidationRecord)
+        for shape in shapes_of(document)
+    ]
+    return [record for record in found if record is not None]
 
 
 def checkpoint_location(store: Store, document: RunDocument) -> str:

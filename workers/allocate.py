@@ -1,16 +1,17 @@
-"""From what slices are expected to earn to thresholds: one for every average width.
+"""From what bits are expected to earn to thresholds: one for every average width.
 
-A slice of a linear costs 2 bits per weight and token. What it earns a token is the benefit its
-router expects (`route.py`) times what the loss minds it (`sensitivity.py`), per bit:
+The step of a linear from one width to the next costs its bits for every weight and token. What it
+earns a token is the benefit its router expects (`route.py`) times what the loss minds it
+(`sensitivity.py`), per bit:
 
-    earnings = benefit * sensitivity / 2  /  (2 * out_features * in_features)
+    earnings = benefit * sensitivity / 2  /  (step bits * out_features * in_features)
 
-in nats per bit. Reading every slice that earns at least a threshold, and nothing else, is the best
-use of the bits it takes; so a whole model needs one number for each average width, and a curve of
+in nats per bit. Taking every step that earns at least a threshold, and nothing else, is the best
+use of the bits it costs; so a whole model needs one number for each average width, and a curve of
 them for every ceiling, since a checkpoint cut to 4 bits cannot spend more on any token. Everything
 here is pure.
 
-Legend: T tokens (or 1 where all are alike), L linears, E extra slices.
+Legend: T tokens (or 1 where all are alike), L linears, E extra widths.
 """
 
 import math
@@ -20,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mbq.kernels.quantize import SLICE_BITS
 from mbq.kernels.router import Curve
+from mbq.kernels.widths import SLICE_BITS, steps_up_to
 
 # Sensitivity or benefit of a linear that the loss does not feel at all.
 _SMALLEST = 1e-30
@@ -45,25 +46,26 @@ class Earnings:
 
 
 def log_worth(sensitivity: float, weights: int) -> float:
-    """What turns a log benefit into log earnings: log of nats per bit and unit of error."""
-    return math.log(max(sensitivity, _SMALLEST) / 2 / (SLICE_BITS * weights))
+    """What turns a log benefit per bit into log earnings (nats per bit)."""
+    return math.log(max(sensitivity, _SMALLEST) / 2 / weights)
 
 
 def thresholds(
     earnings: Sequence[Earnings], average_bits: Sequence[float], ceiling_bits: int
 ) -> list[float]:
     """The log threshold at which these tokens get each average width, as nearly as they can."""
-    extra = ceiling_bits // SLICE_BITS - 1
+    steps = torch.tensor(steps_up_to(ceiling_bits)).double()
     values, costs = [], []
     for input_ in earnings:
-        # Nested: a slice is read only where all slices before it earn enough, too.
-        nested_ELT = input_.log_ELT[:extra].cummin(0).values
+        # Nested: a step is taken only where all steps before it earn enough, too.
+        nested_ELT = input_.log_ELT[: len(steps)].cummin(0).values
+        tokens = nested_ELT.shape[2]
         for linear, weights in enumerate(input_.weights):
             values.append(nested_ELT[:, linear].flatten())
-            costs.append(torch.full_like(values[-1], weights / nested_ELT.shape[2]).double())
+            costs.append((steps * weights / tokens).repeat_interleave(tokens))
     value, order = torch.cat(values).sort(descending=True, stable=True)
     total = sum(sum(input_.weights) for input_ in earnings)
-    average = SLICE_BITS + SLICE_BITS * torch.cat(costs)[order].cumsum(0) / total
+    average = SLICE_BITS + torch.cat(costs)[order].cumsum(0) / total
     # Between two values lies every threshold that reads the first and not the second; equal values
     # are read together or not at all.
     ends = torch.cat((value[1:] < value[:-1], torch.tensor([True])))
@@ -76,13 +78,13 @@ def thresholds(
 
 def realised_bits(earnings: Sequence[Earnings], log_threshold: float, ceiling_bits: int) -> float:
     """Average bits per weight and token that a threshold gives."""
-    extra = ceiling_bits // SLICE_BITS - 1
+    steps = torch.tensor(steps_up_to(ceiling_bits)).double()
     read = 0.0
     for input_ in earnings:
-        gates_ELT = (input_.log_ELT[:extra] >= log_threshold).double().cumprod(0)
-        share_L = gates_ELT.sum(0).mean(1)
-        read += float((share_L * share_L.new_tensor(input_.weights)).sum())
-    return SLICE_BITS + SLICE_BITS * read / sum(sum(i.weights) for i in earnings)
+        gates_ELT = (input_.log_ELT[: len(steps)] >= log_threshold).double().cumprod(0)
+        bits_L = steps @ gates_ELT.mean(2)
+        read += float((bits_L * bits_L.new_tensor(input_.weights)).sum())
+    return SLICE_BITS + read / sum(sum(i.weights) for i in earnings)
 
 
 def grid(ceiling_bits: int) -> tuple[float, ...]:
@@ -101,7 +103,7 @@ def grid(ceiling_bits: int) -> tuple[float, ...]:
 def budget_curve(settled: Mapping[float, Sequence[Earnings]], ceiling_bits: int) -> Curve:
     """The curve of one ceiling.
 
-    What slices earn depends a little on the width the model runs at, so a point between two widths
+    What steps earn depends a little on the width the model runs at, so a point between two widths
     is placed between what the earnings at either say.
 
     Args:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from mbq.artifacts import keys
 from mbq.artifacts.loading import elastic_linears
 from mbq.kernels.linear import ElasticLinear
-from mbq.kernels.quantize import SLICE_BITS
 from mbq.kernels.router import Curve, Precision, Router
+from mbq.kernels.widths import SLICE_BITS, slices_of
 from mbq.workers.allocate import log_worth, thresholds
 from mbq.workers.determinism import seed_of
 from mbq.workers.evaluate import rounded_block
@@ -53,9 +53,10 @@ def variant_blocks(opened: Opened, variant: str, ids_BT: Tensor) -> VariantBlock
             opened, lambda b: rounded_block(opened.model.block(b), int(bits), group_size)
         )
     if kind == PACKED:
-        uniform = Precision(int(bits) // SLICE_BITS)
+        uniform = Precision(SLICE_BITS * slices_of(int(bits)))
+        uniform.set_bits(int(bits))
         return _counted(opened, lambda b: opened.packed_block(b, uniform))
-    precision = Precision(opened.spec.slices)
+    precision = Precision(opened.spec.max_bits)
     if kind == ROUTED:
         method, curve = _stored_routing(opened)
         precision.set_average_bits(bits, curve)
@@ -67,17 +68,17 @@ def _rival(
     opened: Opened, kind: str, bits: float, precision: Precision, ids_BT: Tensor
 ) -> Callable[[int], nn.Module]:
     learned = opened.spec.routing.learned
-    ceiling = SLICE_BITS * opened.spec.slices
+    ceiling = opened.spec.max_bits
     method = learned if kind in ("learned", "shuffled") else kind
     if kind in ("linear", "norm", "learned", "shuffled"):
         precision.set_average_bits(bits, opened.curve(method, ceiling))
     if kind == "shuffled":
         return lambda b: _shuffled_block(opened, b, precision, method)
     if kind == "random":
-        precision.slices = None
+        precision.bits = None
         return lambda b: _random_block(opened, b, precision, bits)
     if kind == "oracle":
-        precision.slices = None
+        precision.bits = None
         precision.log_threshold = _oracle_threshold(opened, precision, bits, ids_BT)
         return lambda b: _oracle_block(opened, b, precision)
     return lambda b: opened.elastic_block(b, precision, method)
@@ -92,7 +93,7 @@ def _counted(opened: Opened, make: Callable[[int], nn.Module]) -> VariantBlocks:
             yield block
             names = {module: name for name, module in block.named_modules()}
             for linear in elastic_linears(block):
-                read = SLICE_BITS * int(linear.slices_read) / linear.tokens
+                read = int(linear.bits_read) / linear.tokens
                 linear_bits[f"model.layers.{index}.{names[linear]}"] = read
 
     return VariantBlocks(blocks(), linear_bits)
@@ -102,7 +103,7 @@ def _stored_routing(opened: Opened) -> tuple[str, Curve]:
     """Method and thresholds as the packed checkpoint's config.json has them."""
     config = json.loads(opened.store.read(keys.checkpoint_key(opened.document.run, "config.json")))
     routing = config["quantization_config"]["routing"]
-    stored = routing["curves"][str(SLICE_BITS * opened.spec.slices)]
+    stored = routing["curves"][str(opened.spec.max_bits)]
     return routing["method"], Curve(tuple(stored["average_bits"]), tuple(stored["log_thresholds"]))
 
 
@@ -138,7 +139,7 @@ def _oracle_block(opened: Opened, index: int, precision: Precision) -> nn.Module
 
 
 def _oracle_threshold(opened: Opened, precision: Precision, bits: float, ids_BT: Tensor) -> float:
-    ceiling = SLICE_BITS * precision.max_slices
+    ceiling = precision.max_bits
     blocks = range(opened.model.block_count)
     routed = RoutedModel(
         opened.model,

@@ -4,7 +4,7 @@ Hidden states travel between tasks as numpy arrays, bfloat16 ones as their bits:
 object store hands over without a copy. A set of them has one stream or several:
 
     "full"   of the full-precision model
-    "1" ...  of the model calibrated so far at that many slices (sequential propagation only)
+    "2" ...  of the model calibrated so far at that many bits (sequential propagation only)
 
 Each call needs one block's weights and its input, so any step can be repeated alone.
 
@@ -27,10 +27,10 @@ FULL = "full"
 Hidden = dict[str, NDArray[Any]]
 
 
-def first_hidden(model: Model, ids_BT: Tensor, slice_counts: Sequence[int]) -> Hidden:
+def first_hidden(model: Model, ids_BT: Tensor, widths: Sequence[int]) -> Hidden:
     """Hidden states that enter block 0: the embeddings, equal in every stream."""
     array = to_array(model.embed(ids_BT))
-    return {name: array for name in [FULL, *map(str, slice_counts)]}
+    return {name: array for name in [FULL, *map(str, widths)]}
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def run_block(
         else:
             assert quantized is not None, f"stream {name} needs the calibrated block"
             module, precision = quantized
-            precision.slices = int(name)
+            precision.bits = int(name)
         parts = from_array(array, model.dtype).split(microbatch)
         out[name] = to_array(
             torch.cat([model.run(module, index, part.to(model.device)).cpu() for part in parts])

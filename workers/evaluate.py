@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from mbq.artifacts.loading import elastic_linears
 from mbq.artifacts.manifest import Row
 from mbq.kernels.linear import ElasticLinear
-from mbq.kernels.quantize import SLICE_BITS
 from mbq.kernels.reference import round_to_nearest
 from mbq.workers.model import Model, linears
 from mbq.workers.variants import FULL, parse
@@ -71,14 +70,14 @@ def token_bits(model: Model, blocks: Iterable[nn.Module], ids_BT: Tensor) -> lis
     def note(linear: nn.Module, arguments: tuple[Tensor]) -> None:
         nonlocal read_T, weights
         assert isinstance(linear, ElasticLinear)
-        read_T += linear.weights * torch.as_tensor(linear.slice_counts(arguments[0])).cpu()
+        read_T += linear.weights * torch.as_tensor(linear.widths(arguments[0])).cpu()
         weights += linear.weights
 
     for index, block in enumerate(blocks):
         for linear in elastic_linears(block):
             linear.register_forward_pre_hook(note)
         hidden_BTH = model.run(block, index, hidden_BTH)
-    bits: list[float] = (SLICE_BITS * read_T / weights).tolist()
+    bits: list[float] = (read_T / weights).tolist()
     return bits
 
 

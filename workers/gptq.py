@@ -1,16 +1,16 @@
 """Codes by error compensation: what rounding one input loses, the inputs after it make up for.
 
-GPTQ (arXiv 2210.17323, algorithm 1) for nested digits. A linear's error on its inputs is
-`|x (w - w_k)|^2 = (w - w_k) H (w - w_k)` with the Gram matrix H = x^T x. Inputs are rounded one
+GPTQ (arXiv 2210.17323, algorithm 1) for nested bits. A linear's error on its inputs is
+`|x (w - w_b)|^2 = (w - w_b) H (w - w_b)` with the Gram matrix H = x^T x. Inputs are rounded one
 after the other; with L, the upper Cholesky factor of H's inverse, the best use of the inputs j' > j
 that are not rounded yet is
 
-    w[j'] -= (w[j] - w_k[j]) / L[j, j] * L[j, j']
+    w[j'] -= (w[j] - w_b[j]) / L[j, j] * L[j, j']
 
-One code must serve several slice counts, whose errors differ. So each slice count k has a weight of
-its own that is compensated for the errors of its own reconstruction, and of all codes the one is
-taken whose positions are nearest to all of them: squared distances are added with weight 4^(k-1),
-half way (in logarithms) between absolute errors and errors relative to the bin at that slice count.
+One code must serve several widths, whose errors differ. So each width b has a weight of its own
+that is compensated for the errors of its own reconstruction, and of all codes the one is taken
+whose positions are nearest to all of them: squared distances are added with weight 2^(b-2), half
+way (in logarithms) between absolute errors and errors relative to the bin at that width.
 Widths beyond those need the source weight itself, so the distance from it to the code's bin counts,
 too.
 
@@ -23,15 +23,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from mbq.kernels.quantize import CODE_BITS, SLICE_BITS
+from mbq.kernels.widths import CODE_BITS
 from mbq.workers.model import linears
 
 # Least that is added to the Gram matrix, as a share of its mean diagonal (GPTQ's default).
 _DAMPING = 0.01
 # How far inside its bin a rounded weight lies at least, in bins: so that `quantize` finds that bin.
 _MARGIN = 0.02
-# How much more the squared error of one more slice counts (benchmarks/README.md).
-_FINER = 4.0
+# How much more the squared error of one more bit counts (benchmarks/README.md).
+_FINER = 2.0
 # How much the squared distance from the source weight to its code's bin counts (same place).
 _STAY = 4.0
 
@@ -74,36 +74,36 @@ def round_compensated(
     zero_NG: Tensor,
     factors: Mapping[int, Tensor],
     kept_NK: Tensor | None = None,
-    kept_slices: int = 0,
+    kept_bits: int = 0,
 ) -> Tensor:
-    """Choose digits so that every slice count of `factors` reproduces the linear's outputs.
+    """Choose bits so that every width of `factors` reproduces the linear's outputs.
 
     Args:
-        factors: `factor` of the inputs [K, K] by slice count; digits are chosen for the highest.
-        kept_NK: codes uint8 [N, K] whose first `kept_slices` digits are not to be changed.
+        factors: `factor` of the inputs [K, K] by width; bits are chosen for the highest.
+        kept_NK: codes uint8 [N, K] whose first `kept_bits` bits are not to be changed.
 
     Returns the compensated weight, float32 [N, K], moved into the bin that was chosen for it at the
-    highest slice count: `quantize` finds its digits.
+    highest width: `quantize` finds its code.
     """
     highest = max(factors)
-    below = SLICE_BITS * (highest - kept_slices)
+    below = highest - kept_bits
     candidates = torch.arange(1 << below, device=weight_NK.device)
     size = weight_NK.shape[1] // scale_NG.shape[1]
-    targets = {k: weight_NK.float().clone() for k in factors}
+    targets = {bits: weight_NK.float().clone() for bits in factors}
     rounded_NK = torch.empty_like(weight_NK, dtype=torch.float32)
     for group, start in enumerate(range(0, weight_NK.shape[1], size)):
         scale_N1, zero_N1 = scale_NG[:, group, None], zero_NG[:, group, None]
         stop = start + size
-        errors = {k: weight_NK.new_empty(len(weight_NK), size).float() for k in factors}
+        errors = {bits: weight_NK.new_empty(len(weight_NK), size).float() for bits in factors}
         for j in range(start, stop):
             codes_NC = candidates[None]
             if kept_NK is not None:
-                first_N1 = kept_NK[:, j, None].long() >> (CODE_BITS - SLICE_BITS * kept_slices)
+                first_N1 = kept_NK[:, j, None].long() >> (CODE_BITS - kept_bits)
                 codes_NC = codes_NC + (first_N1 << below)
-            exact = {k: target[:, j, None] / scale_N1 + zero_N1 for k, target in targets.items()}
+            exact = {b: target[:, j, None] / scale_N1 + zero_N1 for b, target in targets.items()}
             costs = [
-                (exact_N1 - _positions(codes_NC, highest, k)).square() * _FINER ** (k - 1)
-                for k, exact_N1 in exact.items()
+                (exact_N1 - _positions(codes_NC, highest, bits)).square() * _FINER ** (bits - 2)
+                for bits, exact_N1 in exact.items()
             ]
             source_N1 = weight_NK[:, j, None].float() / scale_N1 + zero_N1
             away_NC = source_N1 - _inside(source_N1, codes_NC, highest, 0.0)
@@ -111,28 +111,28 @@ def round_compensated(
             chosen_N1 = cost_NC.argmin(1, keepdim=True)
             bin_N1 = codes_NC.expand_as(cost_NC).gather(1, chosen_N1)
             rounded_NK[:, j] = _inside(exact[highest], bin_N1, highest, _MARGIN)[:, 0]
-            for k, target in targets.items():
-                error_N1 = (exact[k] - _positions(bin_N1, highest, k)) / factors[k][j, j]
+            for bits, target in targets.items():
+                error_N1 = (exact[bits] - _positions(bin_N1, highest, bits)) / factors[bits][j, j]
                 error_N1 *= scale_N1
-                target[:, j + 1 : stop] -= error_N1 * factors[k][j, j + 1 : stop]
-                errors[k][:, j - start] = error_N1[:, 0]
+                target[:, j + 1 : stop] -= error_N1 * factors[bits][j, j + 1 : stop]
+                errors[bits][:, j - start] = error_N1[:, 0]
         # Later groups hear of a whole group's errors at once: one product instead of many.
-        for k, target in targets.items():
-            target[:, stop:] -= errors[k] @ factors[k][start:stop, stop:]
+        for bits, target in targets.items():
+            target[:, stop:] -= errors[bits] @ factors[bits][start:stop, stop:]
         part = rounded_NK[:, start:stop]
         part.sub_(zero_N1).mul_(scale_N1)
     return rounded_NK
 
 
-def _positions(code: Tensor, highest: int, slices: int) -> Tensor:
-    """Where `slices` slices put a code of `highest` slices, in 2-bit bins."""
-    return ((code >> (SLICE_BITS * (highest - slices))) + 0.5) * 4.0 ** (1 - slices)
+def _positions(code: Tensor, highest: int, bits: int) -> Tensor:
+    """Where the first `bits` bits put a code of `highest` bits, in 2-bit bins."""
+    return ((code >> (highest - bits)) + 0.5) * 2.0 ** (2 - bits)
 
 
-def _inside(exact: Tensor, code: Tensor, slices: int, margin: float) -> Tensor:
+def _inside(exact: Tensor, code: Tensor, bits: int, margin: float) -> Tensor:
     """The position nearest to `exact` that is inside a code's bin by a margin, in bins."""
-    low = (code + margin) * 4.0 ** (1 - slices)
-    high = (code + 1 - margin) * 4.0 ** (1 - slices)
+    low = (code + margin) * 2.0 ** (2 - bits)
+    high = (code + 1 - margin) * 2.0 ** (2 - bits)
     return exact.maximum(low).minimum(high)
 
 

@@ -39,6 +39,7 @@ from mbq.artifacts.sealed import get_document
 from mbq.artifacts.store import WORKING_SECONDS, Store, open_store
 from mbq.artifacts.tensors import TensorFile, open_tensors
 from mbq.kernels.router import Curve, Precision
+from mbq.kernels.widths import slices_of
 from mbq.workers.allocate import log_worth
 from mbq.workers.determinism import pin
 from mbq.workers.model import Model, open_model
@@ -95,8 +96,8 @@ class Opened:
 
     @property
     def streams(self) -> tuple[int, ...]:
-        """Slice counts with hidden states of their own."""
-        return self.spec.optimisation.slice_counts if self.spec.propagation == "sequential" else ()
+        """Widths with hidden states of their own."""
+        return self.spec.optimisation.widths if self.spec.propagation == "sequential" else ()
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -171,19 +172,21 @@ class Opened:
         routing = None
         if method is not None:
             tensors |= self.router_tensors(block, method)
-            routing = BlockRouting(self.routers, self.spec.slices, self.shape(method))
+            routing = BlockRouting(self.routers, self.spec.max_bits, self.shape(method))
         return elastic_block(self.model, block, tensors, self.spec.group_size, precision, routing)
 
     def packed_block(
         self, block: int, precision: Precision, method: str | None = None
     ) -> nn.Module:
         """A block from the files of the packed checkpoint that the loaded slices need."""
-        shards = [s for s in self.shards if s.slice is None or s.slice < precision.max_slices]
+        shards = [
+            s for s in self.shards if s.slice is None or s.slice < slices_of(precision.max_bits)
+        ]
         routing = None
         if method is not None:
             shape = self.shape(method)
-            routing = BlockRouting(self.routers, self.spec.slices, shape)
-            shards.append(routing_shard([*self.linears.values()], self.spec.slices, shape))
+            routing = BlockRouting(self.routers, self.spec.max_bits, shape)
+            shards.append(routing_shard([*self.linears.values()], self.spec.max_bits, shape))
         elastic = [name for name in self.routers] if routing else []
         elastic += [linear.local_name for linear in self.linears.values() if linear.block == block]
         tensors = self._packed_tensors(

@@ -1,12 +1,12 @@
 """Between calibrated tensors and the bytes of the store.
 
 A block's blob holds, per linear, `<name>.code` U8 [N, K], `<name>.scale_zero` I32 [N, G] and
-`<name>.gain_bias` I32 [S, N], and per router `<name>.trunk` I32 [H, K/2] (float16 pairs), `.offset`
+`<name>.gain_bias` I32 [W, N], and per router `<name>.trunk` I32 [H, K/2] (float16 pairs), `.offset`
 F32 [H], `.head` F32 [E, L, F] and, for every method, `.knots_<method>` F32 [E, L, 2, Q]. A shard of
 the checkpoint is written tensor by tensor from such blobs and from the source; nothing but the
 tensor at hand is in memory.
 
-Legend: N out_features, K in_features, G groups, S slices; those of routers are in
+Legend: N out_features, K in_features, G groups, W widths; those of routers are in
 `kernels/router.py`.
 """
 
@@ -20,8 +20,8 @@ from mbq.artifacts.checkpoint import Linear, RouterShape, Shard
 from mbq.artifacts.loading import add_routers, replace_linears
 from mbq.artifacts.tensors import TensorFile, encode
 from mbq.kernels.bitplanes import pack_planes
-from mbq.kernels.quantize import SLICE_BITS
 from mbq.kernels.router import Precision, pack_halves
+from mbq.kernels.widths import SLICE_BITS, WIDTHS
 from mbq.workers.model import Model, linears
 from mbq.workers.route import FittedInput, norm_head
 from mbq.workers.tensors import entry_of, read_tensor, tensor_bytes
@@ -30,10 +30,10 @@ from mbq.workers.trainable import CalibratedLinear
 
 @dataclass(frozen=True)
 class BlockRouting:
-    """The routers of a block: what each serves, for how many slices, and their shape."""
+    """The routers of a block: what each serves, up to how many bits, and their shape."""
 
     routers: Mapping[str, Sequence[str]]
-    slices: int
+    max_bits: int
     shape: RouterShape
 
 
@@ -45,7 +45,7 @@ def encode_block(
     for name in sorted(block):
         tensors[f"{name}.code"] = block[name].code_NK
         tensors[f"{name}.scale_zero"] = block[name].scale_zero_NG
-        tensors[f"{name}.gain_bias"] = block[name].gain_bias_SN
+        tensors[f"{name}.gain_bias"] = block[name].gain_bias_WN
     for name in sorted(routers):
         fitted = routers[name]
         tensors[f"{name}.trunk"] = pack_halves(fitted.learned.trunk_HK)
@@ -134,7 +134,7 @@ def elastic_block(
     names = replace_linears(block, list(linears(block)), group_size, precision)
     if routing is not None:
         names += add_routers(
-            block, names, routing.routers, routing.slices, routing.shape, precision
+            block, names, routing.routers, routing.max_bits, routing.shape, precision
         )
     for name in names:
         for buffer, empty in block.get_submodule(name).named_buffers():
@@ -147,8 +147,8 @@ def elastic_tensors(name: str, linear: CalibratedLinear) -> dict[str, Tensor]:
     tensors = {f"{name}.scale_zero": linear.scale_zero_NG}
     for p, plane in enumerate(pack_planes(linear.code_NK)):
         tensors[f"{name}.plane_{p}"] = plane
-    for k, row in enumerate(linear.gain_bias_SN, start=1):
-        tensors[f"{name}.gain_bias_{k}"] = row
+    for bits, row in zip(WIDTHS, linear.gain_bias_WN, strict=True):
+        tensors[f"{name}.gain_bias_{bits}"] = row
     return tensors
 
 
@@ -166,7 +166,7 @@ def _shard_data(
         if kind == "scale_zero":
             yield blob.read(f"{name}.scale_zero")
         elif kind.startswith("gain_bias_"):
-            row = int(kind.removeprefix("gain_bias_")) - 1
+            row = WIDTHS.index(int(kind.removeprefix("gain_bias_")))
             yield tensor_bytes(read_tensor(blob, f"{name}.gain_bias")[row])
         else:
             plane = int(kind.removeprefix("plane_"))

@@ -1,15 +1,14 @@
-"""Other ways to choose slices, to hold the routers against: same linears, other counts.
+"""Other ways to choose widths, to hold the routers against: same linears, other bits.
 
-    shuffled   the learned router's counts, given to other tokens of the same batch: what is left of
+    shuffled   the learned router's widths, given to other tokens of the same batch: what is left of
                its gain is sharing bits across linears
     random     every token of every linear draws between two neighbouring widths
     oracle     the true benefit of each token in place of an expected one; no router can know it
 
 Each stands where a block's router stood: called with an input and the number of a linear, it
-answers with slice counts.
+answers with widths.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -17,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mbq.kernels.linear import ElasticLinear
-from mbq.kernels.quantize import SLICE_BITS, unpack_pair
-from mbq.kernels.router import Precision, Router
+from mbq.kernels.quantize import unpack_pair
+from mbq.kernels.router import Precision, Router, bits_taken
+from mbq.kernels.widths import WIDTHS, steps_up_to, widths_up_to
 
 
 class ShuffledRouter(nn.Module):
-    """Permutes the tokens of another router's counts."""
+    """Permutes the tokens of another router's widths."""
 
     def __init__(self, router: Router, generator: torch.Generator) -> None:
         super().__init__()
@@ -30,29 +30,30 @@ class ShuffledRouter(nn.Module):
         self.generator = generator
 
     def forward(self, x: Tensor, linear: int) -> Tensor | int:
-        counts: Tensor | int = self.router(x, linear)
-        if isinstance(counts, int):
-            return counts
-        order = torch.randperm(len(counts), generator=self.generator)
-        return counts[order.to(counts.device)]
+        widths: Tensor | int = self.router(x, linear)
+        if isinstance(widths, int):
+            return widths
+        order = torch.randperm(len(widths), generator=self.generator)
+        return widths[order.to(widths.device)]
 
 
 class RandomRouter(nn.Module):
-    """Draws one of the two slice counts around an average width."""
+    """Draws one of the two widths around an average."""
 
     def __init__(self, average_bits: float, generator: torch.Generator) -> None:
         super().__init__()
-        self.fewer = math.floor(average_bits / SLICE_BITS)
-        self.share = average_bits / SLICE_BITS - self.fewer
+        self.low = max(bits for bits in WIDTHS if bits <= average_bits)
+        self.high = min(bits for bits in WIDTHS if bits >= average_bits)
+        self.share = (average_bits - self.low) / max(self.high - self.low, 1)
         self.generator = generator
 
     def forward(self, x: Tensor, linear: int) -> Tensor:
         drawn = torch.rand(x.numel() // x.shape[-1], generator=self.generator)
-        return (self.fewer + (drawn < self.share).long()).to(x.device)
+        return torch.where(drawn < self.share, self.high, self.low).to(x.device)
 
 
 class OracleRouter(nn.Module):
-    """Knows what each slice would remove of the linear's error, token by token."""
+    """Knows what each step would remove of the linear's error, token by token."""
 
     def __init__(
         self,
@@ -71,25 +72,26 @@ class OracleRouter(nn.Module):
 
     def forward(self, x: Tensor, linear: int) -> Tensor:
         gates_ET = self.log_earnings_of(x, linear) >= self.precision.log_threshold
-        return 1 + gates_ET[: self.precision.max_slices - 1].long().cumprod(0).sum(0)
+        return bits_taken(gates_ET[: len(steps_up_to(self.precision.max_bits))])
 
     def log_earnings(self, x: Tensor) -> Tensor:
-        """True earnings of every slice: float32 [E, L, T]."""
+        """True earnings of every step: float32 [E, L, T]."""
         return torch.stack([self.log_earnings_of(x, n) for n in range(len(self.linears))], dim=1)
 
     @torch.no_grad()
     def log_earnings_of(self, x: Tensor, number: int) -> Tensor:
         """Those of one linear: float32 [E, T]."""
         linear, source_NK = self.linears[number], self.sources[number].float()
-        widths = range(1, linear.precision.max_slices + 1)
+        widths = widths_up_to(linear.stored_bits)
         if number not in self.off:
-            self.off[number] = [linear.weight(k) - source_NK for k in widths]
+            self.off[number] = [linear.weight(bits) - source_NK for bits in widths]
         x_TK = x.reshape(-1, x.shape[-1]).float()
         errors = []
-        for k in widths:
-            _, bias_N = unpack_pair(linear.get_buffer(f"gain_bias_{k}"))
-            off_TN = F.linear(x_TK, self.off[number][k - 1], bias_N)
+        for bits, off_NK in zip(widths, self.off[number], strict=True):
+            _, bias_N = unpack_pair(linear.get_buffer(f"gain_bias_{bits}"))
+            off_TN = F.linear(x_TK, off_NK, bias_N)
             errors.append(off_TN.square().sum(1))
         benefit_ET = -torch.stack(errors).diff(dim=0)
-        # A slice that hurts this token earns nothing.
+        benefit_ET /= torch.tensor(steps_up_to(linear.stored_bits), device=x.device)[:, None]
+        # A step that hurts this token earns nothing.
         return benefit_ET.clamp(min=1e-30).log() + self.log_worths[number]

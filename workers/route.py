@@ -1,10 +1,10 @@
 """What a token says about its own error: fit the routers of one calibrated block.
 
-Per linear and extra slice, the *benefit* of a token is how much of the linear's squared output
-error that slice removes. Everything is fitted on calibration tokens: the true benefits of 3 tokens
-in 4 train a router (`kernels/router.py`), the rest, which it has not seen, tell what its scores
-mean: the mean benefit of tokens with such a score, made monotone. Three ways to score a token are
-kept for every input, so that they can be compared on the whole model:
+Per linear and extra width, the *benefit* of a token is how much of the linear's squared output
+error the step to that width removes. Everything is fitted on calibration tokens: the true benefits
+of 3 tokens in 4 train a router (`kernels/router.py`), the rest, which it has not seen, tell what
+its scores mean: the mean benefit, per bit, of tokens with such a score, made monotone. Three ways
+to score a token are kept for every input, so that they can be compared on the whole model:
 
     linear   every token alike: only linears differ, nothing is computed at run time
     norm     the logarithm of the token's mean square, nothing is stored
@@ -20,8 +20,8 @@ kept for every input, so that they can be compared on the whole model:
 `target` maps its scores to ranks instead of benefits, so that one threshold gives every linear the
 same average width, as the paper does.
 
-Legend: T tokens, K in_features, L linears of an input, E extra slices (stored slices - 1), H rows
-of the trunk, F features (H + 2), Q knots, C bins.
+Legend: T tokens, K in_features, L linears of an input, E extra widths, H rows of
+the trunk, F features (H + 2), Q knots, C bins.
 """
 
 import math
@@ -36,6 +36,7 @@ from mbq.artifacts.checkpoint import KNOTS
 from mbq.artifacts.spec import Routing
 from mbq.kernels.quantize import dequantize, unpack_pair
 from mbq.kernels.router import features, pack_halves, score, unpack_halves
+from mbq.kernels.widths import SLICE_BITS, WIDTHS, steps_up_to, widths_up_to
 from mbq.workers.calibrate import Run
 from mbq.workers.trainable import CalibratedLinear
 
@@ -68,7 +69,7 @@ class FittedInput:
 
     Attributes:
         learned: the trained router.
-        knots: per method, scores and log benefits, float32 [E, L, 2, Q].
+        knots: per method, scores and log benefits per bit, float32 [E, L, 2, Q].
     """
 
     learned: Trunk
@@ -87,7 +88,7 @@ def fit_routers(
     calibrated: Mapping[str, CalibratedLinear],
     hidden_BTH: Tensor,
     settings: Routing,
-    slices: int,
+    max_bits: int,
     microbatch: int,
     seed: int,
 ) -> dict[str, FittedInput]:
@@ -105,7 +106,8 @@ def fit_routers(
     fitted = {}
     for number, (name, linears) in enumerate(inputs.items()):
         benefit_ELT = torch.stack(
-            [_benefits(block.get_submodule(n), calibrated[n], x[name], slices) for n in linears], 1
+            [_benefits(block.get_submodule(n), calibrated[n], x[name], max_bits) for n in linears],
+            1,
         )
         generator = torch.Generator().manual_seed(seed + number)
         fitted[name] = fit_input(x.pop(name), benefit_ELT, settings, generator)
@@ -122,7 +124,7 @@ def fit_input(
     rest = order[len(held) :].to(x_TK.device) if len(order) > 1 else held
     learned = _train(x_TK[rest], benefit_ELT[..., rest], settings, generator)
     score_ELT = score(x_TK[held], learned.trunk_HK, learned.offset_H, learned.head_ELF)
-    held_ELT = benefit_ELT[..., held]
+    held_ELT = benefit_ELT[..., held] / _steps(benefit_ELT)
     norm_ELT = features(x_TK[held], learned.trunk_HK, learned.offset_H)[:, -2].expand_as(held_ELT)
     method = settings.learned
     by_rank = method == "target"
@@ -136,7 +138,7 @@ def fit_input(
 
 
 def fit_knots(score_ELT: Tensor, benefit_ELT: Tensor, bins: int) -> Tensor:
-    """A monotone map from score to log of the mean benefit: [E, L, 2, C].
+    """A monotone map from score to log of the mean benefit per bit: [E, L, 2, C].
 
     Tokens are cut into bins of equal counts by score; a knot is a bin's mean score and mean
     benefit, the latter pooled with its neighbours where it would fall (isotonic regression), then
@@ -162,14 +164,14 @@ def fit_knots(score_ELT: Tensor, benefit_ELT: Tensor, bins: int) -> Tensor:
 def rank_knots(score_ELT: Tensor, bins: int) -> Tensor:
     """Scores and minus the average bits of the linear at that threshold: [E, L, 2, C].
 
-    All slices of a linear share one threshold and all linears have the same average bits.
+    All steps of a linear share one threshold and all linears have the same average bits.
     """
     pooled_LT = score_ELT.transpose(0, 1).flatten(1)
     nested_ELT = score_ELT.cummin(0).values
     share_C = torch.linspace(0, 1, bins, device=score_ELT.device)
     threshold_LC = torch.quantile(pooled_LT, share_C, dim=1).T.contiguous()
     gates_ELC = (nested_ELT[..., None] >= threshold_LC[None, :, None]).float().mean(2)
-    log_LC = -(2.0 + 2.0 * gates_ELC.sum(0))
+    log_LC = -(SLICE_BITS + (_steps(gates_ELC) * gates_ELC).sum(0))
     return torch.stack((threshold_LC, log_LC.cummax(1).values), 1).expand(
         len(score_ELT), -1, -1, -1
     )
@@ -214,18 +216,20 @@ def _collect(
 
 
 @torch.no_grad()
-def _benefits(linear: nn.Module, calibrated: CalibratedLinear, x_TK: Tensor, slices: int) -> Tensor:
-    """Squared output error that each extra slice removes, per token: [E, T]."""
+def _benefits(
+    linear: nn.Module, calibrated: CalibratedLinear, x_TK: Tensor, max_bits: int
+) -> Tensor:
+    """Squared output error that the step to each extra width removes, per token: [E, T]."""
     source_NK = linear.weight
     assert isinstance(source_NK, Tensor)
     scale_NG, zero_NG = unpack_pair(calibrated.scale_zero_NG.to(x_TK.device))
-    gain_SN, bias_SN = unpack_pair(calibrated.gain_bias_SN.to(x_TK.device))
+    gain_WN, bias_WN = unpack_pair(calibrated.gain_bias_WN.to(x_TK.device))
     code_NK = calibrated.code_NK.to(x_TK.device)
     errors = []
-    for k in range(1, slices + 1):
-        weight_NK = dequantize(code_NK, scale_NG, zero_NG, k).mul_(gain_SN[k - 1][:, None])
+    for row, bits in enumerate(widths_up_to(max_bits)):
+        weight_NK = dequantize(code_NK, scale_NG, zero_NG, bits).mul_(gain_WN[row][:, None])
         off_NK = (weight_NK - source_NK.float()).to(x_TK.dtype)
-        off_TN = F.linear(x_TK, off_NK, bias_SN[k - 1].to(x_TK.dtype))
+        off_TN = F.linear(x_TK, off_NK, bias_WN[row].to(x_TK.dtype))
         errors.append(off_TN.float().square().sum(1))
     return -torch.stack(errors).diff(dim=0)
 
@@ -236,7 +240,7 @@ def _train(
     """Train the router of one input on benefits relative to their mean over tokens."""
     method = settings.learned
     usual_EL1 = benefit_ELT.mean(2, keepdim=True).clamp(min=1e-30)
-    # The paper's loss is one error, not one per slice: the first extra slice matters most.
+    # The paper's loss is one error, not one per step: the first step matters most.
     relative_ELT = benefit_ELT / (usual_EL1[:1] if method == "target" else usual_EL1)
     log_ELT = relative_ELT.clamp(min=_SMALLEST_BENEFIT).log()
     learned = _start(x_TK, log_ELT, settings.width, generator)
@@ -275,6 +279,12 @@ def _start(x_TK: Tensor, log_ELT: Tensor, width: int, generator: torch.Generator
     return Trunk(trunk_HK, offset_H, head_ELF)
 
 
+def _steps(value_ELT: Tensor) -> Tensor:
+    """Bits of the step to each extra width: [E, 1, 1]."""
+    steps = steps_up_to(WIDTHS[len(value_ELT)])
+    return torch.tensor(steps, device=value_ELT.device)[:, None, None]
+
+
 def _gate_loss(
     score_ELT: Tensor, relative_ELT: Tensor, done: float, share: float, target: float | None
 ) -> Tensor:
@@ -300,11 +310,12 @@ def _gate_loss(
     gate_ELT = torch.stack(gates)
     left = ((1 - gate_ELT) * relative_ELT).mean(2)
     if target is None:
-        # At this price a slice pays for itself exactly where its score is the threshold.
+        # At this price a step pays for itself exactly where its score is the threshold.
         price: Tensor = (left + (gate_ELT * threshold.exp()).mean(2)).sum()
         return price
-    bits_L = 2.0 + 2.0 * gate_ELT.mean(2).sum(0)
-    full = 2.0 * (1 + len(score_ELT))
+    steps_E11 = _steps(gate_ELT)
+    bits_L = SLICE_BITS + (steps_E11[..., 0] * gate_ELT.mean(2)).sum(0)
+    full = SLICE_BITS + float(steps_E11.sum())
     wanted = target + (full - target) * max(0.0, 1 - 1.5 * done)
     loss: Tensor = left.sum() + _BUDGET_WEIGHT * (bits_L - wanted).square().sum()
     return loss

@@ -2,16 +2,16 @@
 
 Thresholds found on the tokens of the full-precision model miss a little once every linear sees what
 quantized linears before it made. So calibration text is run through the routed model three times:
-with every slice read, for a first threshold of each setting (a ceiling and an average width); at
+with all bits read, for a first threshold of each setting (a ceiling and an average width); at
 these thresholds, for the second ones; and at those, to measure. A pass takes all its settings
 through a block before it goes to the next one, so a block is made once a pass. Between the settled
-widths, thresholds are interpolated from what slices earned at the two around them.
+widths, thresholds are interpolated from what steps earned at the two around them.
 
 What a width costs is the divergence from the full-precision model: mean Kullback-Leibler divergence
 of the next token's distribution, in nats, far less noisy than a difference of perplexities.
 `choose` compares methods by it at equal total bits.
 
-Legend: B sequences, T tokens, H hidden_size, E extra slices, L linears of an input.
+Legend: B sequences, T tokens, H hidden_size, E extra widths, L linears of an input.
 """
 
 import math
@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mbq.artifacts.manifest import CurveRecord, RoutingRecord, SettledWidth
-from mbq.kernels.quantize import SLICE_BITS
 from mbq.kernels.router import Precision, Router
 from mbq.workers.allocate import Earnings, budget_curve, realised_bits, thresholds
 from mbq.workers.evaluate import sequences_at_once
@@ -34,7 +33,7 @@ from mbq.workers.rivals import OracleRouter
 
 # Average widths that are settled, as far as the highest ceiling allows; others are interpolated.
 _SETTLED = (2.0, 2.25, 2.5, 3.0, 3.5, 4.0, 5.0, 6.5)
-# Those under lower ceilings, which differ little: a slice that is not there is rarely missed.
+# Those under lower ceilings, which differ little: bits that are not there are rarely missed.
 _SETTLED_BELOW = {4: (3.0,), 6: (4.0,)}
 # Total bits at which methods are compared: where sharing matters most.
 _COMPARED = (2.5, 3.0, 3.5)
@@ -85,7 +84,7 @@ def settle(
         router_bits: what the method reads beside the codes, per weight.
         report: called with the finished fraction.
     """
-    most = SLICE_BITS * routed.precision.max_slices
+    most = routed.precision.max_bits
     below = {ceiling: widths for ceiling, widths in _SETTLED_BELOW.items() if ceiling < most}
     widths = below | {most: tuple(bits for bits in _SETTLED if bits < most)}
     wanted = [(ceiling, bits) for ceiling in widths for bits in widths[ceiling]]
@@ -173,18 +172,18 @@ def run_settings(
 ) -> tuple[list[list[Earnings]], list[Tensor]]:
     """Run text through the routed model in several settings.
 
-    Returns, by setting, what slices were expected to earn, and the hidden states that leave the
+    Returns, by setting, what steps were expected to earn, and the hidden states that leave the
     last block.
     """
     model, precision = routed.model, routed.precision
     hidden = [model.embed(ids_BT) for _ in settings]
     earned: list[list[Earnings]] = [[] for _ in settings]
-    loaded = precision.max_slices
-    precision.slices = None
+    loaded = precision.max_bits
+    precision.bits = None
     for index, block in enumerate(routed.blocks()):
         routers = {name: m for name, m in block.named_modules() if isinstance(m, _SCORING)}
         for number, setting in enumerate(settings):
-            precision.max_slices = setting.ceiling_bits // SLICE_BITS
+            precision.max_bits = setting.ceiling_bits
             precision.log_threshold = setting.log_threshold
             seen: dict[str, list[Tensor]] = {name: [] for name in routers}
             hooks = [r.register_forward_pre_hook(_watch(seen[n])) for n, r in routers.items()]
@@ -193,8 +192,8 @@ def run_settings(
             for hook in hooks:
                 hook.remove()
             earned[number] += [Earnings(_joined(seen[n]), routed.weights[n]) for n in routers]
-        # The next block is made with all its slices.
-        precision.max_slices = loaded
+        # The next block is made with all its bits.
+        precision.max_bits = loaded
     return earned, hidden
 
 

@@ -11,6 +11,7 @@ bytes under the same keys. The last argument of each is `report`, called with th
     settle       thresholds of one way to share bits   -> its record
     route        the routers' file of the checkpoint   -> its record, after the file is read back
     evaluate     one variant over one text             -> its losses
+    validate     a packed linear of one shape          -> its errors and times
     sample       the sample text at several widths     -> bits of each token
     inspect      what a node is                        -> its version, can it see the store
 """
@@ -30,13 +31,16 @@ from mbq.artifacts.manifest import (
     SensitivityRecord,
     ShardRecord,
     TokenBits,
+    ValidationRecord,
     VariantLosses,
     is_stored,
     put_blob,
 )
+from mbq.artifacts.packed import open_checkpoint
 from mbq.artifacts.sealed import document_sha256, find_document, put_document
-from mbq.artifacts.store import open_store, probe
+from mbq.artifacts.store import WORKING_SECONDS, open_store, probe
 from mbq.kernels.router import Precision
+from mbq.kernels.widths import widths_up_to
 from mbq.workers import capture as capturing
 from mbq.workers.blocks import variant_blocks
 from mbq.workers.calibrate import calibrate_block
@@ -49,6 +53,7 @@ from mbq.workers.route import fit_routers
 from mbq.workers.sensitivity import measure_sensitivity
 from mbq.workers.settle import RoutedModel
 from mbq.workers.settle import settle as settle_thresholds
+from mbq.workers.validate import open_linear, shapes, tensor_files, validate_linear
 from mbq.workers.variants import ROUTED, of_source
 
 Report = Callable[[float], None]
@@ -75,7 +80,7 @@ def capture(job: Job, block: int, before: Hidden | None, report: Report) -> Hidd
         else:
             quantized = None
             if opened.streams:
-                precision = Precision(opened.spec.slices)
+                precision = Precision(opened.spec.max_bits)
                 quantized = opened.elastic_block(block - 1, precision), precision
             hidden = capturing.run_block(
                 opened.model, block - 1, before, opened.spec.microbatch, quantized
@@ -106,12 +111,12 @@ def calibrate(job: Job, block: int, attempt: int, hidden: Hidden, report: Report
     started = time.monotonic()
     spec, model = opened.spec, opened.model
     full = capturing.from_array(hidden[capturing.FULL], model.dtype).to(model.device)
-    counts = opened.streams or range(1, spec.slices + 1)
+    widths = opened.streams or widths_up_to(spec.max_bits)
     inputs = {
-        k: capturing.from_array(hidden[str(k)], model.dtype).to(model.device)
-        if str(k) in hidden
+        bits: capturing.from_array(hidden[str(bits)], model.dtype).to(model.device)
+        if str(bits) in hidden
         else full
-        for k in counts
+        for bits in widths
     }
     seed = seed_of(spec.calibration.seed, block)
     with attention():
@@ -135,7 +140,7 @@ def calibrate(job: Job, block: int, attempt: int, hidden: Hidden, report: Report
                 calibration.linears,
                 full,
                 spec.routing,
-                spec.slices,
+                spec.max_bits,
                 spec.microbatch,
                 seed,
             )
@@ -170,7 +175,7 @@ def settle(job: Job, method: str, report: Report) -> RoutingRecord:
     """Find the thresholds of one method on calibration text."""
     opened = Opened(job)
     spec = opened.spec
-    precision = Precision(spec.slices)
+    precision = Precision(spec.max_bits)
     blocks = range(opened.model.block_count)
     ids = opened.tokens(opened.document.calibration_tokens)
     # The last sequences: routers were fitted on the first ones.
@@ -187,7 +192,7 @@ def settle(job: Job, method: str, report: Report) -> RoutingRecord:
             spec.microbatch,
             method,
             tuple(opened.record(block).blob.sha256 for block in blocks),
-            router_bits([*opened.linears.values()], spec.slices, opened.shape(method)),
+            router_bits([*opened.linears.values()], spec.max_bits, opened.shape(method)),
             report,
         )
     put_document(opened.store, keys.routing_key(job.run, method), record)
@@ -198,7 +203,7 @@ def route(job: Job, method: str, report: Report) -> ShardRecord:
     """Write the routers' file of the checkpoint and read it back. Raises CorruptError like pack."""
     opened = Opened(job)
     shape = opened.shape(method)
-    shard = routing_shard([*opened.linears.values()], opened.spec.slices, shape)
+    shard = routing_shard([*opened.linears.values()], opened.spec.max_bits, shape)
     chunks = encode_routing(shard, lambda block: opened.router_tensors(block, method))
     return _write_file(opened, ROUTING_FILE, shard.blocks, chunks, method, report)
 
@@ -218,6 +223,23 @@ def evaluate(job: Job, variant: str, text: Digest, report: Report) -> VariantLos
     )
     put_document(opened.store, keys.evaluation_key(job.run, text.sha256, variant), document)
     return document
+
+
+def validate(job: Job, shape: str, report: Report) -> ValidationRecord:
+    """Check and time a linear of the packed checkpoint, read back from the store.
+
+    Raises:
+        KernelError: an output is wrong.
+    """
+    opened = Opened(job)
+    root = f"{job.store_uri}/{keys.checkpoint_prefix(job.run)}"
+    files = tensor_files(open_checkpoint(open_store(root, WORKING_SECONDS)))
+    name = shapes(files)[shape]
+    linear = open_linear(files, name, opened.spec.group_size, opened.device)
+    record = validate_linear(linear, name, _manifest(opened), report)
+    put_document(opened.store, keys.validation_key(job.run, shape), record)
+    report(1.0)
+    return record
 
 
 def sample(job: Job, text: Digest, average_bits: Iterable[float], report: Report) -> TokenBits:

@@ -2,10 +2,10 @@
 
 Trainable are the weight in units of its initial 2-bit step, the two ends of every group's range
 (sigmoid of a logit times the smallest and largest weight, as in OmniQuant's learnable weight
-clipping, arXiv 2308.13137), and a gain and a bias per output channel and slice count. The module
-shows the weight that its present number of slices would reconstruct.
+clipping, arXiv 2308.13137), and a gain and a bias per output channel and width. The module shows
+the weight that its present width would reconstruct.
 
-Legend: N out_features, K in_features, G groups, S slices.
+Legend: N out_features, K in_features, G groups, W widths.
 """
 
 from collections.abc import Mapping
@@ -15,21 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from mbq.kernels.fake_linear import fake_linear
-from mbq.kernels.quantize import (
-    CODE_BITS,
-    MAX_SLICES,
-    SLICE_BITS,
-    dequantize,
-    group_bounds,
-    pack_pair,
-    quantize,
-    scale_and_zero,
-)
-from mbq.workers.gptq import factor, round_compensated
+from mbq.kernels.quantize import dequantize, group_bounds, pack_pair, quantize, scale_and_zero
+from mbq.kernels.widths import CODE_BITS, WIDTHS
+from mbq.workers.gptq import round_compensated
 
 # sigmoid(4) = 0.982: ranges start almost unclipped (OmniQuant's initial value).
 _INITIAL_LOGIT = 4.0
-# How far inside its bin a weight stays whose digits are kept, in bins: so that it is found there.
+# How far inside its bin a weight stays whose bits are kept, in bins: so that it is found there.
 _MARGIN = 0.02
 
 
@@ -40,16 +32,16 @@ class CalibratedLinear:
     Attributes:
         code_NK: uint8 [N, K].
         scale_zero_NG: float16 pairs in int32 [N, G].
-        gain_bias_SN: float16 pairs in int32 [S, N]; row k-1 belongs to k slices.
+        gain_bias_WN: float16 pairs in int32 [W, N]; rows as WIDTHS.
     """
 
     code_NK: Tensor
     scale_zero_NG: Tensor
-    gain_bias_SN: Tensor
+    gain_bias_WN: Tensor
 
 
 class TrainableLinear(nn.Module):
-    """Stands in for a linear during calibration; `slices` selects the width it shows."""
+    """Stands in for a linear during calibration; `bits` is the width it shows."""
 
     def __init__(self, linear: nn.Linear, group_size: int) -> None:
         super().__init__()
@@ -59,12 +51,12 @@ class TrainableLinear(nn.Module):
         self.value = nn.Parameter(weight_NK / self.unit_NG.repeat_interleave(group_size, dim=1))
         self.low_logit = nn.Parameter(torch.full_like(self.low_NG, _INITIAL_LOGIT))
         self.high_logit = nn.Parameter(torch.full_like(self.low_NG, _INITIAL_LOGIT))
-        rows = MAX_SLICES, linear.out_features
+        rows = len(WIDTHS), linear.out_features
         self.gain = nn.ParameterList(weight_NK.new_ones(rows).unbind())
         self.bias = nn.ParameterList(weight_NK.new_zeros(rows).unbind())
         self.original_bias = linear.bias
         self.source = linear.weight
-        self.slices = MAX_SLICES
+        self.bits = CODE_BITS
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Scale and zero of every group under the present ranges."""
@@ -74,41 +66,32 @@ class TrainableLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         scale_NG, zero_NG = self.grid()
-        row = self.slices - 1
+        row = WIDTHS.index(self.bits)
         bias_N = self.bias[row]
         if self.original_bias is not None:
             bias_N = bias_N + self.original_bias.float()
         return fake_linear(
-            x, self.value, self.unit_NG, scale_NG, zero_NG, self.gain[row], bias_N, self.slices
+            x, self.value, self.unit_NG, scale_NG, zero_NG, self.gain[row], bias_N, self.bits
         )
 
     @torch.no_grad()
-    def compensate(self, grams: Mapping[int, Tensor], tokens: int) -> None:
-        """Start from digits that make up for each other's errors.
+    def compensate(self, kept_bits: int, factors: Mapping[int, Tensor]) -> None:
+        """Keep the first bits and choose those below so that they make up for each other's errors.
 
         Args:
-            grams: Gram matrix of the inputs [K, K] by slice count, added up over `tokens`.
-        """
-        factors = {slices: factor(gram_KK, tokens) for slices, gram_KK in grams.items()}
-        self.value.copy_(round_compensated(self.source, *self.grid(), factors) / self._unit_NK())
-
-    @torch.no_grad()
-    def finish(self, kept_slices: int, gram_KK: Tensor | None, tokens: int) -> CalibratedLinear:
-        """The codes: `kept_slices` digits as trained, those below chosen for the source's weight.
-
-        The module itself then shows exactly these codes at every width.
-
-        Args:
-            gram_KK: of the inputs at high widths, added up over `tokens`; None if all digits are
-                kept.
+            factors: `gptq.factor` of the inputs [K, K], by the widths that bits are chosen for.
         """
         grid = self.grid()
+        code_NK = quantize(self.value * self._unit_NK(), *grid) if kept_bits else None
+        rounded_NK = round_compensated(self.source, *grid, factors, code_NK, kept_bits)
+        self.value.copy_(rounded_NK / self._unit_NK())
+
+    @torch.no_grad()
+    def finish(self) -> CalibratedLinear:
+        """The codes; the module itself then shows exactly these at every width."""
+        grid = self.grid()
         code_NK = quantize(self.value * self._unit_NK(), *grid)
-        if gram_KK is not None:
-            factors = dict.fromkeys(range(kept_slices + 1, MAX_SLICES + 1), factor(gram_KK, tokens))
-            rounded_NK = round_compensated(self.source, *grid, factors, code_NK, kept_slices)
-            code_NK = quantize(rounded_NK, *grid)
-        self.value.copy_(dequantize(code_NK, *grid, MAX_SLICES) / self._unit_NK())
+        self.value.copy_(dequantize(code_NK, *grid, CODE_BITS) / self._unit_NK())
         return CalibratedLinear(
             code_NK.cpu(),
             pack_pair(*grid).cpu(),
@@ -116,17 +99,17 @@ class TrainableLinear(nn.Module):
         )
 
     @torch.no_grad()
-    def bins(self, kept_slices: int) -> tuple[Tensor, Tensor]:
-        """Values [N, K] between which the first digits stay as they are under these ranges."""
+    def bins(self, kept_bits: int) -> tuple[Tensor, Tensor]:
+        """Values [N, K] between which the first bits stay as they are under these ranges."""
         scale_NG, zero_NG = self.grid()
         code_NK = quantize(self.value * self._unit_NK(), scale_NG, zero_NG)
-        first_NK = code_NK >> (CODE_BITS - SLICE_BITS * kept_slices)
+        first_NK = code_NK >> (CODE_BITS - kept_bits)
         group_size = code_NK.shape[1] // scale_NG.shape[1]
         scale_NK, zero_NK = (
             t.repeat_interleave(group_size, dim=1) for t in (scale_NG / self.unit_NG, zero_NG)
         )
         low_NK, high_NK = (
-            ((first_NK + inside) * 4.0 ** (1 - kept_slices) - zero_NK) * scale_NK
+            ((first_NK + inside) * 2.0 ** (2 - kept_bits) - zero_NK) * scale_NK
             for inside in (_MARGIN, 1 - _MARGIN)
         )
         return low_NK, high_NK

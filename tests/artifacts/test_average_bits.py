@@ -31,8 +31,9 @@ from mbq.artifacts.manifest import RoutingRecord
 from mbq.artifacts.sealed import get_document
 from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.quantize import unpack_pair
-from mbq.kernels.reference import count_slices, routed_linear
+from mbq.kernels.reference import route, routed_linear
 from mbq.kernels.router import Router
+from mbq.kernels.widths import WIDTHS
 from mbq.workers.settle import choose
 
 IDS = torch.arange(3 * 24).view(3, 24) * 7 % 320
@@ -66,19 +67,19 @@ def _by_hand(router: Router, linear: ElasticLinear, number: int, x: torch.Tensor
             value = y0 + (y1 - y0) * (inside - x0) / (x1 - x0) + (fine - inside)
             enough = (value >= router.precision.log_threshold).nonzero()
             threshold[extra, place] = fine[enough[0, 0]] if len(enough) else torch.inf
-    counts = count_slices(
+    widths = route(
         x_TK,
         router.get_buffer("trunk").view(torch.float16).float(),
         router.get_buffer("offset").view(torch.float32),
         router.get_buffer("head").view(torch.float32),
         threshold,
     )[number]
-    pairs = [unpack_pair(linear.get_buffer(f"gain_bias_{k}")) for k in range(1, 5)]
+    pairs = [unpack_pair(linear.get_buffer(f"gain_bias_{bits}")) for bits in WIDTHS]
     bias = torch.stack([b for _, b in pairs])
     if linear.bias is not None:
         bias = bias + linear.bias
-    weights = torch.stack([linear.weight(k) for k in range(1, 5)])
-    return routed_linear(x_TK, weights, bias, counts)
+    weights = torch.stack([linear.weight(bits) for bits in WIDTHS])
+    return routed_linear(x_TK, weights, bias, widths)
 
 
 @pytest.mark.parametrize("kind", [None, Qwen3Config, MistralConfig])
@@ -118,7 +119,7 @@ def test_a_routed_block_equals_the_definition_token_by_token(
             # A score within float32 of its threshold may fall on either side: rare, never many.
             wrong = ((got - expected).abs() > 1e-3 * expected.abs().max()).any(1)
             assert wrong.float().mean() <= 0.03
-            different += len(linear.slice_counts(x).unique()) > 1
+            different += len(linear.widths(x).unique()) > 1
     assert different >= 3
 
 
@@ -152,7 +153,7 @@ def test_realised_bits_start_anew_with_every_width(finished_run: Any) -> None:
 
 def test_changing_the_width_loads_and_allocates_nothing(token_run: Any) -> None:
     model: Any = load_model(token_run.checkpoint)
-    for bits in (2, 4, 6, 8):
+    for bits in WIDTHS:
         model.set_bits(bits)
         _logits(model)
     model.set_average_bits(3)
@@ -185,17 +186,17 @@ def test_two_widths_at_once_are_refused(finished_run: Any) -> None:
         load_model(finished_run.checkpoint, bits=2, average_bits=2.5)
 
 
-def _cut(run: Any, folder: Path, slices: int) -> Path:
+def _cut(run: Any, folder: Path, max_bits: int) -> Path:
     """The checkpoint without the files of higher slices: what a download of fewer bits leaves."""
     shutil.copytree(run.checkpoint, folder)
     document, spec = run.document, run.document.spec
     linears = json.loads((folder / "config.json").read_text())["quantization_config"]["routing"]
     shape = router_shape(linears["method"], spec.routing.width)
     found = find_linears(document.source.tensors)
-    shards = plan_shards(document.source.tensors, slices, spec.group_size)
-    shards.append(routing_shard(found, spec.slices, shape))
-    routing = routing_document(linears["method"], spec.slices, shape, found, linears["curves"])
-    config = config_document(document.source, slices, spec.group_size, found, routing)
+    shards = plan_shards(document.source.tensors, max_bits // 2, spec.group_size)
+    shards.append(routing_shard(found, spec.max_bits, shape))
+    routing = routing_document(linears["method"], spec.max_bits, shape, found, linears["curves"])
+    config = config_document(document.source, max_bits, spec.group_size, found, routing)
     (folder / "config.json").write_bytes(config)
     (folder / INDEX_FILE).write_bytes(index_document(shards))
     kept = {shard.file for shard in shards}
@@ -210,31 +211,48 @@ def test_cut_to_four_bits_it_has_its_own_curve(
     request: pytest.FixtureRequest, tmp_path: Path, name: str
 ) -> None:
     run = request.getfixturevalue(name)
-    model: Any = load_model(_cut(run, tmp_path / "cut", 2))
+    model: Any = load_model(_cut(run, tmp_path / "cut", 4))
     whole: Any = load_model(run.checkpoint)
     for bits in (2, 2.5, 3, 3.5, 4):
         model.set_average_bits(bits)
         _logits(model)
         assert model.realised_bits() == pytest.approx(bits, abs=0.3)
         assert all(
-            linear.precision.max_slices == 2 and int(linear.slices_read) <= 2 * linear.tokens
+            linear.precision.max_bits == 4 and int(linear.bits_read) <= 4 * linear.tokens
             for linear in elastic_linears(model)
         )
     with pytest.raises(InputError, match="average bits 5 must lie between 2 and 4"):
         model.set_average_bits(5)
-    with pytest.raises(InputError, match=r"bits 6 must be one of \[2, 4\]"):
+    with pytest.raises(InputError, match=r"bits 6 must be one of \[2, 3, 4\]"):
         model.set_bits(6)
-    whole.set_bits(4)
-    model.set_bits(4)
-    assert torch.equal(_logits(model), _logits(whole))
+    for bits in (2, 3, 4):
+        whole.set_bits(bits)
+        model.set_bits(bits)
+        assert torch.equal(_logits(model), _logits(whole))
+        assert model.realised_bits() == bits
 
 
 def test_cut_to_two_bits_it_has_one_average(finished_run: Any, tmp_path: Path) -> None:
-    model: Any = load_model(_cut(finished_run, tmp_path / "cut", 1), average_bits=2)
+    model: Any = load_model(_cut(finished_run, tmp_path / "cut", 2), average_bits=2)
     _logits(model)
     assert model.realised_bits() == 2.0
     with pytest.raises(InputError, match="must lie between 2 and 2"):
         model.set_average_bits(2.5)
+    with pytest.raises(InputError, match=r"bits 3 must be one of \[2\]"):
+        model.set_bits(3)
+
+
+def test_cut_to_six_bits_it_shares_up_to_six(token_run: Any, tmp_path: Path) -> None:
+    model: Any = load_model(_cut(token_run, tmp_path / "cut", 6))
+    whole: Any = load_model(token_run.checkpoint)
+    for bits in (2, 3, 4, 6):
+        model.set_bits(bits)
+        whole.set_bits(bits)
+        assert torch.equal(_logits(model), _logits(whole))
+    for bits in (2.6, 3.4, 5.2):
+        model.set_average_bits(bits)
+        _logits(model)
+        assert model.realised_bits() == pytest.approx(bits, abs=0.3)
 
 
 def test_the_method_chosen_is_the_one_that_loses_least(finished_run: Any) -> None:

@@ -49,11 +49,14 @@ def test_base_and_slices_share_nothing_and_miss_nothing() -> None:
         e: {x.name: x for s in shards if s.slice == e for x in s.entries} for e in (None, 0, 1, 2)
     }
     assert by_slice[None][f"{linear}.scale_zero"].shape == (64, 3)
-    for e in range(3):
+    # The second slice completes two widths: 3 bits are half of it.
+    for e, widths in enumerate([(2,), (3, 4), (6,)]):
         ours = {name.rpartition(".")[2]: x for name, x in by_slice[e].items() if linear in name}
-        assert set(ours) == {f"plane_{2 * e}", f"plane_{2 * e + 1}", f"gain_bias_{e + 1}"}
+        gains = {f"gain_bias_{bits}" for bits in widths}
+        assert set(ours) == {f"plane_{2 * e}", f"plane_{2 * e + 1}"} | gains
         assert ours[f"plane_{2 * e}"].shape == (64, 3)
-    assert not any("plane_6" in name for name in names)
+        assert all(ours[name].shape == (64,) for name in gains)
+    assert not any(name.endswith(("plane_6", "gain_bias_8")) for name in names)
 
 
 def test_cuts_files_at_the_cap_and_says_which_blocks_they_need() -> None:
@@ -96,14 +99,14 @@ def test_routers_and_gains_cost_little_at_the_size_of_llama_2_7b() -> None:
     routing = Routing()
     shape = router_shape("token", routing.width)
     weights = sum(linear.out_features * linear.in_features for linear in linears)
-    # Stored: a gain and a bias of every output at four slice counts; read: those of one.
-    gains = 4 * 32 * sum(linear.out_features for linear in linears) / weights
-    stored = 8 * sum(e.size_bytes for e in routing_shard(linears, 4, shape).entries) / weights
-    assert gains == pytest.approx(0.0269, abs=1e-4)
-    assert router_bits(linears, 4, shape) == pytest.approx(0.0148, abs=2e-4)
+    # Stored: a gain and a bias of every output at five widths; read: those of one.
+    gains = 5 * 32 * sum(linear.out_features for linear in linears) / weights
+    stored = 8 * sum(e.size_bytes for e in routing_shard(linears, 8, shape).entries) / weights
+    assert gains == pytest.approx(0.0336, abs=1e-4)
+    assert router_bits(linears, 8, shape) == pytest.approx(0.0148, abs=2e-4)
     assert gains + stored <= 0.05
-    assert router_bits(linears, 4, router_shape("norm", routing.width)) < 1e-5
-    assert router_bits(linears, 4, router_shape("linear", routing.width)) == 0
+    assert router_bits(linears, 8, router_shape("norm", routing.width)) < 1e-5
+    assert router_bits(linears, 8, router_shape("linear", routing.width)) == 0
 
 
 def test_linears_that_read_the_same_input_share_a_router() -> None:
@@ -121,15 +124,15 @@ def test_linears_that_read_the_same_input_share_a_router() -> None:
 @pytest.mark.parametrize(
     ("method", "buffers"),
     [
-        ("linear", {"knots": (3, 2, 2, 1)}),
-        ("norm", {"head": (3, 2, 2), "knots": (3, 2, 2, 16)}),
+        ("linear", {"knots": (4, 2, 2, 1)}),
+        ("norm", {"head": (4, 2, 2), "knots": (4, 2, 2, 16)}),
         (
             "token",
             {
                 "trunk": (8, 2048),
                 "offset": (8,),
-                "head": (3, 2, 10),
-                "knots": (3, 2, 2, 16),
+                "head": (4, 2, 10),
+                "knots": (4, 2, 2, 16),
             },
         ),
     ],
@@ -137,7 +140,7 @@ def test_linears_that_read_the_same_input_share_a_router() -> None:
 def test_a_router_holds_what_its_method_needs(
     method: str, buffers: dict[str, tuple[int, ...]]
 ) -> None:
-    shard = routing_shard(_llama_2_7b(), 4, router_shape(method, 8))
+    shard = routing_shard(_llama_2_7b(), 8, router_shape(method, 8))
     prefix = "model.layers.31.mlp.gate_up_router."
     found = {e.name.removeprefix(prefix): e.shape for e in shard.entries if prefix in e.name}
     assert found == buffers

@@ -184,7 +184,7 @@ DAMAGE = {
     "unknown": "1",
     "routing": '0 | [] | {} | "x"',
     "routing/knots": 'GONE | null | -1 | 0 | "1" | 3',
-    "routing/slices": 'GONE | null | 0 | 3 | "4" | 1000000000000',
+    "routing/max_bits": 'GONE | null | 0 | 3 | 6 | 10 | "8" | 1000000000000',
     "routing/width": 'GONE | "8" | -1 | 0 | 1000000000000 | []',
     "routing/routers": 'GONE | null | [] | {"x": ["y"]} | {"x": []} | {"x": 5} | {}',
     "routing/curves": " | ".join(

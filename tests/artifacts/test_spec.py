@@ -39,9 +39,11 @@ def _with(document: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("group_size", 48, "group_size 48 is not a multiple of 32"),
         ("group_size", 16, "must be greater than or equal to 32"),
         ("slices", 5, "must be less than or equal to 4"),
-        ("optimisation.slice_counts", [1, 5], r"\[1, 5\] must be distinct numbers of slices"),
-        ("optimisation.slice_counts", [2, 2], r"\[2, 2\] must be distinct numbers of slices"),
-        ("optimisation.slice_counts", [], r"\[\] must be distinct numbers of slices"),
+        ("optimisation.widths", [2, 5], r"\[2, 5\] must be distinct bits out of \[2, 3, 4, 6, 8\]"),
+        ("optimisation.widths", [1, 2], r"\[1, 2\] must be distinct bits out of \[2, 3, 4, 6, 8\]"),
+        ("optimisation.widths", [3, 3], r"\[3, 3\] must be distinct bits"),
+        ("optimisation.widths", [], r"\[\] must be distinct bits"),
+        ("optimisation.slice_counts", [1, 2], r"optimisation\.slice_counts: unknown key"),
         ("optimisation.method", "magic", "must be 'joint' or 'clip'"),
         ("optimisation.weight_rate", -1, "must be greater than 0"),
         ("propagation", "both", "must be 'sequential' or 'full_precision'"),
@@ -67,6 +69,23 @@ def test_a_missing_section_is_named(tiny_document: Make) -> None:
     del document["calibration"]
     with pytest.raises(InputError, match="calibration: missing"):
         parse_spec(document)
+
+
+@pytest.mark.parametrize(
+    ("slices", "widths", "allowed"),
+    [(1, [2, 3], "[2]"), (2, [2, 6], "[2, 3, 4]"), (3, [8], "[2, 3, 4, 6]")],
+)
+def test_only_widths_of_the_slices_there_are_can_be_trained(
+    tiny_document: Make, slices: int, widths: list[int], allowed: str
+) -> None:
+    document = tiny_document(slices=slices, optimisation={"widths": widths})
+    with pytest.raises(InputError) as caught:
+        parse_spec(document)
+    assert f"{widths} must be distinct bits out of {allowed}, those of {slices} slices" in str(
+        caught.value
+    )
+    assert parse_spec(tiny_document()).optimisation.widths == (2, 3, 4)
+    assert parse_spec(tiny_document(slices=3)).max_bits == 6
 
 
 def test_is_frozen(tiny_document: Make) -> None:
@@ -135,8 +154,9 @@ def test_run_id_is_that_of_what_decides_the_bytes(tiny_document: Make) -> None:
     assert {run_id(parse_spec(document), "model", "tokens") for document in same} == {known}
     different = [
         tiny_document(group_size=64),
-        tiny_document(slices=2, optimisation={"slice_counts": [1, 2]}),
+        tiny_document(slices=2),
         tiny_document(optimisation={"passes": 3}),
+        tiny_document(optimisation={"widths": [2, 4]}),
         tiny_document(propagation="sequential"),
         tiny_document(dtype="bfloat16"),
         tiny_document(threads=2),

@@ -23,7 +23,7 @@ def test_last_input_of_a_word_is_its_sign_bit() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 32), (3, 96), (17, 1056)])
-@pytest.mark.parametrize("count", [2, 4, 6, 8])
+@pytest.mark.parametrize("count", [2, 3, 4, 6, 8])
 def test_first_planes_are_the_top_bits(shape: tuple[int, int], count: int) -> None:
     code = torch.randint(0, 256, shape, dtype=torch.uint8)
     back = unpack_planes(list(pack_planes(code)[:count]))

@@ -3,14 +3,16 @@
 import pytest
 import torch
 
-from mbq.kernels.digits import pack_digits, unpack_digits
+from mbq.kernels.digits import Digits, pack_digits, unpack_digits
 from mbq.kernels.quantize import pack_pair, unpack_pair
+from mbq.kernels.widths import SLICE_BITS, widths_up_to
 
 
-def _pack(code_NK: torch.Tensor, group_size: int, slices: int = 4):
+def _pack(code_NK: torch.Tensor, group_size: int, slices: int = 4) -> Digits:
     rows, inputs = code_NK.shape
     pair_NG = pack_pair(*torch.rand(2, rows, inputs // group_size))
-    return pack_digits(code_NK, pair_NG, pack_pair(*torch.rand(2, 4, rows)), slices)
+    widths = len(widths_up_to(slices * SLICE_BITS))
+    return pack_digits(code_NK, pair_NG, pack_pair(*torch.rand(2, widths, rows)), slices)
 
 
 def test_words_of_known_codes() -> None:
@@ -36,13 +38,23 @@ def test_codes_come_back(rows: int, inputs: int, group_size: int) -> None:
     assert torch.equal(unpack_digits(packed), code)
 
 
-@pytest.mark.parametrize("slices", [1, 2, 3])
-def test_fewer_slices_are_a_prefix(slices: int) -> None:
+@pytest.mark.parametrize(("slices", "widths"), [(1, 1), (2, 3), (3, 4)])
+def test_fewer_slices_are_a_prefix(slices: int, widths: int) -> None:
     code = torch.randint(0, 256, (5, 256), dtype=torch.uint8)
     few, all_ = _pack(code, 128, slices), _pack(code, 128)
     assert torch.equal(few.digits_SBN32, all_.digits_SBN32[:slices])
+    assert few.gain_bias_WN.shape == (widths, 128)
     kept = 0xFF << (8 - 2 * slices) & 0xFF
     assert torch.equal(unpack_digits(few), code & kept)
+
+
+def test_gains_of_all_widths_lie_in_padded_rows() -> None:
+    gain_bias = pack_pair(*torch.rand(2, 5, 130))
+    packed = pack_digits(
+        torch.zeros(130, 256, dtype=torch.uint8), pack_pair(*torch.rand(2, 130, 2)), gain_bias, 4
+    )
+    assert packed.gain_bias_WN.shape == (5, 256)
+    assert torch.equal(packed.gain_bias_WN[:, :130], gain_bias)
 
 
 def test_padding_has_scale_zero() -> None:

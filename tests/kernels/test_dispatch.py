@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mbq.kernels import dispatch
 from mbq.kernels.digits import ROW_MULTIPLE
@@ -38,4 +39,14 @@ def test_shipped_tiles_fit_their_shapes() -> None:
 
 def test_on_a_cpu_weights_are_dequantized() -> None:
     x = torch.zeros(1, 256, dtype=torch.bfloat16)
-    assert not dispatch.decodes(x, 1, 128, 1)
+    assert not dispatch.decodes(x, 1, 128, 2)
+
+
+@pytest.mark.parametrize(
+    ("bits", "most"), [(2, 48), (3, 24), (4, 24), (6, 16), (8, 12), (None, 64)]
+)
+def test_few_enough_tokens_on_a_gpu_are_decoded(bits: int | None, most: int) -> None:
+    with FakeTensorMode():
+        x = torch.empty(1, 256, dtype=torch.bfloat16, device="cuda")
+    assert dispatch.decodes(x, most, 128, bits)
+    assert not dispatch.decodes(x, most + 1, 128, bits)

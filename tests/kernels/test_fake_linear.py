@@ -26,22 +26,22 @@ def _plain(
     zero: Tensor,
     gain: Tensor,
     bias: Tensor,
-    slices: int,
+    bits: int,
 ) -> Tensor:
     """The definition with a straight-through floor, left to autograd."""
     weight = value.unflatten(1, (-1, GROUP)) * unit[..., None]
     exact = weight / scale[..., None] + zero[..., None]
     clamped = exact.clamp(0, 4 - 1e-6)
-    bins = 4.0 ** (slices - 1)
+    bins = 2.0 ** (bits - 2)
     quantized = ((clamped * bins).floor() + 0.5) / bins
     straight = clamped + (quantized - clamped).detach()
     rebuilt = ((straight - zero[..., None]) * scale[..., None]).flatten(1)
     return x @ (rebuilt * gain[:, None]).T + bias
 
 
-@pytest.mark.parametrize("slices", [1, 2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 @pytest.mark.parametrize("clip", [1.0, 0.6])
-def test_gradients_equal_plain_autograd(slices: int, clip: float) -> None:
+def test_gradients_equal_plain_autograd(bits: int, clip: float) -> None:
     generator = torch.Generator().manual_seed(2)
     value, unit, scale, zero = _setup(clip)
     x = torch.randn(2, 5, COLUMNS, generator=generator)
@@ -51,19 +51,19 @@ def test_gradients_equal_plain_autograd(slices: int, clip: float) -> None:
     results = []
     for function in (fake_linear, _plain):
         leaves = [t.clone().requires_grad_() for t in (x, value, scale, zero, gain, bias)]
-        out = function(leaves[0], leaves[1], unit, *leaves[2:], slices)
+        out = function(leaves[0], leaves[1], unit, *leaves[2:], bits)
         out.backward(upstream)
         results.append([out.detach(), *(leaf.grad for leaf in leaves)])
     for fast, plain in zip(*results, strict=True):
         torch.testing.assert_close(fast, plain, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("slices", [1, 2, 3, 4])
-def test_shows_the_weight_that_will_be_stored(slices: int) -> None:
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_shows_the_weight_that_will_be_stored(bits: int) -> None:
     value, unit, scale, zero = _setup(0.9)
     weight = value * unit.repeat_interleave(GROUP, 1)
-    stored = dequantize(quantize(weight, scale, zero), scale, zero, slices)
-    shown = fake_weight(value, unit, scale, zero, slices)
+    stored = dequantize(quantize(weight, scale, zero), scale, zero, bits)
+    shown = fake_weight(value, unit, scale, zero, bits)
     # A weight on the edge of a bin may fall to either side; there are next to none.
     assert ((stored - shown).abs() > 1e-5).float().mean() < 1e-3
 
@@ -79,7 +79,7 @@ def test_keeps_no_quantized_copy_for_the_backward_pass() -> None:
 
     x = torch.randn(3, COLUMNS)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        fake_linear(x, value, unit, scale, zero, torch.ones(ROWS), torch.zeros(ROWS), 2)
+        fake_linear(x, value, unit, scale, zero, torch.ones(ROWS), torch.zeros(ROWS), 4)
     of_weight_size = [tensor for tensor in saved if tensor.shape == value.shape]
     assert [tensor.data_ptr() for tensor in of_weight_size] == [value.data_ptr()]
 
@@ -87,7 +87,7 @@ def test_keeps_no_quantized_copy_for_the_backward_pass() -> None:
 def test_computes_in_the_dtype_of_its_input() -> None:
     value, unit, scale, zero = _setup(1.0)
     x = torch.randn(3, COLUMNS).bfloat16()
-    arguments = (value, unit, scale, zero, torch.ones(ROWS), torch.zeros(ROWS), 4)
+    arguments = (value, unit, scale, zero, torch.ones(ROWS), torch.zeros(ROWS), 8)
     out = fake_linear(x, *arguments)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), fake_linear(x.float(), *arguments), rtol=0.05, atol=0.2)

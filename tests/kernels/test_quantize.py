@@ -15,6 +15,7 @@ from mbq.kernels.quantize import (
     unpack_pair,
 )
 from mbq.kernels.reference import round_to_nearest, slice_recursively
+from mbq.kernels.widths import WIDTHS, slices_of, steps_up_to, widths_up_to
 
 
 def _grid(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,9 +29,29 @@ def test_known_codes() -> None:
     assert (scale.item(), zero.item()) == (1.0, 2.0)
     code = quantize(weight, scale, zero)
     assert code.tolist() == [[0, 147, 128, 255]]
-    assert dequantize(code, scale, zero, 1).tolist() == [[-1.5, 0.5, 0.5, 1.5]]
-    assert dequantize(code, scale, zero, 2).tolist() == [[-1.875, 0.375, 0.125, 1.875]]
-    assert dequantize(code, scale, zero, 4)[0, 1].item() == (147 + 0.5) / 64 - 2
+    assert dequantize(code, scale, zero, 2).tolist() == [[-1.5, 0.5, 0.5, 1.5]]
+    assert dequantize(code, scale, zero, 3).tolist() == [[-1.75, 0.25, 0.25, 1.75]]
+    assert dequantize(code, scale, zero, 4).tolist() == [[-1.875, 0.375, 0.125, 1.875]]
+    assert dequantize(code, scale, zero, 8)[0, 1].item() == (147 + 0.5) / 64 - 2
+
+
+def test_known_values_at_three_bits() -> None:
+    # Range [-1, 3]: scale 1, zero 1. Bins of half a scale, from -1 on; shown are their middles.
+    weight = torch.tensor([[-1.0, -0.51, -0.5, 0.0, 0.49, 0.74, 1.3, 2.0, 2.6, 3.0]])
+    scale, zero = _grid(weight, 10)
+    assert (scale.item(), zero.item()) == (1.0, 1.0)
+    shown = dequantize(quantize(weight, scale, zero), scale, zero, 3)
+    assert shown.tolist() == [[-0.75, -0.75, -0.25, 0.25, 0.25, 0.75, 1.25, 2.25, 2.75, 2.75]]
+
+
+def test_known_widths() -> None:
+    assert widths_up_to(8) == (2, 3, 4, 6, 8)
+    assert widths_up_to(4) == (2, 3, 4)
+    assert widths_up_to(2) == (2,)
+    assert [slices_of(bits) for bits in WIDTHS] == [1, 2, 2, 3, 4]
+    assert steps_up_to(8) == (1, 1, 2, 2)
+    assert steps_up_to(6) == (1, 1, 2)
+    assert steps_up_to(2) == ()
 
 
 @pytest.mark.parametrize("shape", [(1, 32, 32), (7, 96, 32), (5, 384, 128), (3, 640, 64)])
@@ -49,8 +70,10 @@ def test_equals_the_recursive_definition_code_for_code(
         digit = (code >> (8 - 2 * k)) & 3
         assert torch.equal(digit, digits[k - 1])
         torch.testing.assert_close(
-            dequantize(code, scale, zero, k).double(), weights[k - 1], rtol=1e-5, atol=1e-6
+            dequantize(code, scale, zero, 2 * k).double(), weights[k - 1], rtol=1e-5, atol=1e-6
         )
+    # Half of the second slice: the upper of its two bits.
+    assert torch.equal(code >> 5, 2 * digits[0] + (digits[1] >> 1))
     # float32 may put a weight that lies on the edge of a bin into its neighbour, never further.
     difference = (quantize(weight, scale, zero).int() - code.int()).abs()
     assert difference.max() <= 1
@@ -74,26 +97,40 @@ def test_error_is_at_most_half_a_step_of_every_width(array: object) -> None:
     scale, zero = _grid(weight, 32)
     code = quantize(weight, scale, zero)
     step = scale.repeat_interleave(32, 1)
-    for k in range(1, 5):
-        error = (dequantize(code, scale, zero, k) - weight).abs()
-        half_a_step = step * 4.0 ** (1 - k) / 2
+    for bits in WIDTHS:
+        error = (dequantize(code, scale, zero, bits) - weight).abs()
+        half_a_step = step * 2.0 ** (2 - bits) / 2
         # Rounding scale and zero to float16 moves the ends of the range a little.
         assert (error <= half_a_step + step * 5e-3).all()
 
 
-def test_lower_bits_do_not_matter_for_fewer_slices() -> None:
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("group_size", [32, 96])
+def test_every_width_is_nearer_than_the_one_below(seed: int, group_size: int) -> None:
+    weight = torch.randn(3, 480, generator=torch.Generator().manual_seed(seed))
+    scale, zero = _grid(weight, group_size)
+    code = quantize(weight, scale, zero)
+    shown = [dequantize(code, scale, zero, bits) for bits in WIDTHS]
+    errors = [((w - weight).square().mean()).item() for w in shown]
+    assert errors == sorted(errors, reverse=True)
+    # From 2 to 3 bits and from there to 4 the error halves, so its square is a quarter.
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.25)
+    assert errors[1] / errors[2] == pytest.approx(4, rel=0.25)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+def test_lower_bits_do_not_matter_for_fewer_bits(bits: int) -> None:
     weight = torch.randn(4, 64)
     scale, zero = _grid(weight, 32)
     code = quantize(weight, scale, zero)
-    for k in range(1, 4):
-        cut = code & ~((1 << (8 - 2 * k)) - 1) & 0xFF
-        assert torch.equal(dequantize(cut, scale, zero, k), dequantize(code, scale, zero, k))
+    cut = code & ~((1 << (8 - bits)) - 1) & 0xFF
+    assert torch.equal(dequantize(cut, scale, zero, bits), dequantize(code, scale, zero, bits))
 
 
 def test_group_of_zeros_stays_near_zero() -> None:
     weight = torch.zeros(2, 32)
     scale, zero = _grid(weight, 32)
-    assert dequantize(quantize(weight, scale, zero), scale, zero, 4).abs().max() < 1e-6
+    assert dequantize(quantize(weight, scale, zero), scale, zero, 8).abs().max() < 1e-6
 
 
 def test_pairs_keep_float16_values_exactly() -> None:

@@ -9,18 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mbq.kernels.reference import count_slices
+from mbq.kernels.reference import route
 from mbq.kernels.router import (
     Curve,
     Precision,
     Router,
+    bits_taken,
     interpolate,
     invert,
     pack_halves,
     unpack_halves,
 )
 
-K, LINEARS, SLICES, WIDTH, KNOTS = 96, 3, 4, 5, 6
+K, LINEARS, BITS, EXTRA, WIDTH, KNOTS = 96, 3, 8, 4, 5, 6
 CURVE = Curve((2.0, 3.0, 8.0), (10.0, 4.0, -6.0))
 
 
@@ -31,41 +32,41 @@ def _floats(value: torch.Tensor) -> torch.Tensor:
 def _router(width: int | None, seed: int = 0, knots: int = KNOTS) -> tuple[Router, Precision]:
     """A random router whose log earnings are twice the score plus a constant per linear."""
     generator = torch.Generator().manual_seed(seed)
-    precision = Precision(SLICES)
-    precision.slices = None
-    router = Router(K, LINEARS, SLICES, width, knots, precision)
+    precision = Precision(BITS)
+    precision.bits = None
+    router = Router(K, LINEARS, BITS, width, knots, precision)
     if width:
         trunk = torch.randn(width, K, generator=generator) / 8
         router.get_buffer("trunk").copy_(pack_halves(trunk))
         router.get_buffer("offset").copy_(_floats(torch.randn(width, generator=generator)))
     if width is not None:
-        head = torch.randn(SLICES - 1, LINEARS, width + 2, generator=generator)
+        head = torch.randn(EXTRA, LINEARS, width + 2, generator=generator)
         router.get_buffer("head").copy_(_floats(head))
-    score = torch.linspace(-3, 3, knots).expand(SLICES - 1, LINEARS, knots)
+    score = torch.linspace(-3, 3, knots).expand(EXTRA, LINEARS, knots)
     constant = torch.arange(LINEARS)[:, None] / 4
     router.get_buffer("knots").copy_(_floats(torch.stack((score, 2 * score + constant), 2)))
     return router, precision
 
 
 def _reference(router: Router, x: torch.Tensor, log_threshold: float) -> torch.Tensor:
-    """Counts from the buffers' raw values; the map of `_router` is inverted by hand."""
+    """Widths from the buffers' raw values; the map of `_router` is inverted by hand."""
     head = router.get_buffer("head").view(torch.float32)
     trunk, offset = torch.zeros(0, K), torch.zeros(0)
     if router.width:
         halves = router.get_buffer("trunk").view(torch.float16)
         trunk, offset = halves.float(), router.get_buffer("offset").view(torch.float32)
-    threshold = torch.empty(SLICES - 1, LINEARS)
+    threshold = torch.empty(EXTRA, LINEARS)
     for linear in range(LINEARS):
         earning = log_threshold - linear / 4
         # Slope 2 between the knots at -3 and 3, slope 1 beyond them.
         inside = min(max(earning, -6.0), 6.0)
         threshold[:, linear] = inside / 2 + (earning - inside)
-    return count_slices(x, trunk, offset, head, threshold)
+    return route(x, trunk, offset, head, threshold)
 
 
 @pytest.mark.parametrize("log_threshold", [-9.0, -1.0, 0.3, 2.0, 9.0])
 @pytest.mark.parametrize("width", [0, WIDTH])
-def test_counts_equal_the_definition(width: int, log_threshold: float) -> None:
+def test_widths_equal_the_definition(width: int, log_threshold: float) -> None:
     router, precision = _router(width)
     precision.log_threshold = log_threshold
     x = torch.randn(2, 7, K) * torch.rand(2, 7, 1).exp()
@@ -75,31 +76,50 @@ def test_counts_equal_the_definition(width: int, log_threshold: float) -> None:
 
 
 def test_gates_are_nested() -> None:
-    # The second extra slice earns enough everywhere, the first nowhere: none is read.
+    # All steps but the first earn enough everywhere, the first nowhere: none is taken.
     router, precision = _router(0)
-    head = torch.zeros(SLICES - 1, LINEARS, 2)
+    head = torch.zeros(EXTRA, LINEARS, 2)
     head[0, :, 1], head[1:, :, 1] = -2.0, 2.0
     router.get_buffer("head").copy_(_floats(head))
     precision.log_threshold = 0.5
-    assert router(torch.randn(4, K), 0).tolist() == [1, 1, 1, 1]
+    assert router(torch.randn(4, K), 0).tolist() == [2, 2, 2, 2]
+
+
+def test_gates_take_known_bits() -> None:
+    # One column a token: the steps to 3, 4, 6 and 8 bits. What follows a closed gate is not taken.
+    gates = torch.tensor(
+        [
+            [0, 1, 1, 1, 1, 0, 1, 1],
+            [0, 0, 1, 1, 1, 1, 0, 1],
+            [0, 0, 0, 1, 1, 1, 1, 0],
+            [0, 0, 0, 0, 1, 1, 1, 1],
+        ]
+    ).bool()
+    assert bits_taken(gates).tolist() == [2, 3, 4, 6, 8, 2, 3, 4]
+    assert bits_taken(gates[:3]).tolist() == [2, 3, 4, 6, 6, 2, 3, 4]
+    assert bits_taken(gates[:2]).tolist() == [2, 3, 4, 4, 4, 2, 3, 4]
+    assert bits_taken(gates[:0]).tolist() == [2] * 8
+    assert bits_taken(gates.view(4, 2, 4)).tolist() == [[2, 3, 4, 6], [8, 2, 3, 4]]
 
 
 def test_without_scores_every_token_is_alike() -> None:
     router, precision = _router(None, knots=1)
     # One knot: score -3 stands for log earnings of -6 + linear / 4, so score 0 for 3 more.
-    for log_threshold, expected in ((-4.0, [4, 4, 4]), (-2.9, [1, 4, 4]), (0.0, [1, 1, 1])):
+    for log_threshold, expected in ((-4.0, [8, 8, 8]), (-2.9, [2, 8, 8]), (0.0, [2, 2, 2])):
         precision.log_threshold = log_threshold
         x = torch.randn(5, K)
         assert [router(x, linear) for linear in range(LINEARS)] == expected
 
 
-def test_a_ceiling_hides_the_slices_above_it() -> None:
-    router, precision = _router(WIDTH)
+@pytest.mark.parametrize(("width", "knots"), [(WIDTH, KNOTS), (0, KNOTS), (None, 1)])
+def test_a_ceiling_hides_the_widths_above_it(width: int | None, knots: int) -> None:
+    router, precision = _router(width, knots=knots)
     precision.log_threshold = -100.0
     x = torch.randn(5, K)
-    assert router(x, 0).tolist() == [4] * 5
-    precision.max_slices = 2
-    assert router(x, 0).tolist() == [2] * 5
+    for ceiling in (8, 6, 4, 2):
+        precision.max_bits = ceiling
+        found = router(x, 0)
+        assert found == ceiling if width is None else found.tolist() == [ceiling] * 5
 
 
 def test_linears_of_one_input_share_one_computation() -> None:
@@ -193,10 +213,10 @@ def test_the_curve_ends_at_the_loaded_widths(bits: float) -> None:
 
 
 def test_both_ends_are_uniform() -> None:
-    precision = Precision(4)
-    for bits, slices in ((2.0, 1), (8.0, 4), (3.0, None)):
-        precision.set_average_bits(bits, CURVE)
-        assert precision.slices == slices
+    precision = Precision(8)
+    for average, bits in ((2.0, 2), (8.0, 8), (3.0, None), (2.5, None)):
+        precision.set_average_bits(average, CURVE)
+        assert precision.bits == bits
 
 
 def test_halves_round_trip() -> None:

@@ -1,4 +1,4 @@
-"""What the compiler makes of the decode kernel for GPUs that are not here.
+"""What the compiler makes of the kernels for GPUs that are not here.
 
 `instructions.json` holds instructions per digit by Triton version and kernel: a ratchet. Where a
 version is not listed, all but that is checked.
@@ -37,6 +37,22 @@ def test_loads_are_wide_and_digits_meet_matrix_units(compiled: dict[str, Any]) -
     for name, kernel in compiled["kernels"].items():
         assert kernel["wide_loads"] > 0, name
         assert kernel["matrix"] > 0, name
+
+
+def test_dequantizing_waits_for_memory_only(compiled: dict[str, Any]) -> None:
+    for name, kernel in compiled["dequantizing"].items():
+        assert kernel["stack_bytes"] == 0, f"{name} spills"
+        # An H200 issues about 17 for each weight in the time that its memory takes.
+        assert kernel["instructions"] < 16, name
+
+
+def test_choosing_a_mask_costs_next_to_nothing(compiled: dict[str, Any]) -> None:
+    kernels = compiled["kernels"]
+    pairs = [(name, f"{name}, halvable") for name in kernels if not name.endswith("halvable")]
+    assert pairs
+    for plain, halvable in pairs:
+        assert kernels[halvable]["instructions"] <= 1.1 * kernels[plain]["instructions"], halvable
+        assert kernels[halvable]["shared_bytes"] <= kernels[plain]["shared_bytes"], halvable
 
 
 def test_no_more_instructions_than_before(compiled: dict[str, Any]) -> None:

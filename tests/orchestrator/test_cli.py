@@ -51,8 +51,13 @@ def _fails(result: Result, code: int, *words: str) -> None:
 WRONG: list[tuple[str, list[str], tuple[str, ...]]] = [
     ("unknown key", ["--set", "calibration.sampels=3"], ("calibration.sampels", "samples?")),
     ("unknown section", ["--set", "quantization.bits=3"], ("quantization", "unknown key")),
-    ("no widths", ["--set", "optimisation.slice_counts=[]"], ("slice_counts", "distinct")),
-    ("width too high", ["--set", "optimisation.slice_counts=[1,5]"], ("[1, 5]", "[1, 2, 3, 4]")),
+    ("no widths", ["--set", "optimisation.widths=[]"], ("widths", "distinct")),
+    ("no such width", ["--set", "optimisation.widths=[2,5]"], ("[2, 5]", "[2, 3, 4, 6, 8]")),
+    (
+        "width beyond the slices",
+        ["--set", "slices=1"],
+        ("optimisation.widths [2, 3, 4]", "out of [2]"),
+    ),
     ("too many slices", ["--set", "slices=9"], ("slices", "9")),
     ("odd group", ["--set", "group_size=33"], ("group_size 33", "multiple of 32")),
     ("group too wide", ["--set", "group_size=64"], ("64", "96", "mlp.down_proj", "use 32")),
@@ -168,7 +173,7 @@ def test_runs_are_found_by_prefix_and_uri(invoke: Callable[..., Result], finishe
     found.append(json.loads(by_prefix.stdout))
     assert [f["run"] for f in found] == [run] * 3
     assert found[0]["state"] == "done"
-    assert len(found[0]["results"]["rows"]) == 14
+    assert len(found[0]["results"]["rows"]) == 15
     environment = invoke("status", run, MBQ_STORE=str(store.root))
     assert "perplexity on" in environment.stdout
     assert str(finished_run.checkpoint) in environment.stdout
@@ -241,11 +246,11 @@ def test_eval_agrees_with_the_runs_own_table(
     invoke: Callable[..., Result], finished_run: Any
 ) -> None:
     store, run = str(finished_run.store.root), finished_run.document.run
-    result = invoke("eval", run, "--store", store, "--bits", "2,8", "--json")
+    result = invoke("eval", run, "--store", store, "--bits", "2,3,8", "--json")
     rows = json.loads(result.stdout)
     status = json.loads(invoke("status", run, "--store", store, "--json").stdout)
     expected = {row["variant"]: row["perplexity"] for row in status["results"]["rows"]}
-    assert [row["bits"] for row in rows] == [2, 8]
+    assert [row["bits"] for row in rows] == [2, 3, 8]
     for row in rows:
         assert row["perplexity"] == pytest.approx(expected[f"mbq-{row['bits']}"], rel=1e-5)
     result = invoke("eval", run, "--store", store, "--average-bits", "2.25,3", "--json")
@@ -270,11 +275,26 @@ def test_eval_of_a_folder_on_a_text_of_its_own(
     _fails(invoke("eval", folder, "--bits", "four", *text), 2, "--bits four")
     averages = "--average-bits"
     _fails(invoke("eval", folder, averages, "2.5,", *text), 2, "--average-bits 2.5,", "as in 2.5,3")
-    _fails(invoke("eval", folder, averages, "2.5,9", *text), 2, "--average-bits 9", "2, 4, 6, 8")
-    _fails(invoke("eval", folder, "--bits", "3", *text), 2, "--bits 3", "2, 4, 6, 8 bits")
+    _fails(invoke("eval", folder, averages, "2.5,9", *text), 2, "--average-bits 9", "2, 3, 4, 6, 8")
+    _fails(invoke("eval", folder, "--bits", "5", *text), 2, "--bits 5", "2, 3, 4, 6, 8 bits")
     shared = invoke("eval", folder, averages, "2.5", *text, "--tokens", "256")
     assert shared.stdout.startswith("average 2.5 bits (2.")
     _fails(invoke("eval", "/nowhere", *text), 2, "/nowhere")
+
+
+def test_bench_checks_a_run_and_a_folder(
+    invoke: Callable[..., Result], finished_run: Any, tmp_path: Path
+) -> None:
+    store, run = str(finished_run.store.root), finished_run.document.run
+    result = invoke("bench", run, "--store", store)
+    assert result.exit_code == 0, result.output
+    assert "products of 4 shapes are right, largest error" in result.stdout
+    records = json.loads(invoke("bench", str(finished_run.checkpoint), "--json").stdout)
+    assert {r["linear"].rpartition(".")[2] for r in records} <= {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    assert all(0 < r["largest_error"] < 1e-5 for r in records)
+    _fails(invoke("bench", str(tmp_path)), 3, "manifest.json")
 
 
 def test_help_is_quick_and_lists_every_command() -> None:
@@ -282,7 +302,18 @@ def test_help_is_quick_and_lists_every_command() -> None:
     command = [sys.executable, "-m", "mbq.orchestrator.cli", "--help"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert time.monotonic() - started < 1.0
-    commands = ("check", "eval", "gc", "head", "list", "logs", "pull", "report", "resume", "submit")
+    commands = (
+        "bench",
+        "check",
+        "eval",
+        "gc",
+        "list",
+        "logs",
+        "pull",
+        "report",
+        "resume",
+        "submit",
+    )
     assert all(f"  {command} " in done.stdout for command in commands)
 
 
@@ -295,6 +326,7 @@ def test_the_options_are_these(invoke: Callable[..., Result]) -> None:
     shared = ["--address", "--store"]
     text = ["--average-bits", "--bits", "--dataset", "--file"]
     assert options == {
+        "bench": ["--json", "--store"],
         "check": ["--address", "--json", "--set", "--store"],
         "eval": [*text, "--json", "--sequence-length", "--store", "--tokens"],
         "gc": ["--dry-run"],

@@ -63,6 +63,7 @@ def _progress(**fields: Any) -> Progress:
 # 3 is the one average width that a static model can have, too.
 SOURCE_EVALUATIONS = ["evaluate full", *(f"evaluate rtn-{bits}" for bits in (2, 3, 4, 6, 8))]
 SENSE = "sensitivity model"
+SHAPES = ["64x96", "96x64", "32x64", "64x64"]
 SETTLES = ["settle linear", "settle norm", "settle token"]
 
 
@@ -139,8 +140,9 @@ def test_files_are_packed_when_their_blocks_exist_and_evaluated_when_published(
     assert done >= plan.checkpoint
     published = _names(ready(plan, _progress(done=done, published=True), 2))
     assert published == [
+        *(f"validate {shape}" for shape in SHAPES),
         *SOURCE_EVALUATIONS,
-        *(f"evaluate mbq-{b}" for b in (2, 4, 6, 8)),
+        *(f"evaluate mbq-{b}" for b in (2, 3, 4, 6, 8)),
         *(f"evaluate routed-{b}" for b in (2.25, 2.5, 3, 3.5)),
         "sample text",
     ]
@@ -162,7 +164,7 @@ def test_rivals_wait_for_their_thresholds_and_the_checkpoint_does_not(tiny_docum
 
 
 def test_one_slice_shares_nothing(tiny_document: Make) -> None:
-    document = tiny_document(slices=1, optimisation={"slice_counts": [1]})
+    document = tiny_document(slices=1, optimisation={"widths": [2]})
     plan = _plan(lambda: document)
     assert plan.sensitivities + plan.settles + plan.routes + plan.samples == ()
     assert variants(parse_spec(document)) == ["full", "rtn-2", "mbq-2"]
@@ -197,12 +199,11 @@ def test_remaining_work_falls_to_nothing(tiny_document: Make) -> None:
 
 
 def test_fewer_slices_make_fewer_files_and_variants(tiny_document: Make) -> None:
-    document = tiny_document(slices=2, optimisation={"slice_counts": [1, 2]})
+    document = tiny_document(slices=2)
     assert variants(parse_spec(document)) == [
         "full",
         *(f"rtn-{bits}" for bits in (2, 3, 4)),
-        "mbq-2",
-        "mbq-4",
+        *(f"mbq-{bits}" for bits in (2, 3, 4)),
         *(f"routed-{bits}" for bits in (2.25, 2.5, 3, 3.5)),
     ]
     plan = _plan(lambda: document)
@@ -221,6 +222,11 @@ def test_memory_grows_with_what_a_task_holds(tiny_document: Make) -> None:
     plan = _plan(tiny_document)
     difference = task_memory_bytes(plan, large, 64) - task_memory_bytes(plan, small, 64)
     assert difference == 2 * 12 * 32 * 64 * 4
+    # Sequential propagation holds a stream of hidden states for each trained width, too.
+    difference = task_memory_bytes(
+        plan, large.model_copy(update={"propagation": "sequential"}), 64
+    ) - task_memory_bytes(plan, small.model_copy(update={"propagation": "sequential"}), 64)
+    assert difference == (2 + 3) * 12 * 32 * 64 * 4
 
 
 def test_bits_beside_the_codes_count_everything_a_width_reads(tiny_document: Make) -> None:
@@ -231,8 +237,8 @@ def test_bits_beside_the_codes_count_everything_a_width_reads(tiny_document: Mak
     elastic = 0.25 + 32 / 4096
     assert other_bits(linears, spec, "mbq-2", "norm") == elastic
     assert other_bits(linears, spec, "routed-2.5", "linear") == elastic
-    # Eight rows of float16, an offset each, and a head of 8 + 2 features for three slices.
-    router = (8 * 4096 * 16 + 8 * 32 + 3 * 10 * 32) / 4096**2
+    # Eight rows of float16, an offset each, and a head of 8 + 2 features for 3, 4, 6 and 8 bits.
+    router = (8 * 4096 * 16 + 8 * 32 + 4 * 10 * 32) / 4096**2
     for variant, method in (("routed-3", "token"), ("learned-3", "norm"), ("shuffled-3", "norm")):
         assert other_bits(linears, spec, variant, method) == pytest.approx(elastic + router)
 

@@ -65,11 +65,13 @@ def test_holds_every_part(ablation_run: Any, page: str) -> None:
         "Block errors by width",
         "Outlier migration",
         "Average bits, asked and realised",
+        "Kernels",
         "Provenance",
     ):
         assert f"<h2>{title}</h2>" in page
     assert page.count("<svg") == 4
     assert ablation_run.document.run in page
+    assert "no GPU was there: nothing was timed" in page
     assert ablation_run.document.model_digest in page
     assert "sequence_length: 32" in page
     for way in ("learned router, tokens shuffled", "random mix", "oracle (true errors"):
@@ -118,7 +120,7 @@ def test_what_a_user_named_is_text_and_not_markup(ablation_run: Any) -> None:
 def test_without_an_evaluation_the_rest_is_there(
     finish_run: Callable[..., Any], tiny_document: Any
 ) -> None:
-    run = finish_run(tiny_document(evaluation=None, slices=1, optimisation={"slice_counts": [1]}))
+    run = finish_run(tiny_document(evaluation=None, slices=1, optimisation={"widths": [2]}))
     page = render(collect(run.store, run.document))
     assert "Block errors by width" in page
     assert "Perplexity by average bits" not in page

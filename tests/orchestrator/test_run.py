@@ -109,15 +109,17 @@ def test_leaves_everything_the_readme_promises(finished_run: Any) -> None:
 def test_results_compare_every_width_with_rounding(finished_run: Any) -> None:
     run = finished_run.document.run
     results = get_document(finished_run.store, keys.results_key(run), Results)
-    names = ["full", *(f"rtn-{b}" for b in (2, 3, 4, 6, 8)), *(f"mbq-{b}" for b in (2, 4, 6, 8))]
+    names = ["full", *(f"rtn-{b}" for b in (2, 3, 4, 6, 8)), *(f"mbq-{b}" for b in (2, 3, 4, 6, 8))]
     names += [f"routed-{b}" for b in (2.25, 2.5, 3, 3.5)]
     assert [row.variant for row in results.rows] == names
     gaps = {row.variant: row.gap for row in results.rows}
     assert gaps["full"] == 0
     assert abs(gaps["mbq-8"]) < abs(gaps["rtn-2"])
-    assert len(set(results.slice_bytes)) == 1
+    # The second slice holds the gains and biases of two widths.
+    slices = results.slice_bytes
+    assert slices[0] == slices[2] == slices[3] < slices[1]
     read = {row.variant: row.realised_bits for row in results.rows}
-    assert (read["full"], read["rtn-3"], read["mbq-6"]) == (None, 3.0, 6.0)
+    assert (read["full"], read["rtn-3"], read["mbq-3"], read["mbq-6"]) == (None, 3.0, 3.0, 6.0)
     assert read["routed-2.5"] == pytest.approx(2.5, abs=0.2)
 
 
@@ -392,7 +394,7 @@ def test_every_method_makes_a_checkpoint(
 def test_one_slice_is_a_checkpoint_without_routers(
     store: LocalStore, write: Any, tiny_document: Make
 ) -> None:
-    document = write(tiny_document(slices=1, optimisation={"slice_counts": [1], "passes": 2}))
+    document = write(tiny_document(slices=1, optimisation={"widths": [2], "passes": 2}))
     drive(store, document, FaultyRunner(), attempt=1)
     results = get_document(store, keys.results_key(document.run), Results)
     assert results.method is None

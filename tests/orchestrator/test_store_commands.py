@@ -76,7 +76,8 @@ def test_what_cannot_be_pulled(
     invoke: Callable[..., Result], finished_run: Any, tiny_model: Path, tmp_path: Path
 ) -> None:
     source, folder = str(finished_run.checkpoint), str(tmp_path / "dir")
-    assert "2, 4, 6, 8 bits" in _line(invoke("pull", source, folder, "--max-bits", "5"), 2)
+    for bits in ("3", "5"):
+        assert "2, 4, 6, 8 bits" in _line(invoke("pull", source, folder, "--max-bits", bits), 2)
     assert "holds no manifest.json" in _line(invoke("pull", str(tiny_model), folder), 3)
     assert "there is no run" in _line(invoke("pull", "abcdef", folder), 3)
     assert "another model" in _line(invoke("pull", source, str(tiny_model)), 2)

@@ -1,9 +1,10 @@
-"""Compile the decode kernel for GPUs that are not here, and print what it takes, as JSON.
+"""Compile kernels for GPUs that are not here, and print what they take, as JSON.
 
     python tests/support/compiled.py
 
 Runs in a process of its own, without TRITON_INTERPRET. Triton's package brings the assembler and
-the disassembler. `instructions` are those of the largest loop, per digit (2 bits of one weight).
+the disassembler. `instructions` are those of the largest loop, per digit (2 bits of one weight), or
+of the whole kernel, per weight, where it has no loop.
 """
 
 import json
@@ -19,24 +20,33 @@ from triton.compiler import ASTSource
 
 from mbq.kernels import dispatch
 from mbq.kernels.triton_decode import _decode_kernel
+from mbq.kernels.triton_dequantize import _ROWS, _WARPS, _dequantize_kernel
+from mbq.kernels.widths import WIDTHS, slices_of
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 POINTERS = {"x_ptr": "*fp16", "digits_ptr": "*i16", "out_ptr": "*bf16"}
-WHOLE = ("scale_zero_ptr", "gain_bias_ptr", "counts_ptr", "most_ptr", "arrived_ptr")
+WHOLE = ("scale_zero_ptr", "gain_bias_ptr", "bits_ptr", "steps_ptr", "arrived_ptr")
 # What the launcher finds to be multiples of 16 at every real shape.
-ALIGNED = ("out_features", "rows", "x_slice")
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(.*?);")
+ALIGNED = ("out_features", "in_features", "rows", "x_copy")
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(.*?);", re.MULTILINE)
 
 
 def main() -> None:
-    found = {}
+    found, dequantizing = {}, {}
     for architecture in (80, 90):
+        for bits in WIDTHS:
+            name = f"sm_{architecture}, {bits} bits"
+            dequantizing[name] = build_dequantizing(architecture, bits)
         for width in (8, 16, 32):
-            found[f"sm_{architecture}, {width} tokens"] = build(architecture, width)
-    print(json.dumps({"triton": triton.__version__, "kernels": found}))
+            name = f"sm_{architecture}, {width} tokens"
+            found[name] = build(architecture, width, halvable=False)
+            found[f"{name}, halvable"] = build(architecture, width, halvable=True)
+    print(
+        json.dumps({"triton": triton.__version__, "kernels": found, "dequantizing": dequantizing})
+    )
 
 
-def build(architecture: int, width: int) -> dict[str, Any]:
+def build(architecture: int, width: int, halvable: bool) -> dict[str, Any]:
     """The default tile of LLaMA-2-7B's gate and up, for a number of tokens a program."""
     tile = dispatch.default_tile(22016, 16, width)
     constants = {
@@ -45,19 +55,49 @@ def build(architecture: int, width: int) -> dict[str, Any]:
         "SPLIT": tile.split,
         "STAGES": tile.stages,
         "BLOCK_GROUPS": 2,
+        "HALVABLE": halvable,
         "ASM": True,
     }
-    names = _decode_kernel.arg_names
+    made = _compile(_decode_kernel, constants, architecture, tile.warps)
+    assembly = made.pop("assembly")
+    digits = tile.rows * 256 / (32 * tile.warps)
+    return made | {
+        "wide_loads": assembly.count("LDGSTS.E.BYPASS.128"),
+        "matrix": assembly.count("HMMA") + assembly.count("HGMMA"),
+        "conversions": assembly.count("I2F"),
+        "instructions": _largest_loop(assembly) / digits,
+    }
+
+
+def build_dequantizing(architecture: int, bits: int) -> dict[str, Any]:
+    """Groups of 128."""
+    constants = {
+        "BITS": bits,
+        "SLICES": slices_of(bits),
+        "GAIN_ROW": WIDTHS.index(bits),
+        "BLOCK_GROUPS": 2,
+        "ROWS": _ROWS,
+    }
+    made = _compile(_dequantize_kernel, constants, architecture, _WARPS)
+    assembly = made.pop("assembly")
+    return made | {"instructions": len(_INSTRUCTION.findall(assembly)) * 32 * _WARPS / _ROWS / 256}
+
+
+def _compile(
+    kernel: Any, constants: dict[str, Any], architecture: int, warps: int
+) -> dict[str, Any]:
+    """Bytes that it takes, and its assembly."""
+    names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else _kind(name) for name in names}
     aligned = [name for name in names if name.endswith("_ptr") or name in ALIGNED]
     source = ASTSource(
-        fn=_decode_kernel,
+        fn=kernel,
         signature=signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     compiled = triton.compile(
-        source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": tile.warps}
+        source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps}
     )
     with TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -66,14 +106,10 @@ def build(architecture: int, width: int) -> dict[str, Any]:
         assembly = _run("nvdisasm", "-c", cubin)
     stack = re.search(r"STACK:(\d+)", usage)
     assert stack is not None
-    digits = tile.rows * 256 / (32 * tile.warps)
     return {
         "stack_bytes": int(stack[1]),
         "shared_bytes": compiled.metadata.shared,
-        "wide_loads": assembly.count("LDGSTS.E.BYPASS.128"),
-        "matrix": assembly.count("HMMA") + assembly.count("HGMMA"),
-        "conversions": assembly.count("I2F"),
-        "instructions": _largest_loop(assembly) / digits,
+        "assembly": assembly,
     }
 
 

@@ -15,6 +15,7 @@ import hashlib, sys, torch
 from pathlib import Path
 from mbq.artifacts.source import open_source
 from mbq.artifacts.spec import Optimisation
+from mbq.kernels.widths import WIDTHS
 from mbq.workers.calibrate import calibrate_block
 from mbq.workers.determinism import attention, pin
 from mbq.workers.model import open_model
@@ -27,7 +28,7 @@ junk = [torch.randn(n * 13 + 1) for n in range(int(sys.argv[3]))]  # moves later
 with attention():
     done = calibrate_block(
         model.block(0), lambda block, x: model.run(block, 0, x),
-        dict.fromkeys(range(1, 5), hidden), hidden, Optimisation(passes=4, batch_size=4),
+        dict.fromkeys(WIDTHS, hidden), hidden, Optimisation(passes=4, batch_size=4),
         32, 4, 0, lambda fraction: None,
     )
 print(hashlib.sha256(b"".join(encode_block(done.linears, {}))).hexdigest())

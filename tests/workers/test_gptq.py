@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from mbq.kernels.quantize import dequantize, group_bounds, quantize, scale_and_zero
+from mbq.kernels.widths import WIDTHS
 from mbq.workers.gptq import factor, gram_matrices, round_compensated
 
 GROUP = 16
@@ -23,39 +24,46 @@ def _case(rows: int = 5, inputs: int = 48) -> tuple[Tensor, Tensor, Tensor, Tens
 def _by_definition(
     weight_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor, factors: dict[int, Tensor]
 ) -> Tensor:
-    """Codes of the first two slices, one weight at a time, all later inputs updated at once."""
+    """Codes of 4 bits, one weight at a time, all later inputs updated at once."""
     codes_NK = torch.zeros(weight_NK.shape, dtype=torch.int64)
     for row, weight_K in enumerate(weight_NK):
-        targets = {k: weight_K.clone() for k in factors}
+        targets = {bits: weight_K.clone() for bits in factors}
         for j in range(len(weight_K)):
             scale, zero = scale_NG[row, j // GROUP], zero_NG[row, j // GROUP]
             levels = {
-                k: scale * (((torch.arange(16) >> (4 - 2 * k)) + 0.5) * 4.0 ** (1 - k) - zero)
-                for k in factors
+                bits: scale * (((torch.arange(16) >> (4 - bits)) + 0.5) * 2.0 ** (2 - bits) - zero)
+                for bits in factors
             }
-            cost = sum(4.0 ** (k - 1) * ((targets[k][j] - levels[k]) / scale) ** 2 for k in factors)
+            cost = sum(
+                2.0 ** (bits - 2) * ((targets[bits][j] - levels[bits]) / scale) ** 2
+                for bits in factors
+            )
             # The source weight lies within an eighth of a bin of its own code's middle.
-            away = (weight_K[j] - levels[2]).abs() / scale - 1 / 8
+            away = (weight_K[j] - levels[4]).abs() / scale - 1 / 8
             cost = cost + 4.0 * away.clamp(min=0.0) ** 2
             code = int(torch.as_tensor(cost).argmin())
             codes_NK[row, j] = code
-            for k, factor_KK in factors.items():
-                error = (targets[k][j] - levels[k][code]) / factor_KK[j, j]
-                targets[k][j + 1 :] -= error * factor_KK[j, j + 1 :]
+            for bits, factor_KK in factors.items():
+                error = (targets[bits][j] - levels[bits][code]) / factor_KK[j, j]
+                targets[bits][j + 1 :] -= error * factor_KK[j, j + 1 :]
     return codes_NK
 
 
-def _errors(x_TK: Tensor, weight_NK: Tensor, code_NK: Tensor, *grid: Tensor) -> list[float]:
-    """Squared output error at 1 to 4 slices."""
-    return [
-        (x_TK @ (weight_NK - dequantize(code_NK, *grid, k)).T).square().sum().item()
-        for k in range(1, 5)
-    ]
+def _errors(x_TK: Tensor, weight_NK: Tensor, code_NK: Tensor, *grid: Tensor) -> dict[int, float]:
+    """Squared output error by width."""
+    return {
+        bits: (x_TK @ (weight_NK - dequantize(code_NK, *grid, bits)).T).square().sum().item()
+        for bits in WIDTHS
+    }
 
 
-def test_follows_its_definition() -> None:
+@pytest.mark.parametrize("widths", [(2, 4), (2, 3, 4)])
+def test_follows_its_definition(widths: tuple[int, ...]) -> None:
     weight_NK, scale_NG, zero_NG, x_TK = _case()
-    factors = {1: factor(x_TK[:200].T @ x_TK[:200], 200), 2: factor(x_TK.T @ x_TK, 400)}
+    # Every width has inputs of its own: those of fewer tokens the lower it is.
+    factors = {
+        bits: factor(x_TK[: 100 * bits].T @ x_TK[: 100 * bits], 100 * bits) for bits in widths
+    }
     rounded_NK = round_compensated(weight_NK, scale_NG, zero_NG, factors)
     codes_NK = quantize(rounded_NK, scale_NG, zero_NG) >> 4
     assert torch.equal(codes_NK.long(), _by_definition(weight_NK, scale_NG, zero_NG, factors))
@@ -64,37 +72,51 @@ def test_follows_its_definition() -> None:
 def test_what_is_uncorrelated_is_rounded_to_the_nearest() -> None:
     weight_NK, scale_NG, zero_NG, _ = _case()
     identity = factor(torch.eye(48), 400)
-    for slices in (1, 2, 4):
-        rounded_NK = round_compensated(weight_NK, scale_NG, zero_NG, {slices: identity})
-        dropped = 8 - 2 * slices
+    for bits in (2, 3, 4, 8):
+        rounded_NK = round_compensated(weight_NK, scale_NG, zero_NG, {bits: identity})
+        dropped = 8 - bits
         expected_NK = quantize(weight_NK, scale_NG, zero_NG) >> dropped
         assert torch.equal(quantize(rounded_NK, scale_NG, zero_NG) >> dropped, expected_NK)
 
 
-def test_pays_at_every_width_it_is_for() -> None:
+@pytest.mark.parametrize(("widths", "left"), [((2, 4), 0.8), ((2, 3, 4), 0.85)])
+def test_pays_at_every_width_it_is_for(widths: tuple[int, ...], left: float) -> None:
     weight_NK, scale_NG, zero_NG, x_TK = _case(rows=64)
     grid = scale_NG, zero_NG
     shared = factor(x_TK.T @ x_TK, 400)
     plain = _errors(x_TK, weight_NK, quantize(weight_NK, *grid), *grid)
-    first_NK = quantize(round_compensated(weight_NK, *grid, {1: shared, 2: shared}), *grid)
-    rounded_NK = round_compensated(weight_NK, *grid, {3: shared, 4: shared}, first_NK, 2)
+    first_NK = quantize(round_compensated(weight_NK, *grid, dict.fromkeys(widths, shared)), *grid)
+    rounded_NK = round_compensated(weight_NK, *grid, {6: shared, 8: shared}, first_NK, 4)
     code_NK = quantize(rounded_NK, *grid)
     assert torch.equal(code_NK >> 4, first_NK >> 4)
     found = _errors(x_TK, weight_NK, code_NK, *grid)
-    assert found[0] < 0.8 * plain[0]
-    assert found[1] < plain[1]
+    assert found[2] < 0.8 * plain[2]
+    assert all(found[bits] < plain[bits] for bits in widths)
     # Digits below those that were kept make up for what keeping them cost.
     nearest_NK = quantize(weight_NK, *grid).clamp((first_NK >> 4) << 4, ((first_NK >> 4) << 4) + 15)
     nearest = _errors(x_TK, weight_NK, nearest_NK, *grid)
-    assert found[2] < 0.8 * nearest[2]
-    assert found[3] < 0.8 * nearest[3]
+    assert found[6] < left * nearest[6]
+    assert found[8] < left * nearest[8]
+
+
+@pytest.mark.parametrize("kept", [2, 3])
+def test_odd_numbers_of_bits_are_kept_too(kept: int) -> None:
+    weight_NK, scale_NG, zero_NG, x_TK = _case()
+    grid = scale_NG, zero_NG
+    shared = factor(x_TK.T @ x_TK, 400)
+    first_NK = quantize(round_compensated(weight_NK, *grid, {kept: shared}), *grid)
+    more_NK = quantize(
+        round_compensated(weight_NK, *grid, {kept + 1: shared}, first_NK, kept), *grid
+    )
+    assert torch.equal(more_NK >> (8 - kept), first_NK >> (8 - kept))
+    assert (more_NK >> (7 - kept) != first_NK >> (7 - kept)).any()
 
 
 @pytest.mark.parametrize("dead", ["one input", "all inputs"])
 def test_inputs_that_are_always_zero_do_no_harm(dead: str) -> None:
     weight_NK, scale_NG, zero_NG, x_TK = _case()
     x_TK[:, slice(3, 4) if dead == "one input" else slice(None)] = 0.0
-    rounded_NK = round_compensated(weight_NK, scale_NG, zero_NG, {1: factor(x_TK.T @ x_TK, 400)})
+    rounded_NK = round_compensated(weight_NK, scale_NG, zero_NG, {2: factor(x_TK.T @ x_TK, 400)})
     assert rounded_NK.isfinite().all()
     same = (
         quantize(rounded_NK, scale_NG, zero_NG) >> 6 == quantize(weight_NK, scale_NG, zero_NG) >> 6

@@ -9,6 +9,7 @@ from mbq.kernels.bitplanes import pack_planes
 from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.quantize import pack_pair
 from mbq.kernels.router import Precision, Router
+from mbq.kernels.widths import WIDTHS
 from mbq.workers.rivals import OracleRouter, RandomRouter, ShuffledRouter
 
 ROWS, K, GROUP = 6, 64, 32
@@ -25,56 +26,69 @@ def _linear(precision: Precision, seed: int) -> tuple[ElasticLinear, torch.Tenso
     scale = torch.rand(ROWS, K // GROUP, generator=generator) + 0.1
     state = {f"plane_{p}": plane for p, plane in enumerate(pack_planes(code))}
     state["scale_zero"] = pack_pair(scale, torch.full_like(scale, 2.0))
-    for k in range(1, 5):
-        state[f"gain_bias_{k}"] = pack_pair(torch.ones(ROWS), torch.full((ROWS,), 0.1 / k))
+    for bits in WIDTHS:
+        state[f"gain_bias_{bits}"] = pack_pair(torch.ones(ROWS), torch.full((ROWS,), 0.1 / bits))
     linear = ElasticLinear(K, ROWS, GROUP, precision)
     linear.load_state_dict(state)
-    # Off by less than an 8-bit step, so that every slice brings the weight nearer.
-    return linear, linear.weight(4) + 1e-3
+    # Off by less than an 8-bit step, so that every width brings the weight nearer.
+    return linear, linear.weight(8) + 1e-3
 
 
 def test_shuffled_keeps_the_histogram_and_not_the_tokens() -> None:
-    precision = Precision(4)
-    precision.slices, precision.log_threshold = None, 0.0
-    router = Router(K, 1, 4, 0, 2, precision)
-    head = torch.tensor([1.0, 0.0]).expand(3, 1, 2)
-    knots = torch.tensor([[-1.0, 1.0], [-1.0, 1.0]]) - torch.arange(3.0)[:, None, None]
+    precision = Precision(8)
+    precision.bits, precision.log_threshold = None, 0.0
+    router = Router(K, 1, 8, 0, 2, precision)
+    head = torch.tensor([1.0, 0.0]).expand(4, 1, 2)
+    knots = torch.tensor([[-1.0, 1.0], [-1.0, 1.0]]) - torch.arange(4.0)[:, None, None]
     router.get_buffer("head").copy_(head.contiguous().view(torch.int32))
     router.get_buffer("knots").copy_(knots[:, None].contiguous().view(torch.int32))
     x = torch.randn(200, K) * torch.randn(200, 1).exp()
-    counts = router(x, 0)
+    widths = router(x, 0)
     shuffled = ShuffledRouter(router, _generator())(x, 0)
-    assert len(counts.unique()) > 1
-    assert torch.equal(shuffled.sort().values, counts.sort().values)
-    assert not torch.equal(shuffled, counts)
+    assert len(widths.unique()) > 1
+    assert torch.equal(shuffled.sort().values, widths.sort().values)
+    assert not torch.equal(shuffled, widths)
 
 
-@pytest.mark.parametrize("bits", [2.0, 2.25, 3.0, 5.5, 8.0])
-def test_random_draws_the_average_from_two_neighbours(bits: float) -> None:
-    counts = RandomRouter(bits, _generator())(torch.zeros(2, 4000, K), 0)
-    assert counts.shape == (8000,)
-    assert 2 * counts.double().mean().item() == pytest.approx(bits, abs=0.03)
-    assert counts.max() - counts.min() <= 1
+@pytest.mark.parametrize(
+    ("bits", "drawn"),
+    [
+        (2.0, [2]),
+        (2.25, [2, 3]),
+        (3.0, [3]),
+        (3.75, [3, 4]),
+        (4.0, [4]),
+        (5.5, [4, 6]),
+        (7.0, [6, 8]),
+        (8.0, [8]),
+    ],
+)
+def test_random_draws_the_average_from_two_neighbours(bits: float, drawn: list[int]) -> None:
+    widths = RandomRouter(bits, _generator())(torch.zeros(2, 4000, K), 0)
+    assert widths.shape == (8000,)
+    assert widths.double().mean().item() == pytest.approx(bits, abs=0.03)
+    assert widths.unique().tolist() == drawn
 
 
-def test_the_oracle_knows_what_each_slice_removes() -> None:
-    precision = Precision(4)
-    precision.slices = None
+def test_the_oracle_knows_what_each_step_removes() -> None:
+    precision = Precision(8)
+    precision.bits = None
     pairs = [_linear(precision, seed) for seed in (1, 2)]
     oracle = OracleRouter([p[0] for p in pairs], [p[1] for p in pairs], [0.5, -0.5], precision)
     x = torch.randn(5, K)
     for number, (linear, source) in enumerate(pairs):
         errors = []
-        for k in range(1, 5):
-            out = x @ linear.weight(k).T + 0.1 / k
+        for bits in WIDTHS:
+            out = x @ linear.weight(bits).T + 0.1 / bits
             errors.append((out - x @ source.T).square().sum(1))
+        # Per bit: the steps to 6 and to 8 bits have two of them.
         benefit = torch.stack([a - b for a, b in itertools.pairwise(errors)])
+        benefit /= torch.tensor([1, 1, 2, 2])[:, None]
         expected = benefit.clamp(min=1e-30).log() + (0.5, -0.5)[number]
         found = oracle.log_earnings(x)[:, number]
         hurts = benefit <= 0
         torch.testing.assert_close(found[~hurts], expected[~hurts], rtol=1e-2, atol=1e-2)
         assert (found[hurts] < -50).all()
         precision.log_threshold = expected[0].median().item()
-        assert torch.equal(
-            oracle(x, number), 1 + (found >= precision.log_threshold).long().cumprod(0).sum(0)
-        )
+        taken = (found >= precision.log_threshold).long().cumprod(0).sum(0)
+        assert torch.equal(oracle(x, number), torch.tensor(WIDTHS)[taken])

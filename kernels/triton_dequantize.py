@@ -1,0 +1,79 @@
+"""A weight in 16 bits from the run-time layout, for products with many tokens.
+
+One program makes the weights of a few rows and 256 inputs: it reads a word per row, slice and 32
+inputs, puts digits together to the first bits of each code, and writes
+
+    gain * s * (((code >> (8 - bits)) + 1/2) * 2^(2 - bits) - z)
+
+as `quantize.dequantize` does, in float32. What it writes is used at once and
+thrown away: memory is for codes.
+
+Legend: N out_features, N' N padded, K in_features, B blocks of 256 inputs, G groups.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mbq.kernels.digits import BLOCK_INPUTS, Digits
+from mbq.kernels.triton_decode import halves
+from mbq.kernels.widths import WIDTHS, slices_of
+
+_ROWS = 32
+_WARPS = 4
+
+
+@triton.jit
+def _dequantize_kernel(
+    digits_ptr, scale_zero_ptr, gain_bias_ptr, out_ptr,
+    out_features, in_features, rows, blocks,
+    BITS: tl.constexpr, SLICES: tl.constexpr, GAIN_ROW: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    j = tl.arange(0, 32)
+    word_ptr = digits_ptr + (block.to(tl.int64) * rows + n[:, None]) * 32 + j[None, :]
+    slice_words = blocks.to(tl.int64) * rows * 32
+    # Loaded before anything is stored: the compiler cannot know that the two do not overlap.
+    first = tl.load(word_ptr)
+    second = tl.load(word_ptr + slice_words) if SLICES > 1 else first
+    third = tl.load(word_ptr + 2 * slice_words) if SLICES > 2 else first
+    fourth = tl.load(word_ptr + 3 * slice_words) if SLICES > 3 else first
+    gain, _ = halves(tl.load(gain_bias_ptr + GAIN_ROW * rows + n))
+    for i in tl.static_range(8):
+        code = (first >> (2 * i)) & 3
+        if SLICES > 1:
+            code = (code << 2) | ((second >> (2 * i)) & 3)
+        if SLICES > 2:
+            code = (code << 2) | ((third >> (2 * i)) & 3)
+        if SLICES > 3:
+            code = (code << 2) | ((fourth >> (2 * i)) & 3)
+        code = code >> (2 * SLICES - BITS)
+        s, z = halves(
+            tl.load(scale_zero_ptr + (block * BLOCK_GROUPS + i * BLOCK_GROUPS // 8) * rows + n)
+        )
+        # One multiplication and addition for each weight.
+        unit = s * gain * (4.0 / (1 << BITS))
+        start = s * gain * (2.0 / (1 << BITS) - z)
+        weight = code.to(tl.float32) * unit[:, None] + start[:, None]
+        k = block * 256 + i * 32 + j
+        tl.store(
+            out_ptr + n[:, None].to(tl.int64) * in_features + k[None, :],
+            weight.to(out_ptr.dtype.element_ty),
+            mask=(n[:, None] < out_features) & (k[None, :] < in_features),
+        )
+
+
+def dequantize_digits(weight: Digits, bits: int, dtype: torch.dtype) -> Tensor:
+    """The weight at a width, gain included: [N, K] of `dtype`, float16, bfloat16 or float32."""
+    _, blocks, rows, _ = weight.digits_SBN32.shape
+    out = weight.digits_SBN32.new_empty(weight.out_features, weight.in_features, dtype=dtype)
+    _dequantize_kernel[(blocks, rows // _ROWS)](
+        weight.digits_SBN32, weight.scale_zero_GN, weight.gain_bias_WN, out,
+        weight.out_features, weight.in_features, rows, blocks,
+        BITS=bits, SLICES=slices_of(bits), GAIN_ROW=WIDTHS.index(bits),
+        BLOCK_GROUPS=BLOCK_INPUTS // weight.group_size, ROWS=_ROWS, num_warps=_WARPS,
+    )  # fmt: skip
+    return out

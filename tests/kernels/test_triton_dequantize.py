@@ -1,0 +1,61 @@
+"""The dequantizing kernel in Triton's interpreter against `dequantize`."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mbq.kernels.digits import pack_digits
+from mbq.kernels.quantize import dequantize, pack_pair, unpack_pair
+from mbq.kernels.triton_dequantize import dequantize_digits
+from mbq.kernels.widths import WIDTHS
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    new_empty = Tensor.new_empty
+
+    def poisoned(self: Tensor, *args: object, **kwargs: object) -> Tensor:
+        made: Tensor = new_empty(self, *args, **kwargs)  # type: ignore[arg-type]
+        return made.fill_(math.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize(
+    ("rows", "inputs", "group_size", "dtype"),
+    [
+        (1, 128, 128, torch.bfloat16),
+        (70, 384, 32, torch.float16),
+        (130, 768, 64, torch.bfloat16),
+        (5, 512, 256, torch.float32),
+    ],
+)
+def test_equals_the_definition(
+    bits: int, rows: int, inputs: int, group_size: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(bits)
+    code = torch.randint(0, 256, (rows, inputs), dtype=torch.uint8)
+    scale_zero = pack_pair(*(0.5 + torch.rand(2, rows, inputs // group_size)))
+    gain_bias = pack_pair(*(0.9 + torch.rand(2, len(WIDTHS), rows) / 5))
+    gain_WN, _ = unpack_pair(gain_bias)
+    expected = dequantize(code, *unpack_pair(scale_zero), bits)
+    expected *= gain_WN[WIDTHS.index(bits)][:, None]
+    packed = pack_digits(code, scale_zero, gain_bias, 4)
+    out = dequantize_digits(packed, bits, dtype)
+    assert out.dtype == dtype
+    # The interpreter cuts off bfloat16 that a GPU rounds: a whole unit, not half of one.
+    rtol = {torch.bfloat16: 2**-7, torch.float16: 2**-11, torch.float32: 2**-22}[dtype]
+    torch.testing.assert_close(out.float(), expected, rtol=rtol, atol=1e-6)
+
+
+def test_as_many_slices_as_are_there() -> None:
+    code = torch.full((3, 256), 0b10_11_00_00, dtype=torch.uint8)
+    one = pack_pair(torch.ones(3, 2), torch.zeros(3, 2))
+    gains = pack_pair(torch.ones(3, 3), torch.zeros(3, 3))
+    packed = pack_digits(code, one, gains, 2)
+    for bits, value in ((2, 2.5), (3, 2.75), (4, 2.875)):
+        out = dequantize_digits(packed, bits, torch.float32)
+        assert torch.equal(out, torch.full((3, 256), value))

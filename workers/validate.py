@@ -1,0 +1,198 @@
+"""Is what a packed linear computes right on this machine, and how fast is it?
+
+One linear of each shape, as its checkpoint holds it. First random tokens are multiplied at every
+width and at mixed ones, by the module that users run, and held against float64 products with the
+dequantized weight; an element that is off means that the checkpoint must not be used here. Then, on
+a GPU, one call of the module is timed, weights rotating through more memory than the cache holds,
+beside a product with a bf16 weight of the same shape.
+
+Legend: N out_features, K in_features, T tokens.
+"""
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mbq.artifacts.errors import CorruptError, KernelError
+from mbq.artifacts.manifest import KernelTiming, ValidationRecord
+from mbq.artifacts.packed import PackedCheckpoint
+from mbq.artifacts.tensors import TensorFile, open_tensors
+from mbq.kernels.linear import ElasticLinear
+from mbq.kernels.quantize import unpack_pair
+from mbq.kernels.router import Precision
+from mbq.kernels.timing import time_graph
+from mbq.kernels.widths import widths_up_to
+from mbq.workers.determinism import hardware_kind
+from mbq.workers.tensors import read_tensor
+
+# Largest norm of the error over the norm of what is right: outputs are rounded to their dtype.
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+_CHECKED_TOKENS = (1, 3, 17, 64)
+_TIMED_TOKENS = (1, 8, 32)
+# Of a float64 weight at once.
+_CHECKED_ROWS = 4096
+# Caches hold less than this share of what weights rotate through.
+_ROTATIONS = 3
+
+Report = Callable[[float], None]
+
+
+class _Drawn(nn.Module):
+    """Stands where a router does: every token has the width that was drawn for it."""
+
+    def __init__(self, bits_T: Tensor) -> None:
+        super().__init__()
+        self.bits_T = bits_T
+
+    def forward(self, x: Tensor, linear: int) -> Tensor:
+        return self.bits_T
+
+
+def tensor_files(checkpoint: PackedCheckpoint) -> dict[str, TensorFile]:
+    """Which file holds each tensor of a checkpoint, whole or cut. Raises CorruptError."""
+    store = checkpoint.store
+    weights = {n: d for n, d in checkpoint.manifest.files.items() if n.endswith(".safetensors")}
+    files = [open_tensors(store, n, digest) for n, digest in weights.items() if store.stat(n)]
+    return {name: file for file in files for name in file.entries}
+
+
+def shapes(files: Mapping[str, TensorFile]) -> dict[str, str]:
+    """A linear of every shape, `<N>x<K>`, by it."""
+    found: dict[str, str] = {}
+    for name, file in sorted(files.items()):
+        linear, _, kind = name.rpartition(".")
+        if kind == "plane_0":
+            rows, words = file.entries[name].shape
+            found.setdefault(f"{rows}x{32 * words}", linear)
+    return found
+
+
+def open_linear(
+    files: Mapping[str, TensorFile], name: str, group_size: int, device: torch.device
+) -> ElasticLinear:
+    """One linear of a checkpoint with all the bits that are there.
+
+    Raises:
+        CorruptError: a tensor is missing, or is not what its digest promises.
+    """
+    stored = sum(f"{name}.plane_{p}" in files for p in range(8))
+    rows, words = files[f"{name}.plane_0"].entries[f"{name}.plane_0"].shape
+    linear = ElasticLinear(32 * words, rows, group_size, Precision(stored))
+    for buffer, empty in linear.named_buffers():
+        file = files.get(f"{name}.{buffer}")
+        if file is None:
+            raise CorruptError(f"the checkpoint has no {name}.{buffer}; fetch it again")
+        empty.copy_(read_tensor(file, f"{name}.{buffer}"))
+    return linear.to(device)
+
+
+def validate_linear(
+    linear: ElasticLinear, name: str, manifest_sha256: str, report: Report
+) -> ValidationRecord:
+    """Check a linear and, on a GPU, time it.
+
+    Raises:
+        KernelError: an output is wrong.
+    """
+    device = linear.get_buffer("scale_zero").device
+    dtypes = (torch.float16, torch.bfloat16) if device.type == "cuda" else (torch.float32,)
+    widths = widths_up_to(linear.stored_bits)
+    generator = torch.Generator().manual_seed(0)
+    # Never run, so that it keeps the published planes.
+    published = copy.deepcopy(linear)
+    cases = [*itertools.product(dtypes, _CHECKED_TOKENS, [*((b,) for b in widths), widths])]
+    largest = 0.0
+    for number, (dtype, tokens, drawn) in enumerate(cases):
+        x = torch.randn(tokens, linear.in_features, generator=generator).to(device, dtype)
+        choice = torch.randint(len(drawn), (tokens,), generator=generator)
+        bits_T = torch.tensor(drawn)[choice].to(device)
+        error = _error(linear, published, x, bits_T, alike=len(drawn) == 1)
+        if not error <= TOLERANCES[dtype]:
+            raise KernelError(
+                f"{name} is wrong on {hardware_kind(device)}: {tokens} tokens of {dtype} at "
+                f"{'/'.join(map(str, drawn))} bits are off by {error:.1e} (at most "
+                f"{TOLERANCES[dtype]:.0e}); do not run this checkpoint there, and report it"
+            )
+        largest = max(largest, error)
+        report((number + 1) / (len(cases) + 1))
+    timings = _timings(published, device) if device.type == "cuda" else ()
+    return ValidationRecord(
+        linear=name,
+        out_features=linear.out_features,
+        in_features=linear.in_features,
+        manifest_sha256=manifest_sha256,
+        hardware=hardware_kind(device),
+        checks=len(cases),
+        largest_error=largest,
+        timings=tuple(timings),
+    )
+
+
+@torch.inference_mode()
+def _error(
+    linear: ElasticLinear, published: ElasticLinear, x_TK: Tensor, bits_T: Tensor, alike: bool
+) -> float:
+    """Norm of the error over that of the product in float64; infinite if it is not finite."""
+    linear.precision.bits = int(bits_T[0]) if alike else None
+    linear.route(_Drawn(bits_T), 0)
+    # What is allocated next lies where this was: an element that is not written stays NaN.
+    poison = x_TK.new_full((len(x_TK), linear.out_features), math.nan)
+    del poison
+    out_TN = linear(x_TK).double()
+    off, size = 0.0, 0.0
+    for bits in bits_T.unique().tolist():
+        weight_NK = published.weight(bits)
+        _, bias_N = unpack_pair(published.get_buffer(f"gain_bias_{bits}"))
+        x = x_TK[bits_T == bits].double()
+        for start in range(0, linear.out_features, _CHECKED_ROWS):
+            rows = slice(start, start + _CHECKED_ROWS)
+            expected = F.linear(x, weight_NK[rows].double(), bias_N[rows].double())
+            off += (out_TN[bits_T == bits, rows] - expected).square().sum().item()
+            size += expected.square().sum().item()
+    error = math.sqrt(off / size) if size else math.sqrt(off)
+    return error if math.isfinite(error) else math.inf
+
+
+def _timings(linear: ElasticLinear, device: torch.device) -> Iterable[KernelTiming]:
+    """Every width at a few numbers of tokens, and the same product in bf16."""
+    cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    for bits in widths_up_to(linear.stored_bits):
+        copies = _copies(cache_bytes, linear.weights * bits // 8)
+        rotated = [copy.deepcopy(linear) for _ in range(copies)]
+        for other in rotated:
+            other.precision.bits = bits
+        for tokens in _TIMED_TOKENS:
+            yield _timing(rotated, bits, tokens, linear.in_features, device)
+    copies = _copies(cache_bytes, linear.weights * 2)
+    shape = linear.out_features, linear.in_features
+    full = [torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(copies)]
+    products = [lambda x, w=weight: F.linear(x, w) for weight in full]
+    for tokens in _TIMED_TOKENS:
+        yield _timing(products, None, tokens, linear.in_features, device)
+
+
+def _copies(cache_bytes: int, weight_bytes: int) -> int:
+    return max(2, math.ceil(_ROTATIONS * cache_bytes / weight_bytes))
+
+
+@torch.inference_mode()
+def _timing(
+    rotated: Iterable[Callable[[Tensor], Tensor]],
+    bits: int | None,
+    tokens: int,
+    in_features: int,
+    device: torch.device,
+) -> KernelTiming:
+    products = list(rotated)
+    x = torch.randn(tokens, in_features, device=device, dtype=torch.bfloat16)
+    # What is made at first use is not a part of a call.
+    for product in products:
+        product(x)
+    turn = itertools.cycle(products)
+    seconds, spread = time_graph(lambda: next(turn)(x), max(len(products), 24))
+    return KernelTiming(bits=bits, tokens=tokens, seconds=seconds, spread_seconds=spread)
