@@ -31,7 +31,7 @@ from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.router import Precision
 from mbq.orchestrator.status import locate
 from mbq.orchestrator.submit import home
-from mbq.workers.allocate import log_worth, thresholds
+from mbq.workers.allocate import thresholds
 from mbq.workers.determinism import attention
 from mbq.workers.evaluate import sequence_losses
 from mbq.workers.model import linears
@@ -171,10 +171,7 @@ def oracle_block(
     block = opened.elastic_block(index, precision)
     source = opened.model.block(index)
     for name, served in opened.routers.items():
-        shapes = [opened.linear(index, linear) for linear in served]
-        worths = [
-            log_worth(opened.sensitivity[s.name], s.out_features * s.in_features) for s in shapes
-        ]
+        worths = opened.log_worths(index, served)
         elastic = [block.get_submodule(linear) for linear in served]
         weights = [source.get_parameter(f"{linear}.weight") for linear in served]
         router = InformedRouter(
@@ -182,7 +179,8 @@ def oracle_block(
         )
         router.knows_errors = known != "gradient"
         if known != "local":
-            relative = [relative_logs(gradients[s.name]) for s in shapes]
+            names = [opened.linear(index, linear).name for linear in served]
+            relative = [relative_logs(gradients[name]) for name in names]
             router.log_gradient = [torch.stack(parts) for parts in zip(*relative, strict=True)]
         parent, _, child = name.rpartition(".")
         block.get_submodule(parent).add_module(child, router)

@@ -12,7 +12,7 @@ from mbq.artifacts.loading import elastic_linears
 from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.router import Curve, Precision, Router
 from mbq.kernels.widths import SLICE_BITS, slices_of
-from mbq.workers.allocate import log_worth, thresholds
+from mbq.workers.allocate import thresholds
 from mbq.workers.determinism import seed_of
 from mbq.workers.evaluate import rounded_block
 from mbq.workers.opened import Opened
@@ -127,10 +127,7 @@ def _oracle_block(opened: Opened, index: int, precision: Precision) -> nn.Module
     block = opened.elastic_block(index, precision)
     source = opened.model.block(index)
     for name, served in opened.routers.items():
-        linears = [opened.linear(index, n) for n in served]
-        worths = [
-            log_worth(opened.sensitivity[x.name], x.out_features * x.in_features) for x in linears
-        ]
+        worths = opened.log_worths(index, served)
         by_name = {n: m for n, m in block.named_modules() if isinstance(m, ElasticLinear)}
         weights = [source.get_parameter(f"{n}.weight") for n in served]
         oracle = OracleRouter([by_name[n] for n in served], weights, worths, precision)

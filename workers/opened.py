@@ -7,7 +7,7 @@
 Elastic and packed blocks may have routers; then one `Precision` holds the threshold of the model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -140,16 +140,20 @@ class Opened:
         file = self.blob(block)
         tensors: dict[str, Tensor] = {}
         for router, served in self.routers.items():
-            worths = [
-                log_worth(self.sensitivity[linear.name], linear.out_features * linear.in_features)
-                for linear in (self.linear(block, name) for name in served)
-            ]
+            worths = self.log_worths(block, served)
             for name, tensor in router_buffers(file, router, method, worths).items():
                 tensors[f"{router}.{name}"] = tensor
         return tensors
 
     def linear(self, block: int, local_name: str) -> Linear:
         return self.linears[f"model.layers.{block}.{local_name}"]
+
+    def log_worths(self, block: int, served: Sequence[str]) -> list[float]:
+        """What turns log benefits of some linears of a block into log earnings."""
+        linears = [self.linear(block, name) for name in served]
+        return [
+            log_worth(self.sensitivity[x.name], x.out_features * x.in_features) for x in linears
+        ]
 
     def weights(self, block: int) -> dict[str, tuple[int, ...]]:
         """Parameters of the linears that each router of a block serves."""

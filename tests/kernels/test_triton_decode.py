@@ -4,8 +4,6 @@
 `new_empty` is poisoned.
 """
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -26,16 +24,7 @@ from mbq.kernels.reference import routed_linear
 from mbq.kernels.triton_decode import Tile, multiply, prepare
 from mbq.kernels.widths import WIDTHS, slices_of, widths_up_to
 
-
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    new_empty = Tensor.new_empty
-
-    def poisoned(self: Tensor, *args: object, **kwargs: object) -> Tensor:
-        made: Tensor = new_empty(self, *args, **kwargs)  # type: ignore[arg-type]
-        return made.fill_(math.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def _weight(

@@ -1,26 +1,14 @@
 """The dequantizing kernel in Triton's interpreter against `dequantize`."""
 
-import math
-
 import pytest
 import torch
-from torch import Tensor
 
 from mbq.kernels.digits import pack_digits
 from mbq.kernels.quantize import dequantize, pack_pair, unpack_pair
 from mbq.kernels.triton_dequantize import dequantize_digits
 from mbq.kernels.widths import WIDTHS
 
-
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    new_empty = Tensor.new_empty
-
-    def poisoned(self: Tensor, *args: object, **kwargs: object) -> Tensor:
-        made: Tensor = new_empty(self, *args, **kwargs)  # type: ignore[arg-type]
-        return made.fill_(math.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
