@@ -44,7 +44,7 @@ RESULTS = Path(__file__).with_name("results")
 AVERAGES = (2.25, 2.5, 3.0, 3.5)
 KNOWN = ("local", "loss", "gradient")
 # Of the evaluation text, from its start.
-SEQUENCES = 128
+SEQUENCES = 64
 SMALLEST = 1e-30
 
 

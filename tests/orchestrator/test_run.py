@@ -93,6 +93,7 @@ def test_leaves_everything_the_readme_promises(finished_run: Any) -> None:
         "shards",
         "spec.json",
         "status.json",
+        "validations",
     ]
     assert store.children(f"runs/{run}/blocks") == ["00000", "00001", "00002"]
     manifest = get_document(store, keys.manifest_key(run), Manifest)
