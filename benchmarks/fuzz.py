@@ -93,6 +93,9 @@ RoutingRecord: {method: norm, blobs: [*sha], router_bits: 0.1,
   settled: [{ceiling_bits: 4, average_bits: 3, realised_bits: 3.1, divergence: 0.1}]}
 VariantLosses: {variant: a, manifest_sha256: null, losses: [1, 2], linear_bits: {a: 2}}
 TokenBits: {manifest_sha256: *sha, ids: [1, 2], bits: {"3": [2, 4]}}
+ValidationRecord: {linear: a, out_features: 4, in_features: 64, manifest_sha256: *sha,
+  hardware: any, checks: 1, largest_error: 0.1,
+  timings: [{bits: null, tokens: 1, seconds: 0.1, spread_seconds: 0.1}]}
 Results: {run: 0123456789ab, method: null, tokens_sha256: *sha, tokens: 9, sequence_length: 8,
   rows: [{variant: a, bits: 2, realised_bits: 2, total_bits: 2.5, perplexity: 9,
   perplexity_error: 0.1, gap: 0.1, gap_error: 0.1}], slice_bytes: [64, 64], base_bytes: 160}

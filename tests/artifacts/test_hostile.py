@@ -121,7 +121,7 @@ def documents(finished_run: Any) -> dict[type[Document], bytes]:
                     text = read_sealed(finished_run.store, stat.key)
                     kind.model_validate_json(text)
                     found[kind] = text
-    assert len(found) == 10
+    assert len(found) == 11
     return found
 
 
