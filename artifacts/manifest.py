@@ -228,7 +228,7 @@ class ValidationRecord(Document):
 
     Attributes:
         checks: how many products were held against float64.
-        largest_error: norm of the error over the norm of the product.
+        largest_error: of an element, over the root mean square of the product.
         timings: empty where there was no GPU.
     """
 

@@ -9,29 +9,23 @@ MoBiQuant's experiment (arXiv 2602.20191) in small. Beside it are the run's own 
 benchmarks/results/<date>-mismatch-NAME.json.
 """
 
-import datetime
 import json
-import platform
-import sys
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from quality import our_entries, paired, processor
+from quality import open_run, our_entries, paired, provenance
 from torch import Tensor, nn
 
 from mbq.artifacts.spec import Optimisation
 from mbq.kernels.fake_linear import fake_linear
 from mbq.kernels.quantize import group_bounds, scale_and_zero
-from mbq.orchestrator.status import locate
-from mbq.orchestrator.submit import home
 from mbq.workers.determinism import attention
 from mbq.workers.evaluate import sequence_losses
 from mbq.workers.model import Model, linears
-from mbq.workers.opened import Job, Opened
+from mbq.workers.opened import Opened
 from mbq.workers.variants import FULL
 
 RESULTS = Path(__file__).with_name("results")
@@ -68,8 +62,7 @@ class StaticLinear(nn.Module):
 @click.argument("run")
 def main(name: str, run: str) -> None:
     """Train at 2, 3 and 4 bits, read what fewer bits gave at more."""
-    store_uri = str(home() / "store")
-    opened = Opened(Job(store_uri, locate(run, store_uri)[1].run, "cpu"))
+    opened = open_run(run)
     ours = our_entries(opened)
     full = ours.pop(FULL)["losses"]
     document = opened.document
@@ -92,11 +85,7 @@ def main(name: str, run: str) -> None:
     for variant, row in ours.items():
         rows[f"elastic {variant}"] = list(paired(row["losses"], full))
     result = {
-        "date": datetime.date.today().isoformat(),
-        "processor": processor(),
-        "python": platform.python_version(),
-        "versions": {p: version(p) for p in ("mbq-cluster", "torch", "transformers")},
-        "command": " ".join(["python", *sys.argv]),
+        **provenance(),
         "propagation of the elastic rows": opened.spec.propagation,
         "gaps and errors": rows,
     }

@@ -12,30 +12,24 @@ that and the mean error. Thresholds are found on the text itself. Gaps and error
 Legend: B sequences, T tokens, L linears of an input, E extra widths.
 """
 
-import datetime
 import json
-import platform
-import sys
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from quality import our_entries, paired, processor
+from quality import open_run, our_entries, paired, provenance
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.router import Precision
-from mbq.orchestrator.status import locate
-from mbq.orchestrator.submit import home
 from mbq.workers.allocate import thresholds
 from mbq.workers.determinism import attention
 from mbq.workers.evaluate import sequence_losses
 from mbq.workers.model import linears
-from mbq.workers.opened import Job, Opened
+from mbq.workers.opened import Opened
 from mbq.workers.rivals import OracleRouter
 from mbq.workers.settle import RoutedModel, Setting, run_settings
 from mbq.workers.variants import FULL
@@ -82,8 +76,7 @@ class InformedRouter(OracleRouter):
 @click.argument("run")
 def main(name: str, run: str) -> None:
     """Measure oracles on the evaluation text of a run."""
-    store_uri = str(home() / "store")
-    opened = Opened(Job(store_uri, locate(run, store_uri)[1].run, "cpu"))
+    opened = open_run(run)
     document = opened.document
     assert document.evaluation_tokens is not None
     ids_BT = opened.tokens(document.evaluation_tokens)[:SEQUENCES]
@@ -97,11 +90,7 @@ def main(name: str, run: str) -> None:
                 rows[f"{known}-{average:g}"] = [*paired(losses, full)]
                 click.echo(f"{known} {average:g}: {rows[f'{known}-{average:g}']}")
     result = {
-        "date": datetime.date.today().isoformat(),
-        "processor": processor(),
-        "python": platform.python_version(),
-        "versions": {p: version(p) for p in ("mbq-cluster", "torch", "transformers")},
-        "command": " ".join(["python", *sys.argv]),
+        **provenance(),
         "run": document.run,
         "sequences": len(full),
         "gaps and errors": rows,

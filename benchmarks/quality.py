@@ -18,6 +18,7 @@ import datetime
 import json
 import platform
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -53,8 +54,7 @@ Entry = dict[str, Any]
 @click.argument("runs", nargs=-1, required=True)
 def main(name: str, runs: tuple[str, ...]) -> None:
     """Measure peers on the text of the first run, and put its and the other runs' rows beside."""
-    store_uri = str(home() / "store")
-    opened = [Opened(Job(store_uri, locate(run, store_uri)[1].run, "cpu")) for run in runs]
+    opened = [open_run(run) for run in runs]
     first = opened[0]
     documents = [one.document for one in opened]
     texts = {(d.model_digest, d.calibration_tokens, d.evaluation_tokens) for d in documents}
@@ -75,11 +75,7 @@ def main(name: str, runs: tuple[str, ...]) -> None:
         row |= beside(row, theirs)
     click.echo(table(rows))
     result = {
-        "date": datetime.date.today().isoformat(),
-        "processor": processor(),
-        "python": platform.python_version(),
-        "versions": {p: version(p) for p in ("mbq-cluster", "torch", "transformers")},
-        "command": " ".join(["python", "benchmarks/quality.py", name, *runs]),
+        **provenance(),
         "runs": {d.run: d.spec.model_dump(mode="json", include=RECORDED) for d in documents},
         "sequences": len(full),
         "rows": {key: {k: v for k, v in row.items() if k != "losses"} for key, row in rows.items()},
@@ -87,6 +83,23 @@ def main(name: str, runs: tuple[str, ...]) -> None:
     out = RESULTS / f"{result['date']}-quality-{name}.json"
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     click.echo(out)
+
+
+def open_run(run: str) -> Opened:
+    """A run of MBQ_HOME's store."""
+    store_uri = str(home() / "store")
+    return Opened(Job(store_uri, locate(run, store_uri)[1].run, "cpu"))
+
+
+def provenance() -> dict[str, Any]:
+    """When, where and by what a result was made."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "processor": processor(),
+        "python": platform.python_version(),
+        "versions": {p: version(p) for p in ("mbq-cluster", "torch", "transformers")},
+        "command": " ".join(["python", *sys.argv]),
+    }
 
 
 def our_entries(opened: Opened) -> dict[str, Entry]:

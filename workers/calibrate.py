@@ -234,13 +234,12 @@ def _optimiser(
         groups.append({"params": clips, "lr": settings.clip_rate})
     if settings.method == "joint":
         groups.append({"params": [m.value for m in modules], "lr": settings.weight_rate})
-        # The highest width has nothing left to correct: Adam's noise in a row of gains would be
-        # larger than the error of the codes.
-        corrected = (
-            [WIDTHS.index(bits) for bits in stage.trained[:-1]] if not stage.kept_bits else []
-        )
-        rows = [rows[i] for m in modules for rows in (m.gain, m.bias) for i in corrected]
-        groups.append({"params": rows, "lr": settings.gain_rate})
+        if not stage.kept_bits:
+            # The highest width has nothing left to correct: Adam's noise in a row of gains would
+            # be larger than the error of the codes.
+            corrected = [WIDTHS.index(bits) for bits in stage.trained[:-1]]
+            rows = [rows[i] for m in modules for rows in (m.gain, m.bias) for i in corrected]
+            groups.append({"params": rows, "lr": settings.gain_rate})
     trained = {id(p) for group in groups for p in group["params"]}
     for module in modules:
         for parameter in module.parameters():
