@@ -34,6 +34,7 @@ from mbq.artifacts.errors import CorruptError, InputError, NotFoundError
 from mbq.artifacts.spec import FORMAT_VERSION
 from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.router import Curve, Precision, Router
+from mbq.kernels.shared_input import share_input
 from mbq.kernels.widths import SLICE_BITS
 
 
@@ -185,18 +186,15 @@ def add_routers(
             if leader != served[0] and not leader.endswith(f".{served[0]}"):
                 continue
             prefix = leader.removesuffix(served[0])
-            group = [model.get_submodule(prefix + name) for name in served]
+            group = [_elastic(model, prefix + name) for name in served]
             first = group[0]
-            assert isinstance(first, ElasticLinear)
             with torch.device(first.get_buffer("scale_zero").device):
                 router = Router(
                     first.in_features, len(group), max_bits, shape.width, shape.knots, precision
                 )
             parent, _, child = (prefix + router_name).rpartition(".")
             model.get_submodule(parent).add_module(child, router)
-            for number, linear in enumerate(group):
-                assert isinstance(linear, ElasticLinear)
-                linear.route(router, number)
+            share_input(group, router)
             names.append(prefix + router_name)
     return names
 
@@ -204,38 +202,35 @@ def add_routers(
 def set_bits(model: PreTrainedModel, bits: int) -> None:
     """Run every token at `bits` bits per weight from the next forward pass on.
 
+    A step of up to 64 tokens that was captured in a CUDA graph follows.
     Also `model.set_bits(bits)`.
 
     Raises:
         InputError: `bits` is not a stored width.
     """
-    linears = elastic_linears(model)
     try:
-        linears[0].precision.set_bits(bits)
+        elastic_linears(model)[0].precision.set_bits(bits)
     except ValueError as error:
         raise InputError(str(error)) from error
-    for linear in linears:
-        linear.reset_tally()
+    _start_over(model)
 
 
 def set_average_bits(model: PreTrainedModel, average_bits: float) -> None:
     """Share `average_bits` bits per weight over tokens and linears from the next forward pass on.
 
     Code bits, averaged over tokens and weights; text unlike the calibration text may get more or
-    less (`realised_bits` tells). Nothing is loaded or allocated. Also
-    `model.set_average_bits(average_bits)`.
+    less (`realised_bits` tells). Nothing is loaded or allocated. A step of up to 64 tokens that was
+    captured in a CUDA graph follows. Also `model.set_average_bits(average_bits)`.
 
     Raises:
         InputError: the width is not between 2 bits and the highest one stored.
     """
-    linears = elastic_linears(model)
-    precision = linears[0].precision
+    precision = elastic_linears(model)[0].precision
     try:
         precision.set_average_bits(average_bits, _curve(model, precision))
     except ValueError as error:
         raise InputError(str(error)) from error
-    for linear in linears:
-        linear.reset_tally()
+    _start_over(model)
 
 
 def realised_bits(model: PreTrainedModel) -> float:
@@ -251,7 +246,7 @@ def realised_bits(model: PreTrainedModel) -> float:
     passed = sum(linear.tokens * linear.weights for linear in linears)
     if not passed:
         raise InputError("no token has been processed since the width was last set")
-    read = sum(int(linear.bits_read) * linear.weights for linear in linears)
+    read = sum(linear.bits_read * linear.weights for linear in linears)
     return read / passed
 
 
@@ -276,6 +271,21 @@ def set_policy(model: PreTrainedModel, policy: Callable[[], float] | None) -> No
 def elastic_linears(model: nn.Module) -> list[ElasticLinear]:
     """The elastic linears of a model or block, in order."""
     return [module for module in model.modules() if isinstance(module, ElasticLinear)]
+
+
+def _start_over(model: nn.Module) -> None:
+    """A new width: captured graphs are told, and counting begins again."""
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.refresh()
+        elif isinstance(module, ElasticLinear):
+            module.reset_tally()
+
+
+def _elastic(model: nn.Module, name: str) -> ElasticLinear:
+    linear = model.get_submodule(name)
+    assert isinstance(linear, ElasticLinear)
+    return linear
 
 
 def _curve(model: PreTrainedModel, precision: Precision) -> Curve:

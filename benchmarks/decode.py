@@ -17,8 +17,6 @@ import datetime
 import itertools
 import json
 import math
-import multiprocessing
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,44 +24,33 @@ from typing import Any
 import click
 import torch
 import triton
-import triton.language as tl
+from ceilings import measure_ceilings
 from torch import Tensor
+from tuning import tune_tiles
+from weights import (
+    BLOCKS,
+    GROUP,
+    ROTATED_BYTES,
+    SHAPES,
+    decode_times,
+    random_digits,
+    rotation,
+    tokens_at,
+)
 
 from mbq.kernels import dispatch
-from mbq.kernels.digits import BLOCK_INPUTS, Digits, pack_digits
+from mbq.kernels.digits import pack_digits
 from mbq.kernels.quantize import dequantize, pack_pair, unpack_pair
 from mbq.kernels.reference import routed_linear
+from mbq.kernels.router import Gates, bits_taken, score
 from mbq.kernels.timing import time_graph
-from mbq.kernels.triton_decode import Prepared, Tile, multiply, prepare, token_tile
+from mbq.kernels.triton_decode import multiply
 from mbq.kernels.triton_dequantize import dequantize_digits
+from mbq.kernels.triton_prepare import prepare
 from mbq.kernels.widths import CODE_BITS, MAX_SLICES, WIDTHS
 
-SHAPES = {
-    "llama2-7b": {
-        "qkv": (12288, 4096),
-        "o": (4096, 4096),
-        "gate_up": (22016, 4096),
-        "down": (4096, 11008),
-    },
-    "llama2-13b": {
-        "qkv": (15360, 5120),
-        "o": (5120, 5120),
-        "gate_up": (27648, 5120),
-        "down": (5120, 13824),
-    },
-    "llama3-8b": {
-        "qkv": (6144, 4096),
-        "o": (4096, 4096),
-        "gate_up": (28672, 4096),
-        "down": (4096, 14336),
-    },
-}
-BLOCKS = {"llama2-7b": 32, "llama2-13b": 40, "llama3-8b": 32}
 TOKENS = (1, 4, 8, 16, 32, 64)
 PROMPTS = (256, 1024, 4096)
-GROUP = 128
-# More than any L2 holds, several times.
-ROTATED_BYTES = 240e6
 TOLERANCE = 5e-3
 # Numbers of tokens, and the widths that they are drawn from.
 CHECKS = (
@@ -76,9 +63,8 @@ CHECKS = (
     (33, WIDTHS),
     (64, WIDTHS),
 )
-SPLITS = (1, 2, 4, 8, 16)
-CUTS = ((64, 1), (64, 2), (128, 2), (128, 4), (256, 4))
-STAGES = (3, 5)
+# Linears that share an input, and rows of their router's trunk.
+SHARING, TRUNK = 3, 8
 
 Point = dict[str, Any]
 
@@ -112,6 +98,9 @@ def main(out: Path, tune: Path | None, models: tuple[str, ...]) -> None:
         "errors": errors,
         "repeatable": all(repeatable(n, k) for n, k in shapes),
     }
+    inputs = sorted({k for _, k in shapes})
+    result["routed_differently"] = {k: routed_differently(k) for k in inputs}
+    result["preparing"] = [point for k in inputs for point in time_preparing(k)]
     result["mixed"] = [p for shape in shapes[-1:] for p in time_mixed(*shape)]
     result["prompts"] = [p for shape in shapes for p in time_prompts(*shape)]
     points: list[Point] = []
@@ -121,132 +110,10 @@ def main(out: Path, tune: Path | None, models: tuple[str, ...]) -> None:
         document = result | {"points": points, "sums": model_sums(points, chosen)}
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     show(points, model_sums(points, chosen))
-    if max(errors.values()) > TOLERANCE or not result["repeatable"]:
+    otherwise = max(result["routed_differently"].values())
+    click.echo(f"widths routed otherwise than by torch: {otherwise:.2%}")
+    if max(errors.values()) > TOLERANCE or otherwise > TOLERANCE or not result["repeatable"]:
         raise click.ClickException("wrong or unrepeatable results")
-
-
-@triton.jit
-def _empty_kernel(x_ptr):
-    tl.store(x_ptr, 1.0, mask=tl.program_id(0) < 0)
-
-
-@triton.jit
-def _read_kernel(x_ptr, out_ptr, count, SIZE: tl.constexpr):
-    total = tl.zeros((SIZE,), dtype=tl.float32)
-    start = tl.program_id(0) * SIZE
-    for at in tl.range(start, count, tl.num_programs(0) * SIZE, num_stages=4):
-        total += tl.load(x_ptr + at + tl.arange(0, SIZE))
-    tl.store(out_ptr + tl.program_id(0), tl.sum(total))
-
-
-def measure_ceilings() -> dict[str, float]:
-    """Memory speed (the faster of copying and reading), bf16 product speed, an empty kernel."""
-    source = torch.randn(2**28, device="cuda")
-    target = torch.empty_like(source)
-    # Not `copy_`: in a graph that is a node of the copy engine, which is slower than kernels are.
-    copied = time_graph(lambda: torch.neg(source, out=target), 8)[0]
-    sums = torch.empty(132 * 8, device="cuda")
-    read = time_graph(
-        lambda: _read_kernel[(132 * 8,)](source, sums, source.numel(), SIZE=4096, num_warps=8), 8
-    )[0]
-    size = source.numel() * source.element_size()
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    product = time_graph(lambda: torch.mm(a, b), 8)[0]
-    x = torch.zeros(1, device="cuda")
-    empty = time_graph(lambda: _empty_kernel[(132,)](x), 200)[0]
-    return {
-        "bytes_per_second": max(2 * size / copied, size / read),
-        "copied_bytes_per_second": 2 * size / copied,
-        "read_bytes_per_second": size / read,
-        "flop_per_second": 2 * 8192**3 / product,
-        "empty_seconds": empty,
-    }
-
-
-def random_digits(n: int, k: int) -> Digits:
-    """Random codes, scales near 1 and zeros near the middle, made in the layout itself."""
-    shape = (MAX_SLICES, k // BLOCK_INPUTS, n, 32)
-    groups = k // GROUP
-    scale = 0.5 + torch.rand(groups, n, device="cuda")
-    zero = 1.5 + torch.rand(groups, n, device="cuda")
-    gain = 0.9 + 0.2 * torch.rand(len(WIDTHS), n, device="cuda")
-    return Digits(
-        torch.randint(-(2**15), 2**15, shape, dtype=torch.int16, device="cuda"),
-        pack_pair(scale, zero),
-        pack_pair(gain, torch.randn_like(gain)),
-        n,
-        k,
-        GROUP,
-    )
-
-
-def rotation(n: int, k: int, bits: int) -> list[Digits]:
-    """As many weights as it takes to leave the cache between two uses of one."""
-    return [random_digits(n, k) for _ in range(math.ceil(ROTATED_BYTES / (n * k * bits / 8)) + 1)]
-
-
-def decode_times(
-    weights: list[Digits], prepared: Prepared, tile: Tile, replays: int = 15
-) -> tuple[float, float]:
-    """Seconds of one multiplication, weights rotating."""
-    turn = itertools.cycle(weights)
-    launches = max(len(weights), 24)
-    return time_graph(
-        lambda: multiply(prepared, next(turn), tile, torch.bfloat16), launches, replays
-    )
-
-
-def tokens_at(m: int, k: int, bits: int) -> Prepared:
-    """Random tokens that all have the same width."""
-    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    return prepare(x, bits, GROUP, CODE_BITS)
-
-
-def candidates(n: int, k: int) -> list[Tile]:
-    """Tiles worth timing: enough programs for every multiprocessor, not far too many."""
-    found = []
-    for (rows, warps), split, stages in itertools.product(CUTS, SPLITS, STAGES):
-        programs = n // rows * split
-        if n % rows == 0 and 128 <= programs <= 3000 and split <= k // BLOCK_INPUTS:
-            found.append(Tile(rows, split, warps, stages))
-    return found
-
-
-def tune_tiles(shapes: list[tuple[int, int]]) -> dict[str, dict[str, list[int]]]:
-    """The fastest tile per shape and token tile, over 2, 4 and 8 bits alike."""
-    compile_all()
-    best: dict[str, dict[str, list[int]]] = {}
-    for n, k in shapes:
-        weights = rotation(n, k, 2)
-        for m in (1, 16, 32):
-            scores = {}
-            for tile in candidates(n, k):
-                times = [
-                    decode_times(weights[: math.ceil(len(weights) * 2 / bits) + 1], p, tile, 5)[0]
-                    for bits in (2, 4, 8)
-                    for p in [tokens_at(m, k, bits)]
-                ]
-                scores[tile] = sum(math.log(t) for t in times)
-            tile = min(scores, key=lambda t: scores[t])
-            entry = best.setdefault(f"{n} x {k}", {})
-            entry[str(token_tile(m))] = [tile.rows, tile.split, tile.warps, tile.stages]
-        click.echo(f"{n} x {k}: {best[f'{n} x {k}']}")
-    return best
-
-
-def compile_all() -> None:
-    """Fill Triton's cache from many processes."""
-    tiles = {tile for n in (4096, 28672) for tile in candidates(n, 14336)}
-    jobs = [(m, t.rows, t.split, t.warps, t.stages) for m in (1, 16, 32) for t in tiles]
-    workers = max((os.cpu_count() or 2) - 2, 1)
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        pool.map(_compile, jobs, chunksize=4)
-
-
-def _compile(job: tuple[int, ...]) -> None:
-    m, *cut = job
-    multiply(tokens_at(m, 4096, 4), random_digits(256, 4096), Tile(*cut), torch.bfloat16)
-    torch.cuda.synchronize()
 
 
 def check(n: int, k: int) -> float:
@@ -272,12 +139,13 @@ def check(n: int, k: int) -> float:
         x = 10 * torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         # In turn, so that every width occurs wherever there are enough tokens.
         bits_T = torch.tensor(list(itertools.islice(itertools.cycle(widths), m)), device="cuda")
-        prepared = prepare(x, bits_T if len(widths) > 1 else widths[0], GROUP, CODE_BITS)
+        asked = bits_T[None] if len(widths) > 1 else widths[0]
+        prepared = prepare(x, asked, 1, GROUP, CODE_BITS)
         tile = dispatch.tile(n, k, m, x.device)
         # What is allocated next lies where this was: an element that is not written stays NaN.
         poison = torch.full((m, n), math.nan, dtype=torch.bfloat16, device="cuda")
         del poison
-        out = multiply(prepared, weight, tile, torch.bfloat16).double()
+        out = multiply(prepared, weight, tile, torch.bfloat16)[0].double()
         some = torch.randperm(m, device="cuda")[:8]
         expected = routed_linear(x[some].double(), weight_WNK, bias_WN, bits_T[some])
         error = ((out[some] - expected).norm() / expected.norm()).item()
@@ -289,8 +157,44 @@ def repeatable(n: int, k: int) -> bool:
     """Whether two runs give the same bits."""
     weight, prepared = random_digits(n, k), tokens_at(5, k, 6)
     tile = dispatch.tile(n, k, 5, weight.digits_SBN32.device)
-    outs = [multiply(prepared, weight, tile, torch.bfloat16) for _ in range(3)]
+    outs = [multiply(prepared, weight, tile, torch.bfloat16)[0] for _ in range(3)]
     return all(torch.equal(out, outs[0]) for out in outs)
+
+
+def random_gates(k: int) -> Gates:
+    """A router of three linears whose gates are open for about half of all tokens."""
+    extra = len(WIDTHS) - 1
+    return Gates(
+        (torch.randn(TRUNK, k, device="cuda") / math.sqrt(k)).half(),
+        torch.randn(TRUNK, device="cuda"),
+        torch.randn(extra, SHARING, TRUNK + 2, device="cuda"),
+        torch.zeros(extra, SHARING, device="cuda"),
+    )
+
+
+def routed_differently(k: int) -> float:
+    """Share of widths that the kernel's router decides otherwise than torch's."""
+    gates = random_gates(k)
+    x = torch.randn(64, k, device="cuda", dtype=torch.bfloat16)
+    score_ELT = score(x.float(), gates.trunk_HK.float(), gates.offset_H, gates.head_ELF)
+    expected_LT = bits_taken(score_ELT >= gates.threshold_EL[..., None])
+    found_LT = prepare(x, gates, SHARING, GROUP, CODE_BITS).bits_LT
+    return (found_LT != expected_LT).double().mean().item()
+
+
+def time_preparing(k: int) -> list[Point]:
+    """Tokens made ready for three linears: at one width, and at widths that a router decides."""
+    gates = random_gates(k)
+    tally = torch.zeros(2, SHARING, dtype=torch.int64, device="cuda")
+    points = []
+    for m in TOKENS:
+        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        alike, routed = (
+            time_graph(lambda x=x, w=w: prepare(x, w, SHARING, GROUP, CODE_BITS, tally), 24)[0]
+            for w in (CODE_BITS, gates)
+        )
+        points.append({"k": k, "tokens": m, "alike_seconds": alike, "routed_seconds": routed})
+    return points
 
 
 def time_shape(n: int, k: int, ceilings: dict[str, float]) -> list[Point]:
@@ -332,11 +236,10 @@ def time_mixed(n: int, k: int) -> list[Point]:
     for m in (1, 4, 16, 64):
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         for bits, hungry in itertools.product((2, 3), sorted({0, math.ceil(m / 10)})):
-            bits_T = torch.full((m,), bits, device="cuda")
-            bits_T[:hungry] = CODE_BITS
-            prepared = prepare(x, bits_T, GROUP, CODE_BITS)
+            bits_1T = torch.full((1, m), bits, device="cuda")
+            bits_1T[:, :hungry] = CODE_BITS
+            prepared = prepare(x, bits_1T, 1, GROUP, CODE_BITS)
             tile = dispatch.tile(n, k, m, x.device)
-            preparing = time_graph(lambda x=x, b=bits_T: prepare(x, b, GROUP, CODE_BITS), 24)[0]
             points.append(
                 {
                     "n": n,
@@ -344,9 +247,8 @@ def time_mixed(n: int, k: int) -> list[Point]:
                     "tokens": m,
                     "tokens_with_8_bits": hungry,
                     "bits_of_others": bits,
-                    "steps": int(prepared.steps[0]),
+                    "steps": int(prepared.steps_L2[0, 0]),
                     "seconds": decode_times(weights, prepared, tile)[0],
-                    "prepare_seconds": preparing,
                 }
             )
     return points

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.router import Precision
+from mbq.kernels.shared_input import share_input
 from mbq.workers.allocate import thresholds
 from mbq.workers.determinism import attention
 from mbq.workers.evaluate import sequence_losses
@@ -173,8 +174,7 @@ def oracle_block(
             router.log_gradient = [torch.stack(parts) for parts in zip(*relative, strict=True)]
         parent, _, child = name.rpartition(".")
         block.get_submodule(parent).add_module(child, router)
-        for number, linear in enumerate(router.linears):
-            linear.route(router, number)
+        share_input(router.linears, router)
     return block
 
 

@@ -11,11 +11,16 @@ matrix instruction without any permutation. Rows are padded to a multiple of 128
     scale_zero int32 [B * 256 / g, N']   float16 pair, scale in the low half
     gain_bias  int32 [W, N']             float16 pair, a row per width as in WIDTHS
 
+Linears that read the same input are laid side by side, so that one launch multiplies by all; each
+starts at a multiple of 128 rows.
+
 Legend: N out_features, N' N padded, K in_features, B blocks of 256 inputs, G groups, g inputs per
 group, S slices, W widths.
 """
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,19 +32,31 @@ BLOCK_INPUTS = 256
 ROW_MULTIPLE = 128
 # Group sizes that divide a block; the kernels restart their sums at every group.
 GROUP_SIZES = (32, 64, 128, 256)
+# q, k and v.
+MOST_LINEARS = 3
 _CHUNKS = 8
 
 
 @dataclass(frozen=True)
 class Digits:
-    """One linear's codes and what scales them, as the kernels read them (see the header)."""
+    """Codes of linears and what scales them, as the kernels read them (see the header).
+
+    Attributes:
+        out_features: of each linear.
+    """
 
     digits_SBN32: Tensor
     scale_zero_GN: Tensor
     gain_bias_WN: Tensor
-    out_features: int
+    out_features: tuple[int, ...]
     in_features: int
     group_size: int
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The first row of each linear, and the end of the last."""
+        rows = (-(-features // ROW_MULTIPLE) * ROW_MULTIPLE for features in self.out_features)
+        return tuple(itertools.accumulate(rows, initial=0))
 
 
 def pack_digits(
@@ -69,14 +86,39 @@ def pack_digits(
         torch.stack(planes),
         padded_NG.T.contiguous(),
         F.pad(gain_bias_WN, (0, more_rows)).contiguous(),
-        rows,
+        (rows,),
         inputs,
         group_size,
     )
 
 
+def join_digits(parts: Sequence[Digits]) -> Digits:
+    """Linears of one input side by side."""
+    if len(parts) == 1:
+        return parts[0]
+    return replace(
+        parts[0],
+        digits_SBN32=torch.cat([part.digits_SBN32 for part in parts], dim=2),
+        scale_zero_GN=torch.cat([part.scale_zero_GN for part in parts], dim=1),
+        gain_bias_WN=torch.cat([part.gain_bias_WN for part in parts], dim=1),
+        out_features=tuple(itertools.chain(*(part.out_features for part in parts))),
+    )
+
+
+def part_of(joined: Digits, number: int) -> Digits:
+    """One linear of those joined, in the same memory."""
+    rows = slice(*joined.starts[number : number + 2])
+    return replace(
+        joined,
+        digits_SBN32=joined.digits_SBN32[:, :, rows],
+        scale_zero_GN=joined.scale_zero_GN[:, rows],
+        gain_bias_WN=joined.gain_bias_WN[:, rows],
+        out_features=joined.out_features[number : number + 1],
+    )
+
+
 def unpack_digits(packed: Digits) -> Tensor:
-    """The codes again, uint8 [N, K]; digits of slices that are not there are 0."""
+    """The codes of one linear, uint8 [N, K]; digits of slices that are not there are 0."""
     code_NK: Tensor | None = None
     for e, word_BN32 in enumerate(packed.digits_SBN32):
         chunks = [((word_BN32 >> (2 * i)) & 3).to(torch.uint8) for i in range(_CHUNKS)]
@@ -84,4 +126,4 @@ def unpack_digits(packed: Digits) -> Tensor:
         shifted_NK = digit_NK << (CODE_BITS - SLICE_BITS * (e + 1))
         code_NK = shifted_NK if code_NK is None else code_NK | shifted_NK
     assert code_NK is not None
-    return code_NK[: packed.out_features, : packed.in_features]
+    return code_NK[: packed.out_features[0], : packed.in_features]

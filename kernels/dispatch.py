@@ -7,6 +7,7 @@ Cuts that were measured ship as `tiles_<architecture>.json`, made by `benchmarks
 Other shapes take a rule of thumb: enough programs to fill the device a few times.
 """
 
+import dataclasses
 import json
 from functools import cache
 from importlib.resources import files
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor
 
 from mbq.kernels.digits import BLOCK_INPUTS, GROUP_SIZES, ROW_MULTIPLE, Digits
+from mbq.kernels.router import Gates
 from mbq.kernels.widths import slices_of
 
 try:
-    from mbq.kernels import triton_decode, triton_dequantize
+    from mbq.kernels import triton_decode, triton_dequantize, triton_prepare
 except ImportError:
     _TRITON = False
 else:
@@ -55,26 +57,38 @@ def decodes(x: Tensor, tokens: int, group_size: int, bits: int | None) -> bool:
     """
     return (
         packs(x, group_size)
-        and 1 <= tokens <= triton_decode.MAX_TOKENS
+        and 1 <= tokens <= triton_prepare.MAX_TOKENS
         and (bits is None or tokens * slices_of(bits) <= _MOST_PRODUCTS)
         and not (torch.is_grad_enabled() and x.requires_grad)
     )
 
 
-def decode(x_TK: Tensor, bits: Tensor | int, max_bits: int, weight: Digits) -> Tensor:
-    """Tokens that `decodes` accepts times a weight, each at its own width: [T, N].
+def capturing(x: Tensor) -> bool:
+    """Whether launches are being captured in a graph, to be replayed later."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
-    Args:
-        bits: the same for all tokens; or, if they may differ, int32 or int64 [T].
-        max_bits: stored bits, the most that a token may ask for.
+
+def decode(
+    x_TK: Tensor,
+    widths: int | Tensor | Gates,
+    max_bits: int,
+    weight: Digits,
+    tally: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Tokens that `decodes` accepts times the weights of linears that share them: [T, N] of each.
+
+    Arguments as those of `triton_prepare.prepare`.
     """
-    prepared = triton_decode.prepare(x_TK, bits, weight.group_size, max_bits)
-    cut = tile(weight.out_features, weight.in_features, len(x_TK), x_TK.device)
+    linears = len(weight.out_features)
+    prepared = triton_prepare.prepare(x_TK, widths, linears, weight.group_size, max_bits, tally)
+    cut = tile(weight.starts[-1], weight.in_features, len(x_TK), x_TK.device)
+    if any(start % cut.rows for start in weight.starts):
+        cut = dataclasses.replace(cut, rows=ROW_MULTIPLE)
     return triton_decode.multiply(prepared, weight, cut, x_TK.dtype)
 
 
 def dequantize(weight: Digits, bits: int, dtype: torch.dtype) -> Tensor:
-    """The weight at a width, gain included, for tokens that `packs` accepts: [N, K] of `dtype`."""
+    """A linear's weight, gain included, for tokens that `packs` accepts: [N, K] of `dtype`."""
     return triton_dequantize.dequantize_digits(weight, bits, dtype)
 
 
@@ -84,7 +98,7 @@ def tile(
     """How to cut a multiplication on a device."""
     rows = -(-out_features // ROW_MULTIPLE) * ROW_MULTIPLE
     blocks = -(-in_features // BLOCK_INPUTS)
-    width = triton_decode.token_tile(tokens)
+    width = triton_prepare.token_tile(tokens)
     measured = _measured(torch.cuda.get_device_capability(device)) if device.type == "cuda" else {}
     found = measured.get(f"{rows} x {blocks * BLOCK_INPUTS}", {}).get(str(width))
     return triton_decode.Tile(*found) if found else default_tile(rows, blocks, width)

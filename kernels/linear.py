@@ -8,10 +8,10 @@ where b is the same for every token, or what the router of its input gives each 
 one width are then multiplied together. All elastic linears of a model share one `Precision`, so
 changing the width of the whole model is one assignment.
 
-16-bit tokens on a GPU are multiplied by the codes themselves where they are few
-(`triton_decode.py`), and by a weight that is made and thrown away where they are many
-(`triton_dequantize.py`). For that the planes are exchanged, at first use, for the layout of
-`digits.py`; whoever asks for the state gets planes again.
+16-bit tokens on a GPU are multiplied by the codes themselves where they are few, together with the
+other linears that read them (`shared_input.py`), and by a weight that is made and thrown away where
+they are many (`triton_dequantize.py`). For that the planes are exchanged, at first use, for the
+layout of `digits.py`; whoever asks for the state gets planes again.
 
 Elsewhere torch dequantizes a weight. That costs more than multiplying by it, so it is kept in the
 dtype of its input: on a CPU for every width used so far, on a GPU, where memory is short, for the
@@ -32,6 +32,7 @@ from mbq.kernels.bitplanes import WORD_BITS, pack_planes, unpack_planes
 from mbq.kernels.digits import Digits, pack_digits, unpack_digits
 from mbq.kernels.quantize import dequantize, unpack_pair
 from mbq.kernels.router import Precision
+from mbq.kernels.shared_input import SharedInput
 from mbq.kernels.widths import slices_of, widths_up_to
 
 
@@ -65,24 +66,31 @@ class ElasticLinear(nn.Module):
             self._empty(f"gain_bias_{bits}", out_features)
         self.bias = bias
         self._weights: dict[tuple[int, torch.dtype], Tensor] = {}
-        self._digits: Digits | None = None
-        # In a tuple, so that the router is not registered as a part of each of its linears.
-        self._router: tuple[nn.Module, int] | None = None
-        self.reset_tally()
+        self.packed = False
+        self.shared = SharedInput((self,), None)
+        self.number = 0
+        self._tokens = 0
+        self._bits_read: int | Tensor = 0
 
-    def route(self, router: nn.Module, number: int) -> None:
-        """Let a router decide, where `precision` leaves it to routers.
+    def share(self, shared: SharedInput, number: int) -> None:
+        """Become one of the linears of an input (`shared_input.share_input`)."""
+        self._unpack()
+        self.shared, self.number = shared, number
 
-        Args:
-            router: answers `router(x, number)` with widths, as `Router` does.
-            number: which of the router's linears this is.
-        """
-        self._router = router, number
+    @property
+    def tokens(self) -> int:
+        """Tokens that passed since the tally was reset."""
+        return self._tokens + self.shared.tally(self.number)[0]
+
+    @property
+    def bits_read(self) -> int:
+        """The sum of the bits that they read of each weight."""
+        return int(self._bits_read) + self.shared.tally(self.number)[1]
 
     def reset_tally(self) -> None:
         """Forget how many bits were read."""
-        self.tokens = 0
-        self.bits_read: int | Tensor = 0
+        self._tokens = self._bits_read = 0
+        self.shared.reset_tally(self.number)
 
     @property
     def weights(self) -> int:
@@ -95,25 +103,17 @@ class ElasticLinear(nn.Module):
         gain_N, _ = unpack_pair(self.get_buffer(f"gain_bias_{bits}"))
         return dequantize(self._code(bits), scale_NG, zero_NG, bits).mul_(gain_N[:, None])
 
-    def widths(self, x: Tensor) -> Tensor | int:
-        """Bits that each token of `x` [..., K] gets: int64 [T], or one number for all."""
-        if self.precision.bits is not None:
-            return self.precision.bits
-        if self._router is None:
-            raise RuntimeError("the tokens of this linear are to be routed, but it has no router")
-        router, number = self._router
-        widths: Tensor | int = router(x, number)
-        return widths
-
     def forward(self, x: Tensor) -> Tensor:
-        widths = self.widths(x)
         tokens = x.numel() // self.in_features
-        self.tokens += tokens
+        if self.shared.decodes(x, tokens):
+            out_TN = self.shared.decode(x, self.number)
+            if self.bias is not None:
+                out_TN += self.bias.detach()
+            return out_TN.view(*x.shape[:-1], self.out_features)
+        widths = self.shared.widths(x, self.number)
+        self._tokens += tokens
         read = widths * tokens if isinstance(widths, int) else widths.sum()
-        self.bits_read = self.bits_read + read
-        alike = widths if isinstance(widths, int) else None
-        if dispatch.decodes(x, tokens, self.group_size, alike):
-            return self._decode(x, widths)
+        self._bits_read = self._bits_read + read
         if isinstance(widths, int):
             return self._multiply(x, widths)
         present = widths.unique().tolist()
@@ -129,44 +129,32 @@ class ElasticLinear(nn.Module):
             out_TN[r] = out
         return out_TN.view(*x.shape[:-1], self.out_features)
 
-    @torch.no_grad()
-    def _decode(self, x: Tensor, widths: Tensor | int) -> Tensor:
-        """Few tokens times the codes; the host learns nothing of the widths."""
-        x_TK = x.reshape(-1, self.in_features)
-        out_TN = dispatch.decode(x_TK, widths, self.stored_bits, self._packed())
-        if self.bias is not None:
-            out_TN += self.bias
-        return out_TN.view(*x.shape[:-1], self.out_features)
-
-    def _packed(self) -> Digits:
+    def pack(self) -> Digits:
         """The run-time layout; the planes, now in it, are let go."""
-        if self._digits is None:
-            bits = self.stored_bits
-            gains = [self.get_buffer(f"gain_bias_{width}") for width in widths_up_to(bits)]
-            with torch.inference_mode(False):
-                self._digits = pack_digits(
-                    self._code(bits),
-                    self.get_buffer("scale_zero"),
-                    torch.stack(gains),
-                    slices_of(bits),
-                )
-                for p in range(bits):
-                    self._empty(f"plane_{p}", 0)
-        return self._digits
+        bits = self.stored_bits
+        gains = [self.get_buffer(f"gain_bias_{width}") for width in widths_up_to(bits)]
+        digits = pack_digits(
+            self._code(bits), self.get_buffer("scale_zero"), torch.stack(gains), slices_of(bits)
+        )
+        for p in range(bits):
+            self._empty(f"plane_{p}", 0)
+        self.packed = True
+        return digits
 
     def _code(self, bits: int) -> Tensor:
-        if self._digits is not None:
-            return unpack_digits(self._digits)
+        if self.packed:
+            return unpack_digits(self.shared.digits(self.number))
         return unpack_planes([self.get_buffer(f"plane_{p}") for p in range(bits)])
 
     def _unpack(self) -> None:
         """Planes again, and nothing remembered."""
         self._weights = {}
-        if self._digits is not None:
+        if self.packed:
             planes = pack_planes(self._code(self.stored_bits))
-            self._digits = None
+            self.packed = False
             for p, plane_NW in enumerate(planes):
                 self.register_buffer(f"plane_{p}", plane_NW.clone())
+        self.shared.release()
 
     def _multiply(self, x: Tensor, bits: int) -> Tensor:
         weight_NK = self._dequantized(x, bits)
@@ -179,7 +167,7 @@ class ElasticLinear(nn.Module):
         """The weight in the dtype of `x`."""
         if dispatch.packs(x, self.group_size):
             with torch.no_grad():
-                return dispatch.dequantize(self._packed(), bits, x.dtype)
+                return dispatch.dequantize(self.shared.digits(self.number), bits, x.dtype)
         key = (bits, x.dtype)
         if key not in self._weights:
             if x.is_cuda:

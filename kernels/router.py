@@ -105,6 +105,21 @@ class Precision:
         self.bits = int(average_bits) if average_bits in ends else None
 
 
+@dataclass(frozen=True)
+class Gates:
+    """A router as kernels read it; float32 but for the trunk.
+
+    Attributes:
+        trunk_HK: float16.
+        threshold_EL: of the extra widths that may be used, in terms of scores.
+    """
+
+    trunk_HK: Tensor
+    offset_H: Tensor
+    head_ELF: Tensor
+    threshold_EL: Tensor
+
+
 class Router(nn.Module):
     """Widths for the linears that read one input.
 
@@ -134,8 +149,11 @@ class Router(nn.Module):
         if width is not None:
             self._empty("head", extra, linears, width + 2)
         self._empty("knots", extra, linears, 2, knots)
+        self.in_features = in_features
         self._threshold_EL: Tensor | None = None
-        self._set_to = math.nan
+        self._bits_L1: Tensor | None = None
+        self._bits: tuple[int, ...] = ()
+        self._set_to: tuple[int | None, float, int] | None = None
         self._seen: weakref.ref[Tensor] | None = None
         self._widths_LT: Tensor | None = None
 
@@ -144,16 +162,47 @@ class Router(nn.Module):
 
         Returns int64 [T], or one number where it is the same for every token.
         """
-        threshold_EL = self._thresholds()
         if self.width is None:
-            return WIDTHS[int((threshold_EL[:, linear] <= 0).long().cumprod(0).sum())]
+            return self.bits_of_all()[linear]
         # The first linear of a pass computes for all; the others are given the same tensor.
         if linear == 0 or self._seen is None or self._seen() is not x:
+            threshold_EL = self._thresholds()
             score_ELT = self.scores(x)[: len(threshold_EL)]
             self._widths_LT = bits_taken(score_ELT >= threshold_EL[..., None])
             self._seen = weakref.ref(x)
         assert self._widths_LT is not None
         return self._widths_LT[linear]
+
+    def bits_of_all(self) -> tuple[int, ...]:
+        """Bits of every linear, where they are the same for every token."""
+        assert self.width is None, "a router with features has a width for every token"
+        self._thresholds()
+        return self._bits
+
+    def on_device(self) -> Gates | Tensor:
+        """What kernels need to decide: gates, or int32 [L, 1] where all tokens are alike.
+
+        All of it stays where it is when the width is changed.
+        """
+        threshold_EL = self._thresholds()
+        if self.width is None:
+            assert self._bits_L1 is not None
+            return self._bits_L1
+        head_ELF = _floats(self.get_buffer("head"))
+        if not self.width:
+            return Gates(
+                head_ELF.new_empty(0, self.in_features, dtype=torch.float16),
+                head_ELF.new_empty(0),
+                head_ELF,
+                threshold_EL,
+            )
+        trunk_HK = self.get_buffer("trunk").view(torch.float16)
+        return Gates(trunk_HK, _floats(self.get_buffer("offset")), head_ELF, threshold_EL)
+
+    def refresh(self) -> None:
+        """Let launches that were captured in a graph see the width that is set now."""
+        if self._threshold_EL is not None:
+            self._thresholds()
 
     @torch.no_grad()
     def scores(self, x: Tensor) -> Tensor:
@@ -175,24 +224,35 @@ class Router(nn.Module):
             return interpolate(knots[:, :, 0], knots[:, :, 1], torch.zeros_like(knots[:, :, 0, :1]))
         return interpolate(knots[:, :, 0], knots[:, :, 1], self.scores(x))
 
+    @torch.no_grad()
     def _thresholds(self) -> Tensor:
         """The model's threshold in terms of scores: [E', L] of the extra widths in use."""
-        log_threshold = self.precision.log_threshold
-        if self._threshold_EL is None or self._set_to != log_threshold:
-            # Made as an ordinary tensor, so that it can be changed in and out of inference mode.
-            with torch.inference_mode(False), torch.no_grad():
-                knots = _floats(self.get_buffer("knots"))
-                wanted = torch.full_like(knots[:, :, 0, :1], log_threshold)
-                found_EL = invert(knots[:, :, 0], knots[:, :, 1], wanted).squeeze(2)
-                if self._threshold_EL is None:
-                    self._threshold_EL = found_EL
-                else:
-                    self._threshold_EL.copy_(found_EL)
-            self._set_to = log_threshold
-        return self._threshold_EL[: len(widths_up_to(self.precision.max_bits)) - 1]
+        precision = self.precision
+        state = precision.bits, precision.log_threshold, precision.max_bits
+        extra = len(widths_up_to(precision.max_bits)) - 1
+        if self._threshold_EL is None or self._set_to != state:
+            # Made as ordinary tensors, so that they can be changed in and out of inference mode.
+            with torch.inference_mode(False):
+                self._threshold_EL = _in_place(self._threshold_EL, self._wanted())
+                if self.width is None:
+                    bits_L = bits_taken(self._threshold_EL[:extra] <= 0)
+                    self._bits_L1 = _in_place(self._bits_L1, bits_L.int()[:, None])
+                    self._bits = tuple(bits_L.tolist())
+            self._set_to = state
+        return self._threshold_EL[:extra]
+
+    def _wanted(self) -> Tensor:
+        """Scores [E, L] from which on a step is taken."""
+        knots = _floats(self.get_buffer("knots"))
+        uniform = self.precision.bits
+        if uniform is not None:
+            taken_E = [-math.inf if bits <= uniform else math.inf for bits in WIDTHS[1:]]
+            return knots.new_tensor(taken_E)[: len(knots), None].expand(-1, self.linears)
+        wanted = torch.full_like(knots[:, :, 0, :1], self.precision.log_threshold)
+        return invert(knots[:, :, 0], knots[:, :, 1], wanted).squeeze(2)
 
     def _forget(self) -> None:
-        self._threshold_EL = self._widths_LT = self._seen = None
+        self._threshold_EL = self._bits_L1 = self._widths_LT = self._seen = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._forget()
@@ -268,6 +328,11 @@ def pack_halves(value_HK: Tensor) -> Tensor:
 def unpack_halves(packed: Tensor) -> Tensor:
     """Inverse of `pack_halves`: float32 [H, K]."""
     return torch.stack(unpack_pair(packed), dim=2).flatten(1)
+
+
+def _in_place(held: Tensor | None, value: Tensor) -> Tensor:
+    """The value, where the tensor that is held lies."""
+    return value.clone() if held is None else held.copy_(value)
 
 
 def _floats(bits: Tensor) -> Tensor:

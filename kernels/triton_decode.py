@@ -1,25 +1,21 @@
-"""Few tokens times a quantized weight, at widths that only the device knows.
+"""Few tokens times quantized weights, at widths that only the device knows.
 
-Two launches. The first prepares the tokens:
-
-    x16   float16, each token scaled by a power of two so that its largest value is near 2^10
-    sums  per group of inputs: sum of x16, and sum weighted by the bias of each digit (below)
-
-The second multiplies. The weight of b bits is s * (sum_e q_e 4^-e + 2^(2-b) / 2 - z), e from 0. A
-digit becomes a float16 without any arithmetic: two bits in the mantissa of a power of two,
+One launch prepares the tokens for all linears that share them (`triton_prepare.py`), the next
+multiplies by all of these. The weight of b bits is s * (sum_e q_e 4^-e + 2^(2-b) / 2 - z), e from
+0. A digit becomes a float16 without any arithmetic: two bits in the mantissa of a power of two,
 
     ((word << or >> shift) & (3 << b)) | magic   =   2^(10 - b) + q
 
 one instruction for two weights. Tensor cores sum digits and their biases; the biases are taken off
-per group by the weighted sums. Slices are the inner loop and their number is read from memory, so
-one kernel, captured once in a graph, serves whatever widths the tokens turn out to have. A token
-that takes fewer slices than another has zeros for inputs in the others: what is read follows the
-hungriest token.
+per group by sums of the tokens that are weighted with them. Slices are the inner loop and their
+number is read from memory, so one kernel, captured once in a graph, serves whatever widths the
+tokens turn out to have. What a token does not take of a slice that another needs is multiplied by
+zero: what is read follows the hungriest token.
 
 Where a token stops at 3 bits, the second slice takes two steps: its high bits, under the mask 2 in
-place of 3, then its low bits, under the mask 1, with zeros for the tokens that stopped. A mask that
-changes from step to step lies in registers, and the inputs have one copy per width. Only launches
-that may need this pay for it: tokens of differing widths, and all tokens at 3 bits.
+place of 3, then its low bits, under the mask 1. A mask that changes from step to step lies in
+registers. Only launches that may need this pay for it: those with widths unknown to the host, and
+all tokens at 3 bits.
 
 Blocks of inputs are split over programs. The last program of a tile to finish adds up all parts in
 the order of their numbers, so results are the same from run to run.
@@ -27,7 +23,8 @@ the order of their numbers, so results are the same from run to run.
 Everything is judged by `reference.routed_linear`. Under Triton's interpreter the digits are made
 without inline assembly.
 
-Legend: N out_features, K in_features, B blocks of 256 inputs, G groups, T tokens, W widths.
+Legend: N out_features, N' N padded, K in_features, B blocks of 256 inputs, G groups, T tokens,
+L linears of one input.
 """
 
 from dataclasses import dataclass
@@ -37,13 +34,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mbq.kernels.digits import BLOCK_INPUTS, Digits
-from mbq.kernels.widths import widths_up_to
+from mbq.kernels.digits import BLOCK_INPUTS, MOST_LINEARS, Digits
+from mbq.kernels.triton_prepare import Prepared, token_tile, zeros
 
-MAX_TOKENS = 64
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # Bit at which each of a word's 8 digits lies after its shift; the bias of digit i is 2^(10 - bit).
 DIGIT_BITS = (4, 6, 4, 6, 8, 4, 6, 8)
+_COUNTERS = 4096
 
 
 @dataclass(frozen=True)
@@ -56,88 +53,10 @@ class Tile:
     stages: int
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Tokens as the kernel reads them; made once for all linears that share an input and widths.
-
-    Attributes:
-        x_WTK: float16 [W or 1, T', K']; row i of W has zeros for tokens of fewer bits than
-            WIDTHS[i]; with one row all steps read the same.
-        sum_GT: float32 [G', T'].
-        bias_sum_WGT: float32 [W or 1, G', T'], rows as those of `x_WTK`.
-        unscale_T: float32 [T'].
-        bits_T: int32 [T'].
-        steps: int32 [2], steps through the slices, and 1 if the second slice is halved, else 0.
-        halvable: whether it may be.
-    """
-
-    x_WTK: Tensor
-    sum_GT: Tensor
-    bias_sum_WGT: Tensor
-    unscale_T: Tensor
-    bits_T: Tensor
-    steps: Tensor
-    halvable: bool
-    tokens: int
-
-
-_MOST_TOKENS = tl.constexpr(MAX_TOKENS)
-
-
 @triton.jit
 def _row(bits):
     """Where a width stands in WIDTHS."""
     return tl.where(bits <= 4, bits - 2, bits // 2)
-
-
-@triton.jit
-def _prepare_kernel(
-    x_ptr, bits_ptr, x16_ptr, sum_ptr, bias_sum_ptr, unscale_ptr, padded_bits_ptr, steps_ptr,
-    in_features, padded_inputs, groups, padded_tokens,
-    CHUNKS: tl.constexpr, GROUP_CHUNKS: tl.constexpr, COPIES: tl.constexpr,
-):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    chunk = tl.arange(0, CHUNKS)
-    at = chunk[:, None] * 32 + tl.arange(0, 32)[None, :]
-    x = tl.load(x_ptr + token * in_features + at, mask=at < in_features, other=0.0).to(tl.float32)
-    largest = tl.max(tl.max(tl.abs(x), axis=1), axis=0)
-    exponent = largest.to(tl.int32, bitcast=True) >> 23
-    exponent = tl.minimum(tl.maximum(exponent, 11), 254)
-    scale = ((264 - exponent) << 23).to(tl.float32, bitcast=True)
-    tl.store(unscale_ptr + token, ((exponent - 10) << 23).to(tl.float32, bitcast=True))
-    x16 = (x * scale).to(tl.float16)
-    chunk_sum = tl.sum(x16.to(tl.float32), axis=1)
-    digit = chunk % 8
-    bit = tl.where((digit == 0) | (digit == 2) | (digit == 5), 4, 6)
-    bit = tl.where((digit == 4) | (digit == 7), 8, bit)
-    biased = chunk_sum * (1 << (10 - bit)).to(tl.float32)
-    GROUPS: tl.constexpr = CHUNKS // GROUP_CHUNKS
-    group = tl.arange(0, GROUPS)
-    sums = tl.sum(tl.reshape(chunk_sum, (GROUPS, GROUP_CHUNKS)), axis=1)
-    bias_sums = tl.sum(tl.reshape(biased, (GROUPS, GROUP_CHUNKS)), axis=1)
-    stored = group < groups
-    tl.store(sum_ptr + group * padded_tokens + token, sums, mask=stored)
-    row = _row(tl.load(bits_ptr + token))
-    for w in tl.static_range(COPIES):
-        # One copy serves all steps of all tokens; with more, each token's end where it has enough.
-        kept = 1.0 if COPIES == 1 else (row >= w).to(tl.float32)
-        tl.store(
-            x16_ptr + (w * padded_tokens + token) * padded_inputs + at,
-            x16 * kept,
-            mask=at < padded_inputs,
-        )
-        tl.store(
-            bias_sum_ptr + (w * groups + group) * padded_tokens + token,
-            bias_sums * kept,
-            mask=stored,
-        )
-    if token == 0:
-        t = tl.arange(0, _MOST_TOKENS)
-        bits = tl.load(bits_ptr + t, mask=t < tl.num_programs(0), other=2).to(tl.int32)
-        tl.store(padded_bits_ptr + t, bits, mask=t < padded_tokens)
-        halved = tl.max((bits == 3).to(tl.int32), axis=0)
-        tl.store(steps_ptr, tl.max(bits, axis=0) // 2 + halved)
-        tl.store(steps_ptr + 1, halved)
 
 
 _KEEP = tl.constexpr("lop3.b32 $0, $1, $2, $3, 0xEA;")
@@ -186,15 +105,17 @@ def halves(pair):
 
 
 # Fewer variants to compile: these need no alignment.
-@triton.jit(do_not_specialize=["blocks", "padded_tokens", "tokens", "bias_sum_copy"])
+@triton.jit(do_not_specialize=["blocks", "padded_tokens", "tokens", "second", "third"])
 def _decode_kernel(
     x_ptr, digits_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr, bias_sum_ptr, unscale_ptr,
     bits_ptr, steps_ptr, part_ptr, arrived_ptr, out_ptr,
-    out_features, rows, blocks, padded_tokens, tokens, x_copy, bias_sum_copy,
+    rows, blocks, padded_tokens, tokens, second, third,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr, HALVABLE: tl.constexpr, ASM: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr, MIXED: tl.constexpr, HALVABLE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
+    linear = (tile >= second).to(tl.int32) + (tile >= third).to(tl.int32)
+    steps_ptr += 2 * linear
     part = tl.program_id(1)
     n = tile * ROWS + tl.arange(0, ROWS)
     t = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
@@ -202,7 +123,7 @@ def _decode_kernel(
     steps = tl.load(steps_ptr)
     if HALVABLE:
         halved = tl.load(steps_ptr + 1)
-    bits = tl.load(bits_ptr + t)
+    bits = tl.load(bits_ptr + linear * padded_tokens + t)
     half_bin = 0.5 * tl.exp2((2 - bits).to(tl.float32))
     GROUP_CHUNKS: tl.constexpr = 8 // BLOCK_GROUPS
     inputs = blocks * 256
@@ -225,16 +146,18 @@ def _decode_kernel(
         word = tl.load(digits_ptr + word_at)
         weight_of_slice = tl.exp2((-2 * e).to(tl.float32))
         first = tl.where(e == 0, 1.0, 0.0)
-        x_at = x_ptr + w.to(tl.int64) * x_copy + t[None, :] * inputs + block * 256 + j[:, None]
+        x_at = x_ptr + t[None, :] * inputs + block * 256 + j[:, None]
         for h in tl.static_range(BLOCK_GROUPS):
             group = block * BLOCK_GROUPS + h
             s, z = halves(tl.load(scale_zero_ptr + group * rows + n))
             sums = tl.load(sum_ptr + group * padded_tokens + t) * first
-            biases = tl.load(bias_sum_ptr + w * bias_sum_copy + group * padded_tokens + t)
+            biases = tl.load(bias_sum_ptr + group * padded_tokens + t)
             acc = (half_bin[None, :] - z[:, None]) * sums[None, :] - biases[None, :]
             for c in tl.static_range(GROUP_CHUNKS):
                 x = tl.load(x_at + (h * GROUP_CHUNKS + c) * 32)
                 acc = tl.dot(_digit(word, h * GROUP_CHUNKS + c, selector, ASM), x, acc)
+            if MIXED:
+                acc *= tl.where(_row(bits) >= w, 1.0, 0.0)[None, :]
             total += (s * weight_of_slice)[:, None] * acc
 
     here = t[None, :] * rows + n[:, None]
@@ -254,94 +177,39 @@ def _decode_kernel(
     if finished:
         gain, bias = halves(tl.load(gain_bias_ptr + _row(bits)[None, :] * rows + n[:, None]))
         y = gain * (total * tl.load(unscale_ptr + t)[None, :]) + bias
-        at = t[None, :].to(tl.int64) * out_features + n[:, None]
-        kept = (n[:, None] < out_features) & (t[None, :] < tokens)
-        tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=kept)
+        at = t[None, :].to(tl.int64) * rows + n[:, None]
+        tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=t[None, :] < tokens)
 
 
-def prepare(x_TK: Tensor, bits: Tensor | int, group_size: int, max_bits: int) -> Prepared:
-    """Prepare tokens [T, K], T of 1 to 64, float16, bfloat16 or float32.
+def multiply(
+    prepared: Prepared, weight: Digits, tile: Tile, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Each token times every linear's weight of its own width, with gain and bias.
 
-    Args:
-        bits: one of WIDTHS for all tokens; or, if they may differ, int32 or int64 [T], which the
-            host does not read.
-        max_bits: stored bits, the most that a token may ask for.
+    Returns [T, N] for each linear, side by side in one tensor.
 
     Raises:
-        ValueError: there are too many tokens or none.
-    """
-    tokens, inputs = x_TK.shape
-    if not 1 <= tokens <= MAX_TOKENS:
-        raise ValueError(f"{tokens} tokens: the decode kernel takes 1 to {MAX_TOKENS}")
-    width = token_tile(tokens)
-    padded_tokens = -(-tokens // width) * width
-    padded_inputs = -(-inputs // BLOCK_INPUTS) * BLOCK_INPUTS
-    groups = padded_inputs // group_size
-    if isinstance(bits, int):
-        copies, halvable = 1, bits == 3
-        bits = x_TK.new_full((tokens,), bits, dtype=torch.int32)
-    else:
-        copies, halvable = len(widths_up_to(max_bits)), max_bits > 2
-    made = Prepared(
-        x_TK.new_empty(copies, padded_tokens, padded_inputs, dtype=torch.float16),
-        x_TK.new_empty(groups, padded_tokens, dtype=torch.float32),
-        x_TK.new_empty(copies, groups, padded_tokens, dtype=torch.float32),
-        x_TK.new_empty(padded_tokens, dtype=torch.float32),
-        x_TK.new_empty(padded_tokens, dtype=torch.int32),
-        x_TK.new_empty(2, dtype=torch.int32),
-        halvable,
-        tokens,
-    )
-    _prepare_kernel[(tokens,)](
-        x_TK.contiguous(), bits.contiguous(), made.x_WTK, made.sum_GT, made.bias_sum_WGT,
-        made.unscale_T, made.bits_T, made.steps, inputs, padded_inputs, groups, padded_tokens,
-        CHUNKS=triton.next_power_of_2(padded_inputs // 32), GROUP_CHUNKS=group_size // 32,
-        COPIES=copies, num_warps=8,
-    )  # fmt: skip
-    return made
-
-
-def multiply(prepared: Prepared, weight: Digits, tile: Tile, dtype: torch.dtype) -> Tensor:
-    """Each token times the weight of its own width, with gain and bias: [T, N].
-
-    Raises:
-        ValueError: the tile's rows do not divide the padded rows.
+        ValueError: a tile would reach from one linear into the next.
     """
     _, blocks, rows, _ = weight.digits_SBN32.shape
-    if rows % tile.rows:
-        raise ValueError(f"tiles of {tile.rows} rows do not divide {rows} rows")
-    padded_tokens = prepared.bits_T.shape[0]
+    if any(start % tile.rows for start in weight.starts):
+        raise ValueError(f"tiles of {tile.rows} rows do not divide linears of {weight.starts} rows")
+    padded_tokens = prepared.x_TK.shape[0]
     width = token_tile(prepared.tokens)
-    copies = prepared.x_WTK.shape[0]
-    out = weight.digits_SBN32.new_empty(prepared.tokens, weight.out_features, dtype=dtype)
+    out = weight.digits_SBN32.new_empty(prepared.tokens, rows, dtype=dtype)
     grid = (rows // tile.rows, tile.split, padded_tokens // width)
     parts = prepared.sum_GT.new_empty(tile.split if tile.split > 1 else 0, padded_tokens, rows)
+    inner = [start // tile.rows for start in weight.starts[1:]] + [grid[0]] * MOST_LINEARS
     _decode_kernel[grid](
-        prepared.x_WTK, weight.digits_SBN32, weight.scale_zero_GN, weight.gain_bias_WN,
-        prepared.sum_GT, prepared.bias_sum_WGT, prepared.unscale_T, prepared.bits_T,
-        prepared.steps, parts, _counters(out.device, grid[0] * grid[2]), out,
-        weight.out_features, rows, blocks, padded_tokens, prepared.tokens,
-        prepared.x_WTK.stride(0) if copies > 1 else 0,
-        prepared.bias_sum_WGT.stride(0) if copies > 1 else 0,
+        prepared.x_TK, weight.digits_SBN32, weight.scale_zero_GN, weight.gain_bias_WN,
+        prepared.sum_GT, prepared.bias_sum_GT, prepared.unscale_T, prepared.bits_LT,
+        prepared.steps_L2, parts, zeros(out.device, "decode", max(grid[0] * grid[2], _COUNTERS)),
+        out, rows, blocks, padded_tokens, prepared.tokens, inner[0], inner[1],
         ROWS=tile.rows, TOKENS=width, SPLIT=tile.split, STAGES=tile.stages,
-        BLOCK_GROUPS=BLOCK_INPUTS // weight.group_size, HALVABLE=prepared.halvable,
-        ASM=not INTERPRETED, num_warps=tile.warps,
+        BLOCK_GROUPS=BLOCK_INPUTS // weight.group_size, MIXED=prepared.mixed,
+        HALVABLE=prepared.halvable, ASM=not INTERPRETED, num_warps=tile.warps,
     )  # fmt: skip
-    return out
-
-
-def token_tile(tokens: int) -> int:
-    """Tokens of a program: matrix instructions take 8 at least, and 32 fill the registers."""
-    return min(max(1 << (tokens - 1).bit_length(), 8), 32)
-
-
-_COUNTERS: dict[torch.device, Tensor] = {}
-
-
-def _counters(device: torch.device, count: int) -> Tensor:
-    """Zeros; every launch leaves them zero. Launches of one stream run one after the other."""
-    found = _COUNTERS.get(device)
-    if found is None or len(found) < count:
-        found = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-        _COUNTERS[device] = found
-    return found
+    return tuple(
+        out[:, start : start + features]
+        for start, features in zip(weight.starts, weight.out_features, strict=False)
+    )

@@ -27,21 +27,21 @@ _WARPS = 4
 @triton.jit
 def _dequantize_kernel(
     digits_ptr, scale_zero_ptr, gain_bias_ptr, out_ptr,
-    out_features, in_features, rows, blocks,
+    out_features, in_features, slice_stride, block_stride, group_stride,
     BITS: tl.constexpr, SLICES: tl.constexpr, GAIN_ROW: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     j = tl.arange(0, 32)
-    word_ptr = digits_ptr + (block.to(tl.int64) * rows + n[:, None]) * 32 + j[None, :]
-    slice_words = blocks.to(tl.int64) * rows * 32
+    word_ptr = digits_ptr + block.to(tl.int64) * block_stride + n[:, None] * 32 + j[None, :]
+    slice_words = slice_stride.to(tl.int64)
     # Loaded before anything is stored: the compiler cannot know that the two do not overlap.
     first = tl.load(word_ptr)
     second = tl.load(word_ptr + slice_words) if SLICES > 1 else first
     third = tl.load(word_ptr + 2 * slice_words) if SLICES > 2 else first
     fourth = tl.load(word_ptr + 3 * slice_words) if SLICES > 3 else first
-    gain, _ = halves(tl.load(gain_bias_ptr + GAIN_ROW * rows + n))
+    gain, _ = halves(tl.load(gain_bias_ptr + GAIN_ROW * group_stride + n))
     for i in tl.static_range(8):
         code = (first >> (2 * i)) & 3
         if SLICES > 1:
@@ -52,7 +52,9 @@ def _dequantize_kernel(
             code = (code << 2) | ((fourth >> (2 * i)) & 3)
         code = code >> (2 * SLICES - BITS)
         s, z = halves(
-            tl.load(scale_zero_ptr + (block * BLOCK_GROUPS + i * BLOCK_GROUPS // 8) * rows + n)
+            tl.load(
+                scale_zero_ptr + (block * BLOCK_GROUPS + i * BLOCK_GROUPS // 8) * group_stride + n
+            )
         )
         # One multiplication and addition for each weight.
         unit = s * gain * (4.0 / (1 << BITS))
@@ -67,12 +69,17 @@ def _dequantize_kernel(
 
 
 def dequantize_digits(weight: Digits, bits: int, dtype: torch.dtype) -> Tensor:
-    """The weight at a width, gain included: [N, K] of `dtype`, float16, bfloat16 or float32."""
+    """One linear's weight at a width, gain included: [N, K] of `dtype`, 16 or 32 bits wide.
+
+    The linear may be a part of those joined.
+    """
     _, blocks, rows, _ = weight.digits_SBN32.shape
-    out = weight.digits_SBN32.new_empty(weight.out_features, weight.in_features, dtype=dtype)
+    out_features = weight.out_features[0]
+    out = weight.digits_SBN32.new_empty(out_features, weight.in_features, dtype=dtype)
     _dequantize_kernel[(blocks, rows // _ROWS)](
         weight.digits_SBN32, weight.scale_zero_GN, weight.gain_bias_WN, out,
-        weight.out_features, weight.in_features, rows, blocks,
+        out_features, weight.in_features, *weight.digits_SBN32.stride()[:2],
+        weight.scale_zero_GN.stride(0),
         BITS=bits, SLICES=slices_of(bits), GAIN_ROW=WIDTHS.index(bits),
         BLOCK_GROUPS=BLOCK_INPUTS // weight.group_size, ROWS=_ROWS, num_warps=_WARPS,
     )  # fmt: skip

@@ -11,6 +11,7 @@ from mbq.artifacts import keys
 from mbq.artifacts.loading import elastic_linears
 from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.router import Curve, Precision, Router
+from mbq.kernels.shared_input import share_input
 from mbq.kernels.widths import SLICE_BITS, slices_of
 from mbq.workers.allocate import thresholds
 from mbq.workers.determinism import seed_of
@@ -93,7 +94,7 @@ def _counted(opened: Opened, make: Callable[[int], nn.Module]) -> VariantBlocks:
             yield block
             names = {module: name for name, module in block.named_modules()}
             for linear in elastic_linears(block):
-                read = int(linear.bits_read) / linear.tokens
+                read = linear.bits_read / linear.tokens
                 linear_bits[f"model.layers.{index}.{names[linear]}"] = read
 
     return VariantBlocks(blocks(), linear_bits)
@@ -161,10 +162,8 @@ def _replace(opened: Opened, block: nn.Module, name: str, rival: nn.Module) -> N
     """Put a rival where a router is, or would be."""
     parent, _, child = name.rpartition(".")
     setattr(block.get_submodule(parent), child, rival)
-    for number, served in enumerate(opened.routers[name]):
-        linear = block.get_submodule(served)
-        assert isinstance(linear, ElasticLinear)
-        linear.route(rival, number)
+    by_name = {n: m for n, m in block.named_modules() if isinstance(m, ElasticLinear)}
+    share_input([by_name[served] for served in opened.routers[name]], rival)
 
 
 def _generator(opened: Opened, index: int) -> torch.Generator:

@@ -70,7 +70,8 @@ def token_bits(model: Model, blocks: Iterable[nn.Module], ids_BT: Tensor) -> lis
     def note(linear: nn.Module, arguments: tuple[Tensor]) -> None:
         nonlocal read_T, weights
         assert isinstance(linear, ElasticLinear)
-        read_T += linear.weights * torch.as_tensor(linear.widths(arguments[0])).cpu()
+        widths = torch.as_tensor(linear.shared.widths(arguments[0], linear.number))
+        read_T += linear.weights * widths.cpu()
         weights += linear.weights
 
     for index, block in enumerate(blocks):

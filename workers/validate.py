@@ -26,6 +26,7 @@ from mbq.kernels.bitplanes import WORD_BITS
 from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.quantize import unpack_pair
 from mbq.kernels.router import Precision
+from mbq.kernels.shared_input import share_input
 from mbq.kernels.timing import time_graph
 from mbq.kernels.widths import CODE_BITS, widths_up_to
 from mbq.workers.determinism import hardware_kind
@@ -46,9 +47,7 @@ Report = Callable[[float], None]
 class _Drawn(nn.Module):
     """Stands where a router does: every token has the width that was drawn for it."""
 
-    def __init__(self, bits_T: Tensor) -> None:
-        super().__init__()
-        self.bits_T = bits_T
+    bits_T: Tensor
 
     def forward(self, x: Tensor, linear: int) -> Tensor:
         return self.bits_T
@@ -107,12 +106,15 @@ def validate_linear(
     # Never run, so that it keeps the published planes.
     published = copy.deepcopy(linear)
     cases = [*itertools.product(dtypes, _CHECKED_TOKENS, [*((b,) for b in widths), widths])]
+    drawn_widths = _Drawn()
+    share_input([linear], drawn_widths)
     largest = 0.0
     for number, (dtype, tokens, drawn) in enumerate(cases):
         x = torch.randn(tokens, linear.in_features, generator=generator).to(device, dtype)
         choice = torch.randint(len(drawn), (tokens,), generator=generator)
-        bits_T = torch.tensor(drawn)[choice].to(device)
-        error = _error(linear, published, x, bits_T, alike=len(drawn) == 1)
+        bits_T = drawn_widths.bits_T = torch.tensor(drawn)[choice].to(device)
+        linear.precision.bits = drawn[0] if len(drawn) == 1 else None
+        error = _error(linear, published, x, bits_T)
         if not error <= TOLERANCES[dtype]:
             raise KernelError(
                 f"{name} is wrong on {hardware_kind(device)}: {tokens} tokens of {dtype} at "
@@ -135,15 +137,11 @@ def validate_linear(
 
 
 @torch.inference_mode()
-def _error(
-    linear: ElasticLinear, published: ElasticLinear, x_TK: Tensor, bits_T: Tensor, alike: bool
-) -> float:
+def _error(linear: ElasticLinear, published: ElasticLinear, x_TK: Tensor, bits_T: Tensor) -> float:
     """Largest error of an element over the root mean square of the float64 product.
 
     Infinite if an element is not finite.
     """
-    linear.precision.bits = int(bits_T[0]) if alike else None
-    linear.route(_Drawn(bits_T), 0)
     # What is allocated next lies where this was: an element that is not written stays NaN.
     poison = x_TK.new_full((len(x_TK), linear.out_features), math.nan)
     del poison

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mbq.kernels.digits import Digits, pack_digits, unpack_digits
+from mbq.kernels.digits import Digits, join_digits, pack_digits, part_of, unpack_digits
 from mbq.kernels.quantize import pack_pair, unpack_pair
 from mbq.kernels.widths import SLICE_BITS, widths_up_to
 
@@ -64,6 +64,19 @@ def test_padding_has_scale_zero() -> None:
     assert (scale[0, :3] > 0).all()
     assert not scale[1].any()
     assert not scale[:, 3:].any()
+
+
+def test_joined_linears_come_back_one_by_one() -> None:
+    codes = [torch.randint(0, 256, (rows, 384), dtype=torch.uint8) for rows in (70, 256, 1)]
+    alone = [_pack(code, 128) for code in codes]
+    joined = join_digits(alone)
+    assert joined.starts == (0, 128, 384, 512)
+    for number, code in enumerate(codes):
+        part = part_of(joined, number)
+        assert part.digits_SBN32.untyped_storage().data_ptr() == joined.digits_SBN32.data_ptr()
+        assert torch.equal(unpack_digits(part), code)
+        assert torch.equal(part.scale_zero_GN, alone[number].scale_zero_GN)
+        assert torch.equal(part.gain_bias_WN, alone[number].gain_bias_WN)
 
 
 def test_a_group_that_straddles_blocks_is_refused() -> None:

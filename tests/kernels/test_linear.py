@@ -10,6 +10,7 @@ from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.quantize import dequantize, pack_pair
 from mbq.kernels.reference import routed_linear
 from mbq.kernels.router import Precision
+from mbq.kernels.shared_input import share_input
 from mbq.kernels.widths import WIDTHS
 
 ROWS, COLUMNS, GROUP = 10, 96, 32
@@ -140,7 +141,7 @@ def _routed(widths: torch.Tensor) -> ElasticLinear:
     precision = Precision(8)
     precision.bits = None
     linear = _linear(1, precision)
-    linear.route(_Given(widths), 0)
+    share_input([linear], _Given(widths))
     return linear
 
 
@@ -163,7 +164,7 @@ def test_neighbouring_tokens_of_all_widths_are_those_widths() -> None:
     x = torch.randn(7, COLUMNS)
     linear = _routed(widths)
     out = linear(x)
-    assert (linear.tokens, int(linear.bits_read)) == (7, 28)
+    assert (linear.tokens, linear.bits_read) == (7, 28)
     for token, bits in enumerate(widths.tolist()):
         expected = _expected(linear, x[token], bits)
         torch.testing.assert_close(out[token].double(), expected, rtol=1e-4, atol=1e-4)
@@ -185,12 +186,12 @@ def test_tallies_what_was_read() -> None:
     linear = _routed(torch.tensor([2, 8, 3]))
     linear(torch.randn(3, COLUMNS))
     linear(torch.randn(3, COLUMNS))
-    assert (linear.tokens, int(linear.bits_read)) == (6, 26)
+    assert (linear.tokens, linear.bits_read) == (6, 26)
     for bits, read in ((6, 24), (3, 12)):
         linear.reset_tally()
         linear.precision.set_bits(bits)
         linear(torch.randn(2, 2, COLUMNS))
-        assert (linear.tokens, int(linear.bits_read)) == (4, read)
+        assert (linear.tokens, linear.bits_read) == (4, read)
 
 
 def test_a_linear_without_a_router_says_so() -> None:
@@ -222,14 +223,14 @@ def test_decoding_gives_what_dequantizing_does(bits: int, bias: bool) -> None:
 @pytest.mark.usefixtures("_as_on_a_gpu")
 def test_decoding_routed_tokens() -> None:
     linear = _linear(0, Precision(8))
-    linear.route(_Given(torch.tensor([2, 8, 4, 3, 6])), 0)
+    share_input([linear], _Given(torch.tensor([2, 8, 4, 3, 6])))
     linear.precision.bits = None
     x = torch.randn(5, COLUMNS)
     with torch.no_grad():
         out, expected = linear(x.half()), linear(x.half().float())
     assert torch.allclose(out.float(), expected, rtol=5e-3, atol=5e-3)
     assert linear.tokens == 10
-    assert int(linear.bits_read) == 46
+    assert linear.bits_read == 46
 
 
 @pytest.mark.usefixtures("_as_on_a_gpu")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mbq.kernels.reference import route
 from mbq.kernels.router import (
     Curve,
+    Gates,
     Precision,
     Router,
     bits_taken,
@@ -20,36 +21,20 @@ from mbq.kernels.router import (
     pack_halves,
     unpack_halves,
 )
+from tests.support.routers import as_bits, random_router
 
 K, LINEARS, BITS, EXTRA, WIDTH, KNOTS = 96, 3, 8, 4, 5, 6
 CURVE = Curve((2.0, 3.0, 8.0), (10.0, 4.0, -6.0))
 
 
-def _floats(value: torch.Tensor) -> torch.Tensor:
-    return value.contiguous().view(torch.int32)
-
-
-def _router(width: int | None, seed: int = 0, knots: int = KNOTS) -> tuple[Router, Precision]:
-    """A random router whose log earnings are twice the score plus a constant per linear."""
-    generator = torch.Generator().manual_seed(seed)
+def _router(width: int | None, knots: int = KNOTS) -> tuple[Router, Precision]:
     precision = Precision(BITS)
     precision.bits = None
-    router = Router(K, LINEARS, BITS, width, knots, precision)
-    if width:
-        trunk = torch.randn(width, K, generator=generator) / 8
-        router.get_buffer("trunk").copy_(pack_halves(trunk))
-        router.get_buffer("offset").copy_(_floats(torch.randn(width, generator=generator)))
-    if width is not None:
-        head = torch.randn(EXTRA, LINEARS, width + 2, generator=generator)
-        router.get_buffer("head").copy_(_floats(head))
-    score = torch.linspace(-3, 3, knots).expand(EXTRA, LINEARS, knots)
-    constant = torch.arange(LINEARS)[:, None] / 4
-    router.get_buffer("knots").copy_(_floats(torch.stack((score, 2 * score + constant), 2)))
-    return router, precision
+    return random_router(precision, K, LINEARS, width, knots), precision
 
 
 def _reference(router: Router, x: torch.Tensor, log_threshold: float) -> torch.Tensor:
-    """Widths from the buffers' raw values; the map of `_router` is inverted by hand."""
+    """Widths from the buffers' raw values; the map of `random_router` is inverted by hand."""
     head = router.get_buffer("head").view(torch.float32)
     trunk, offset = torch.zeros(0, K), torch.zeros(0)
     if router.width:
@@ -80,7 +65,7 @@ def test_gates_are_nested() -> None:
     router, precision = _router(0)
     head = torch.zeros(EXTRA, LINEARS, 2)
     head[0, :, 1], head[1:, :, 1] = -2.0, 2.0
-    router.get_buffer("head").copy_(_floats(head))
+    router.get_buffer("head").copy_(as_bits(head))
     precision.log_threshold = 0.5
     assert router(torch.randn(4, K), 0).tolist() == [2, 2, 2, 2]
 
@@ -148,6 +133,30 @@ def test_the_threshold_changes_in_place() -> None:
     precision.log_threshold = 1.0
     router(torch.randn(2, K), 0)
     assert router._threshold_EL.data_ptr() == place
+
+
+@pytest.mark.parametrize("width", [WIDTH, 0, None])
+def test_what_kernels_read_changes_in_place(width: int | None) -> None:
+    router, precision = _router(width, knots=KNOTS if width is not None else 1)
+    held = router.on_device()
+    for bits in (2, 4, 8):
+        precision.bits = bits
+        router.refresh()
+        if isinstance(held, torch.Tensor):
+            assert held.tolist() == [[bits]] * LINEARS
+        else:
+            taken = bits_taken(held.threshold_EL == -math.inf)
+            assert taken.tolist() == [bits] * LINEARS
+            assert held.threshold_EL.isinf().all()
+    precision.bits, precision.log_threshold = None, -2.9
+    router.refresh()
+    again = router.on_device()
+    if isinstance(held, torch.Tensor):
+        assert held.tolist() == [[2], [8], [8]]
+    else:
+        assert isinstance(again, Gates)
+        assert held.threshold_EL.isfinite().all()
+        assert torch.equal(held.threshold_EL, again.threshold_EL)
 
 
 @pytest.mark.parametrize("change", [lambda r: r.to(torch.bfloat16), copy.deepcopy])

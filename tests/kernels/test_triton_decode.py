@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mbq.kernels import triton_decode
-from mbq.kernels.digits import Digits, pack_digits
+from mbq.kernels.digits import Digits, join_digits, pack_digits
 from mbq.kernels.quantize import (
     dequantize,
     group_bounds,
@@ -21,7 +21,8 @@ from mbq.kernels.quantize import (
     unpack_pair,
 )
 from mbq.kernels.reference import routed_linear
-from mbq.kernels.triton_decode import Tile, multiply, prepare
+from mbq.kernels.triton_decode import Tile, multiply
+from mbq.kernels.triton_prepare import prepare
 from mbq.kernels.widths import WIDTHS, slices_of, widths_up_to
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -68,7 +69,7 @@ def test_alike_tokens(
     torch.manual_seed(bits)
     weight, weight_WNK, bias_WN = _weight(rows, inputs, group_size)
     x = torch.randn(tokens, inputs).half()
-    out = multiply(prepare(x, bits, group_size, 8), weight, tile, torch.float32)
+    (out,) = multiply(prepare(x, bits, 1, group_size, 8), weight, tile, torch.float32)
     expected = routed_linear(x, weight_WNK, bias_WN, torch.tensor([bits] * tokens))
     assert _error(out, expected) < 1e-5
 
@@ -92,9 +93,9 @@ def test_each_token_has_its_own_width(
     weight, weight_WNK, bias_WN = _weight(130, 512, group_size)
     x = torch.randn(len(widths), 512).bfloat16()
     bits_T = torch.tensor(widths)
-    prepared = prepare(x, bits_T, group_size, 8)
-    assert prepared.steps.tolist() == steps
-    out = multiply(prepared, weight, Tile(128, split, 2, 3), torch.float32)
+    prepared = prepare(x, bits_T[None], 1, group_size, 8)
+    assert prepared.steps_L2.tolist() == [steps]
+    (out,) = multiply(prepared, weight, Tile(128, split, 2, 3), torch.float32)
     assert _error(out, routed_linear(x, weight_WNK, bias_WN, bits_T)) < 1e-5
 
 
@@ -103,8 +104,38 @@ def test_fewer_stored_bits(max_bits: int, widths: list[int]) -> None:
     weight, weight_WNK, bias_WN = _weight(64, 256, 128, max_bits=max_bits)
     x = torch.randn(len(widths), 256).half()
     bits_T = torch.tensor(widths, dtype=torch.int32)
-    out = multiply(prepare(x, bits_T, 128, max_bits), weight, Tile(128, 1, 2, 3), torch.float32)
+    prepared = prepare(x, bits_T[None], 1, 128, max_bits)
+    (out,) = multiply(prepared, weight, Tile(128, 1, 2, 3), torch.float32)
     assert _error(out, routed_linear(x, weight_WNK, bias_WN, bits_T)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("bits", "alike"),
+    [
+        ([[2, 3, 8], [4, 4, 2], [6, 2, 3]], False),
+        ([[8, 2, 3], [2, 2, 2]], False),
+        ([[3], [2], [8]], True),
+    ],
+)
+@pytest.mark.parametrize("split", [1, 2])
+def test_linears_of_one_input(bits: list[list[int]], alike: bool, split: int) -> None:
+    torch.manual_seed(len(bits))
+    made = [_weight(rows, 512, 128) for rows in (100, 64, 200)[: len(bits)]]
+    joined = join_digits([weight for weight, *_ in made])
+    x = torch.randn(3, 512).half()
+    prepared = prepare(x, torch.tensor(bits), len(bits), 128, 8)
+    assert prepared.mixed is not alike
+    outs = multiply(prepared, joined, Tile(64, split, 2, 3), torch.float32)
+    for out, (_, weight_WNK, bias_WN), widths in zip(outs, made, bits, strict=True):
+        bits_T = torch.tensor(widths).expand(3)
+        assert _error(out, routed_linear(x, weight_WNK, bias_WN, bits_T)) < 1e-5
+
+
+def test_a_tile_does_not_reach_into_the_next_linear() -> None:
+    joined = join_digits([_weight(rows, 256, 128)[0] for rows in (128, 384)])
+    prepared = prepare(torch.randn(1, 256).half(), 2, 2, 128, 8)
+    with pytest.raises(ValueError, match=r"256 rows do not divide linears of \(0, 128, 512\) rows"):
+        multiply(prepared, joined, Tile(256, 1, 4, 3), torch.float16)
 
 
 def test_known_weights() -> None:
@@ -118,10 +149,10 @@ def test_known_weights() -> None:
     x[:, 37] = 1
     expected = torch.tensor([1.5, 1.75, 1.625, 1.71875, 1.7109375])
     tile = Tile(128, 1, 2, 3)
-    mixed = multiply(prepare(x, torch.tensor(WIDTHS), 128, 8), weight, tile, torch.float32)
+    (mixed,) = multiply(prepare(x, torch.tensor([WIDTHS]), 1, 128, 8), weight, tile, torch.float32)
     assert torch.equal(mixed, expected[:, None].expand(5, 64))
     for bits, value in zip(WIDTHS, expected, strict=True):
-        alike = multiply(prepare(x, bits, 128, 8), weight, tile, torch.float32)
+        (alike,) = multiply(prepare(x, bits, 1, 128, 8), weight, tile, torch.float32)
         assert torch.equal(alike, value.expand(5, 64))
 
 
@@ -130,14 +161,14 @@ def test_tokens_of_any_magnitude(magnitude: float) -> None:
     weight, weight_WNK, bias_WN = _weight(64, 256, 128, bias=0.0)
     x = (torch.randn(2, 256) * magnitude).bfloat16()
     x[0, 7] = 100 * magnitude
-    out = multiply(prepare(x, 8, 128, 8), weight, Tile(128, 1, 2, 3), torch.float32)
+    (out,) = multiply(prepare(x, 8, 1, 128, 8), weight, Tile(128, 1, 2, 3), torch.float32)
     assert _error(out, routed_linear(x, weight_WNK, bias_WN, torch.tensor([8, 8]))) < 1e-4
 
 
 def test_a_token_of_zeros_gives_the_bias() -> None:
     weight, _, bias_WN = _weight(64, 256, 128)
-    prepared = prepare(torch.zeros(1, 256).half(), 4, 128, 8)
-    out = multiply(prepared, weight, Tile(128, 1, 2, 3), torch.float32)
+    prepared = prepare(torch.zeros(1, 256).half(), 4, 1, 128, 8)
+    (out,) = multiply(prepared, weight, Tile(128, 1, 2, 3), torch.float32)
     assert torch.equal(out[0], bias_WN[2])
 
 
@@ -145,16 +176,17 @@ def test_strided_tokens() -> None:
     weight, weight_WNK, bias_WN = _weight(64, 256, 128)
     x = torch.randn(256, 3).half().T
     bits_T = torch.tensor([[3, 8], [2, 8], [3, 8]])[:, 0]
-    out = multiply(prepare(x, bits_T, 128, 8), weight, Tile(64, 1, 2, 3), torch.float32)
+    prepared = prepare(x, bits_T[None], 1, 128, 8)
+    (out,) = multiply(prepared, weight, Tile(64, 1, 2, 3), torch.float32)
     assert _error(out, routed_linear(x, weight_WNK, bias_WN, bits_T)) < 1e-5
 
 
 def test_too_many_tokens_and_tiles_that_do_not_fit() -> None:
     weight, _, _ = _weight(64, 256, 128)
     with pytest.raises(ValueError, match="65 tokens: the decode kernel takes 1 to 64"):
-        prepare(torch.zeros(65, 256).half(), 2, 128, 8)
-    prepared = prepare(torch.zeros(1, 256).half(), 2, 128, 8)
-    with pytest.raises(ValueError, match="tiles of 256 rows do not divide 128"):
+        prepare(torch.zeros(65, 256).half(), 2, 1, 128, 8)
+    prepared = prepare(torch.zeros(1, 256).half(), 2, 1, 128, 8)
+    with pytest.raises(ValueError, match="tiles of 256 rows do not divide"):
         multiply(prepared, weight, Tile(256, 1, 4, 3), torch.float16)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mbq.kernels.digits import pack_digits
+from mbq.kernels.digits import join_digits, pack_digits, part_of
 from mbq.kernels.quantize import dequantize, pack_pair, unpack_pair
 from mbq.kernels.triton_dequantize import dequantize_digits
 from mbq.kernels.widths import WIDTHS
@@ -37,6 +37,18 @@ def test_equals_the_definition(
     # The interpreter cuts off bfloat16 that a GPU rounds: a whole unit, not half of one.
     rtol = {torch.bfloat16: 2**-7, torch.float16: 2**-11, torch.float32: 2**-22}[dtype]
     torch.testing.assert_close(out.float(), expected, rtol=rtol, atol=1e-6)
+
+
+def test_a_part_of_joined_linears() -> None:
+    code = torch.randint(0, 256, (200, 512), dtype=torch.uint8)
+    scale_zero = pack_pair(*(0.5 + torch.rand(2, 200, 4)))
+    gain_bias = pack_pair(*(0.9 + torch.rand(2, len(WIDTHS), 200) / 5))
+    alone = pack_digits(code, scale_zero, gain_bias, 4)
+    other = pack_digits(code[:70], scale_zero[:70], gain_bias[:, :70], 4)
+    joined = join_digits([other, alone, other])
+    for bits in WIDTHS:
+        expected = dequantize_digits(alone, bits, torch.float16)
+        assert torch.equal(dequantize_digits(part_of(joined, 1), bits, torch.float16), expected)
 
 
 def test_as_many_slices_as_are_there() -> None:

@@ -21,32 +21,62 @@ from triton.compiler import ASTSource
 from mbq.kernels import dispatch
 from mbq.kernels.triton_decode import _decode_kernel
 from mbq.kernels.triton_dequantize import _ROWS, _WARPS, _dequantize_kernel
+from mbq.kernels.triton_prepare import _prepare_kernel
 from mbq.kernels.widths import WIDTHS, slices_of
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-POINTERS = {"x_ptr": "*fp16", "digits_ptr": "*i16", "out_ptr": "*bf16"}
+POINTERS = {
+    "x_ptr": "*fp16",
+    "digits_ptr": "*i16",
+    "out_ptr": "*bf16",
+    "trunk_ptr": "*fp16",
+    "x16_ptr": "*fp16",
+    "given_ptr": "*i64",
+    "tally_ptr": "*i64",
+}
 WHOLE = ("scale_zero_ptr", "gain_bias_ptr", "bits_ptr", "steps_ptr", "arrived_ptr")
 # What the launcher finds to be multiples of 16 at every real shape.
-ALIGNED = ("out_features", "in_features", "rows", "x_copy")
+ALIGNED = (
+    "out_features",
+    "in_features",
+    "padded_inputs",
+    "x_stride",
+    "rows",
+    "slice_stride",
+    "block_stride",
+    "group_stride",
+)
+# How tokens may differ in width: not at all, all in a way the host does not know, each in its own.
+VARIANTS = {
+    "": {"MIXED": False, "HALVABLE": False},
+    ", halvable": {"MIXED": False, "HALVABLE": True},
+    ", mixed": {"MIXED": True, "HALVABLE": True},
+}
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(.*?);", re.MULTILINE)
 
 
 def main() -> None:
-    found, dequantizing = {}, {}
+    found, dequantizing, preparing = {}, {}, {}
     for architecture in (80, 90):
         for bits in WIDTHS:
             name = f"sm_{architecture}, {bits} bits"
             dequantizing[name] = build_dequantizing(architecture, bits)
         for width in (8, 16, 32):
             name = f"sm_{architecture}, {width} tokens"
-            found[name] = build(architecture, width, halvable=False)
-            found[f"{name}, halvable"] = build(architecture, width, halvable=True)
-    print(
-        json.dumps({"triton": triton.__version__, "kernels": found, "dequantizing": dequantizing})
-    )
+            for variant, differing in VARIANTS.items():
+                found[name + variant] = build(architecture, width, differing)
+        for inputs in (4096, 11008, 14336):
+            preparing[f"sm_{architecture}, {inputs} inputs"] = build_preparing(architecture, inputs)
+    document = {
+        "triton": triton.__version__,
+        "kernels": found,
+        "dequantizing": dequantizing,
+        "preparing": preparing,
+    }
+    print(json.dumps(document))
 
 
-def build(architecture: int, width: int, halvable: bool) -> dict[str, Any]:
+def build(architecture: int, width: int, differing: dict[str, bool]) -> dict[str, Any]:
     """The default tile of LLaMA-2-7B's gate and up, for a number of tokens a program."""
     tile = dispatch.default_tile(22016, 16, width)
     constants = {
@@ -55,7 +85,7 @@ def build(architecture: int, width: int, halvable: bool) -> dict[str, Any]:
         "SPLIT": tile.split,
         "STAGES": tile.stages,
         "BLOCK_GROUPS": 2,
-        "HALVABLE": halvable,
+        **differing,
         "ASM": True,
     }
     made = _compile(_decode_kernel, constants, architecture, tile.warps)
@@ -81,6 +111,23 @@ def build_dequantizing(architecture: int, bits: int) -> dict[str, Any]:
     made = _compile(_dequantize_kernel, constants, architecture, _WARPS)
     assembly = made.pop("assembly")
     return made | {"instructions": len(_INSTRUCTION.findall(assembly)) * 32 * _WARPS / _ROWS / 256}
+
+
+def build_preparing(architecture: int, inputs: int) -> dict[str, Any]:
+    """A router of 8 rows that decides for three linears."""
+    constants = {
+        "CHUNKS": triton.next_power_of_2(inputs // 32),
+        "GROUP_CHUNKS": 4,
+        "LINEARS": 3,
+        "GIVEN": False,
+        "EXTRA": 4,
+        "HIDDEN": 8,
+        "FEATURES": 16,
+        "TALLIED": True,
+    }
+    made = _compile(_prepare_kernel, constants, architecture, 8)
+    assembly = made.pop("assembly")
+    return made | {"instructions": len(_INSTRUCTION.findall(assembly))}
 
 
 def _compile(

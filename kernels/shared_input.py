@@ -1,0 +1,148 @@
+"""Linears that read the same input, run as one where kernels serve them.
+
+Query, key and value, or gate and up: whichever is called first prepares the tokens, lets the router
+decide for all, and multiplies by all; the others find their product waiting. Elsewhere each linear
+asks for its widths and multiplies alone.
+
+A launch captured in a graph always asks the router on the device, even where all tokens have one
+width: replayed, it follows whatever width was set last.
+
+Legend: N out_features, K in_features, T tokens, L linears.
+"""
+
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mbq.kernels import dispatch
+from mbq.kernels.digits import MOST_LINEARS, Digits, join_digits, part_of
+from mbq.kernels.router import Gates, Router
+
+if TYPE_CHECKING:
+    from mbq.kernels.linear import ElasticLinear
+
+
+class SharedInput:
+    """What the linears of one input share; `router` answers `router(x, number)` with widths."""
+
+    def __init__(self, linears: Sequence["ElasticLinear"], router: nn.Module | None) -> None:
+        self.linears = tuple(linears)
+        self.router = router
+        self._digits: Digits | None = None
+        self._tally_2L: Tensor | None = None
+        self._seen: weakref.ref[Tensor] | None = None
+        self._waiting: dict[int, Tensor] = {}
+
+    def widths(self, x: Tensor, number: int) -> Tensor | int:
+        """Bits that each token of `x` [..., K] gets in one linear: int64 [T], or one for all."""
+        uniform = self.linears[0].precision.bits
+        if uniform is not None:
+            return uniform
+        if self.router is None:
+            raise RuntimeError("the tokens of this linear are to be routed, but it has no router")
+        widths: Tensor | int = self.router(x, number)
+        return widths
+
+    def decodes(self, x: Tensor, tokens: int) -> bool:
+        """Whether `decode` serves these tokens."""
+        return len(self.linears) <= MOST_LINEARS and dispatch.decodes(
+            x, tokens, self.linears[0].group_size, self._most_bits(x)
+        )
+
+    @torch.no_grad()
+    def decode(self, x: Tensor, number: int) -> Tensor:
+        """Few tokens [..., K] times the codes of one linear: [T, N], gain and bias included."""
+        if self._seen is None or self._seen() is not x or number not in self._waiting:
+            first = self.linears[0]
+            outs = dispatch.decode(
+                x.reshape(-1, first.in_features),
+                self._widths_of_all(x),
+                first.stored_bits,
+                self._packed(),
+                self._tally(x.device),
+            )
+            self._waiting = dict(enumerate(outs))
+            self._seen = weakref.ref(x)
+        return self._waiting.pop(number)
+
+    def digits(self, number: int) -> Digits:
+        """The run-time layout of one linear."""
+        return part_of(self._packed(), number)
+
+    def tally(self, number: int) -> tuple[int, int]:
+        """Tokens that one linear decoded, and the bits that they read."""
+        if self._tally_2L is None:
+            return 0, 0
+        tokens, bits = self._tally_2L[:, number].tolist()
+        return tokens, bits
+
+    def reset_tally(self, number: int) -> None:
+        """Forget those of one linear."""
+        if self._tally_2L is not None:
+            self._tally_2L[:, number] = 0
+
+    def release(self) -> None:
+        """Let go of products nobody asked for, and of a layout that no linear needs any more."""
+        self._seen, self._waiting = None, {}
+        if not any(linear.packed for linear in self.linears):
+            self._digits = None
+
+    def _most_bits(self, x: Tensor) -> int | None:
+        """What the host knows of the widths: the largest of all, or nothing."""
+        if self._asks_router(x):
+            assert isinstance(self.router, Router)
+            known = self.router.width is None and not dispatch.capturing(x)
+            return max(self.router.bits_of_all()) if known else None
+        return self.linears[0].precision.bits
+
+    def _asks_router(self, x: Tensor) -> bool:
+        """Whether the router decides, on the device."""
+        left_to_it = self.linears[0].precision.bits is None or dispatch.capturing(x)
+        return isinstance(self.router, Router) and left_to_it
+
+    def _widths_of_all(self, x: Tensor) -> int | Tensor | Gates:
+        """Widths as the kernel takes them; those of a router stay on the device."""
+        if self._asks_router(x):
+            assert isinstance(self.router, Router)
+            return self.router.on_device()
+        uniform = self.linears[0].precision.bits
+        if uniform is not None:
+            return uniform
+        tokens = x.numel() // x.shape[-1]
+        found = [self.widths(x, number) for number in range(len(self.linears))]
+        return torch.stack([torch.as_tensor(w, device=x.device).expand(tokens) for w in found])
+
+    def _packed(self) -> Digits:
+        """All linears in the run-time layout; their planes, now in it, are let go."""
+        if self._digits is None or not all(linear.packed for linear in self.linears):
+            with torch.inference_mode(False), torch.no_grad():
+                parts = []
+                for number, linear in enumerate(self.linears):
+                    if linear.packed:
+                        assert self._digits is not None
+                        parts.append(part_of(self._digits, number))
+                    else:
+                        parts.append(linear.pack())
+                self._digits = join_digits(parts)
+        return self._digits
+
+    def _tally(self, device: torch.device) -> Tensor:
+        if self._tally_2L is None or self._tally_2L.device != device:
+            with torch.inference_mode(False):
+                fresh = torch.zeros(2, len(self.linears), dtype=torch.int64, device=device)
+                self._tally_2L = fresh if self._tally_2L is None else self._tally_2L.to(device)
+        return self._tally_2L
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A weak reference cannot be pickled.
+        return self.__dict__ | {"_seen": None, "_waiting": {}}
+
+
+def share_input(linears: Sequence["ElasticLinear"], router: nn.Module | None) -> None:
+    """Run linears that read the same input together; a router decides where it is left to one."""
+    shared = SharedInput(linears, router)
+    for number, linear in enumerate(linears):
+        linear.share(shared, number)

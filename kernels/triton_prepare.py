@@ -1,0 +1,238 @@
+"""Few tokens made ready for products with codes: one launch for all linears that share an input.
+
+What the decode kernel (`triton_decode.py`) reads of the tokens:
+
+    x16   float16, each token scaled by a power of two so that its largest value is near 2^10
+    sums  per group of inputs: sum of x16, and sum weighted by the bias of each digit (there)
+
+and of their widths: the bits of each token in each linear, and how many steps each linear takes
+through its slices. Widths are the same for all tokens, or given, or decided here by the router of
+the input (`router.py`; judged by `reference.route`), so that the host learns nothing of them: a
+launch captured in a graph follows whatever its thresholds are set to later.
+
+One program prepares one token. The last one to finish counts the steps.
+
+Legend: N out_features, K in_features, K' padded to a multiple of 256, T tokens, T' padded, G
+groups, L linears of one input, E extra widths, H rows of the trunk, F features (H + 2).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mbq.kernels.digits import BLOCK_INPUTS, MOST_LINEARS
+from mbq.kernels.router import Gates
+from mbq.kernels.widths import SLICE_BITS
+
+MAX_TOKENS = 64
+_MOST_TOKENS = tl.constexpr(MAX_TOKENS)
+_LANES = tl.constexpr(4)
+# Above this many inputs a program of 8 warps would not hold a token in registers.
+_WIDE_INPUTS = 16384
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tokens as the decode kernel reads them, for all linears that share an input.
+
+    Attributes:
+        x_TK: float16 [T', K'].
+        sum_GT: float32 [G', T'].
+        bias_sum_GT: float32 [G', T'].
+        unscale_T: float32 [T'].
+        bits_LT: int32 [L, T'].
+        steps_L2: int32 [L, 2], steps through the slices, and 1 if the second slice is halved.
+        mixed: whether tokens may differ in width.
+        halvable: whether the second slice may be halved.
+    """
+
+    x_TK: Tensor
+    sum_GT: Tensor
+    bias_sum_GT: Tensor
+    unscale_T: Tensor
+    bits_LT: Tensor
+    steps_L2: Tensor
+    mixed: bool
+    halvable: bool
+    tokens: int
+
+
+@triton.jit
+def _scored_bits(
+    x, square, at, trunk_ptr, offset_ptr, head_ptr, threshold_ptr, in_features,
+    LINEARS: tl.constexpr, EXTRA: tl.constexpr, HIDDEN: tl.constexpr, FEATURES: tl.constexpr,
+):  # fmt: skip
+    """Bits that a router gives one token in each linear: int32, a lane per linear."""
+    f = tl.arange(0, FEATURES)
+    feature = tl.where(f == HIDDEN, tl.log(square), tl.where(f == HIDDEN + 1, 1.0, 0.0))
+    inverse = tl.rsqrt(square)
+    for h in tl.static_range(HIDDEN):
+        row = tl.load(trunk_ptr + h * in_features + at, mask=at < in_features, other=0.0)
+        hidden = tl.sum(tl.sum(x * row.to(tl.float32), axis=1), axis=0) * inverse
+        hidden += tl.load(offset_ptr + h)
+        feature = tl.where(f == h, hidden / (1.0 + tl.exp(-hidden)), feature)
+    e, linear = tl.arange(0, _LANES)[:, None], tl.arange(0, _LANES)[None, :]
+    there = (e < EXTRA) & (linear < LINEARS)
+    gate = e * LINEARS + linear
+    head = tl.load(
+        head_ptr + gate[:, :, None] * (HIDDEN + 2) + f[None, None, :],
+        mask=there[:, :, None] & (f[None, None, :] < HIDDEN + 2),
+        other=0.0,
+    )
+    score = tl.sum(head * feature[None, None, :], axis=2)
+    opened = there & (score >= tl.load(threshold_ptr + gate, mask=there, other=0.0))
+    # Nested: what counts is the first gate that is closed.
+    taken = tl.min(tl.where(opened, EXTRA, e), axis=0)
+    return tl.where(taken <= 2, 2 + taken, 2 * taken)
+
+
+@triton.jit
+def _prepare_kernel(
+    x_ptr, given_ptr, trunk_ptr, offset_ptr, head_ptr, threshold_ptr,
+    x16_ptr, sum_ptr, bias_sum_ptr, unscale_ptr, bits_ptr, steps_ptr, arrived_ptr, tally_ptr,
+    uniform, x_stride, given_linear_stride, given_token_stride,
+    in_features, padded_inputs, groups, padded_tokens,
+    CHUNKS: tl.constexpr, GROUP_CHUNKS: tl.constexpr, LINEARS: tl.constexpr, GIVEN: tl.constexpr,
+    EXTRA: tl.constexpr, HIDDEN: tl.constexpr, FEATURES: tl.constexpr, TALLIED: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    chunk = tl.arange(0, CHUNKS)
+    at = chunk[:, None] * 32 + tl.arange(0, 32)[None, :]
+    x = tl.load(x_ptr + token * x_stride + at, mask=at < in_features, other=0.0).to(tl.float32)
+    largest = tl.max(tl.max(tl.abs(x), axis=1), axis=0)
+    exponent = largest.to(tl.int32, bitcast=True) >> 23
+    exponent = tl.minimum(tl.maximum(exponent, 11), 254)
+    scale = ((264 - exponent) << 23).to(tl.float32, bitcast=True)
+    tl.store(unscale_ptr + token, ((exponent - 10) << 23).to(tl.float32, bitcast=True))
+    x16 = (x * scale).to(tl.float16)
+    tl.store(x16_ptr + token * padded_inputs + at, x16, mask=at < padded_inputs)
+    chunk_sum = tl.sum(x16.to(tl.float32), axis=1)
+    digit = chunk % 8
+    bit = tl.where((digit == 0) | (digit == 2) | (digit == 5), 4, 6)
+    bit = tl.where((digit == 4) | (digit == 7), 8, bit)
+    biased = chunk_sum * (1 << (10 - bit)).to(tl.float32)
+    GROUPS: tl.constexpr = CHUNKS // GROUP_CHUNKS
+    group = tl.arange(0, GROUPS)
+    sums = tl.sum(tl.reshape(chunk_sum, (GROUPS, GROUP_CHUNKS)), axis=1)
+    bias_sums = tl.sum(tl.reshape(biased, (GROUPS, GROUP_CHUNKS)), axis=1)
+    tl.store(sum_ptr + group * padded_tokens + token, sums, mask=group < groups)
+    tl.store(bias_sum_ptr + group * padded_tokens + token, bias_sums, mask=group < groups)
+
+    linear = tl.arange(0, _LANES)
+    there = linear < LINEARS
+    if EXTRA > 0:
+        square = tl.sum(tl.sum(x * x, axis=1), axis=0) / in_features
+        bits = _scored_bits(
+            x, tl.maximum(square, 1e-30), at, trunk_ptr, offset_ptr, head_ptr, threshold_ptr,
+            in_features, LINEARS, EXTRA, HIDDEN, FEATURES,
+        )  # fmt: skip
+    elif GIVEN:
+        given_at = linear * given_linear_stride + token * given_token_stride
+        bits = tl.load(given_ptr + given_at, mask=there, other=2).to(tl.int32)
+    else:
+        bits = tl.full((_LANES,), 0, tl.int32) + uniform
+    tl.store(bits_ptr + linear * padded_tokens + token, bits, mask=there)
+    if TALLIED:
+        tl.atomic_add(tally_ptr + linear, 1, mask=there, sem="relaxed")
+        tl.atomic_add(tally_ptr + LINEARS + linear, bits.to(tl.int64), mask=there, sem="relaxed")
+
+    tl.debug_barrier()
+    finished = tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1
+    if finished:
+        tokens = tl.num_programs(0)
+        t = tl.arange(0, _MOST_TOKENS)
+        for one in tl.static_range(LINEARS):
+            bits_at = bits_ptr + one * padded_tokens + t
+            all_bits = tl.load(bits_at, mask=t < tokens, other=2, cache_modifier=".cg")
+            tl.store(bits_at, all_bits, mask=(t >= tokens) & (t < padded_tokens))
+            halved = tl.max((all_bits == 3).to(tl.int32), axis=0)
+            tl.store(steps_ptr + 2 * one, tl.max(all_bits, axis=0) // 2 + halved)
+            tl.store(steps_ptr + 2 * one + 1, halved)
+        tl.store(arrived_ptr, 0)
+
+
+def prepare(
+    x_TK: Tensor,
+    widths: int | Tensor | Gates,
+    linears: int,
+    group_size: int,
+    max_bits: int,
+    tally: Tensor | None = None,
+) -> Prepared:
+    """Prepare tokens [T, K], T of 1 to 64, float16, bfloat16 or float32.
+
+    Args:
+        widths: one of WIDTHS for all tokens and linears; or, which the host does not read, int32 or
+            int64 [L, T], or [L, 1] for all tokens; or a router.
+        linears: L, those that read these tokens: 1 to 3.
+        max_bits: stored bits, the most that a token may ask for.
+        tally: int64 [2, L], to which the tokens and the bits of each linear are added.
+
+    Raises:
+        ValueError: there are too many tokens or linears, or none.
+    """
+    tokens, inputs = x_TK.shape
+    if not 1 <= tokens <= MAX_TOKENS:
+        raise ValueError(f"{tokens} tokens: the decode kernel takes 1 to {MAX_TOKENS}")
+    if not 1 <= linears <= MOST_LINEARS:
+        raise ValueError(f"{linears} linears: the decode kernel takes 1 to {MOST_LINEARS}")
+    width = token_tile(tokens)
+    padded_tokens = -(-tokens // width) * width
+    padded_inputs = -(-inputs // BLOCK_INPUTS) * BLOCK_INPUTS
+    groups = padded_inputs // group_size
+    if x_TK.stride(1) != 1:
+        x_TK = x_TK.contiguous()
+    given = widths if isinstance(widths, Tensor) else None
+    gates = widths if isinstance(widths, Gates) else None
+    alike = isinstance(widths, int) or (given is not None and given.shape[1] == 1)
+    made = Prepared(
+        x_TK.new_empty(padded_tokens, padded_inputs, dtype=torch.float16),
+        x_TK.new_empty(groups, padded_tokens, dtype=torch.float32),
+        x_TK.new_empty(groups, padded_tokens, dtype=torch.float32),
+        x_TK.new_empty(padded_tokens, dtype=torch.float32),
+        x_TK.new_empty(linears, padded_tokens, dtype=torch.int32),
+        x_TK.new_empty(linears, 2, dtype=torch.int32),
+        mixed=tokens > 1 and not alike,
+        halvable=widths == 3 if isinstance(widths, int) else max_bits > 2,
+        tokens=tokens,
+    )
+    hidden = 0 if gates is None else len(gates.trunk_HK)
+    chunks = triton.next_power_of_2(padded_inputs // 32)
+    _prepare_kernel[(tokens,)](
+        x_TK, given, *_pointers(gates), made.x_TK, made.sum_GT, made.bias_sum_GT, made.unscale_T,
+        made.bits_LT, made.steps_L2, zeros(x_TK.device, "prepare", 1), tally,
+        widths if isinstance(widths, int) else SLICE_BITS, x_TK.stride(0),
+        0 if given is None else given.stride(0), 0 if given is None or alike else given.stride(1),
+        inputs, padded_inputs, groups, padded_tokens,
+        CHUNKS=chunks, GROUP_CHUNKS=group_size // 32, LINEARS=linears, GIVEN=given is not None,
+        EXTRA=0 if gates is None else len(gates.threshold_EL), HIDDEN=hidden,
+        FEATURES=triton.next_power_of_2(hidden + 2), TALLIED=tally is not None,
+        num_warps=8 if padded_inputs <= _WIDE_INPUTS else 16,
+    )  # fmt: skip
+    return made
+
+
+def token_tile(tokens: int) -> int:
+    """Tokens of a program: matrix instructions take 8 at least, and 32 fill the registers."""
+    return min(max(1 << (tokens - 1).bit_length(), 8), 32)
+
+
+_ZEROS: dict[tuple[torch.device, str], Tensor] = {}
+
+
+def zeros(device: torch.device, use: str, count: int) -> Tensor:
+    """Counters that are zero; every launch leaves them zero. Launches of a stream take turns."""
+    found = _ZEROS.get((device, use))
+    if found is None or len(found) < count:
+        found = torch.zeros(count, dtype=torch.int32, device=device)
+        _ZEROS[device, use] = found
+    return found
+
+
+def _pointers(gates: Gates | None) -> tuple[Tensor | None, ...]:
+    if gates is None:
+        return None, None, None, None
+    return gates.trunk_HK, gates.offset_H, gates.head_ELF, gates.threshold_EL

@@ -1,0 +1,198 @@
+"""Linears of one input: run as one, tallied, and captured in a graph."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from mbq.kernels import dispatch, triton_decode, triton_prepare
+from mbq.kernels.bitplanes import pack_planes
+from mbq.kernels.linear import ElasticLinear
+from mbq.kernels.quantize import pack_pair
+from mbq.kernels.router import Curve, Precision, Router
+from mbq.kernels.shared_input import share_input
+from mbq.kernels.widths import WIDTHS
+from tests.support.routers import random_router
+
+COLUMNS, GROUP = 96, 32
+ROWS = (70, 10, 130)
+CURVE = Curve((2.0, 3.0, 8.0), (10.0, 0.4, -10.0))
+ROUTERS = pytest.mark.parametrize("width", [8, 0, None])
+
+
+def _linear(rows: int, precision: Precision) -> ElasticLinear:
+    linear = ElasticLinear(COLUMNS, rows, GROUP, precision)
+    code = torch.randint(0, 256, (rows, COLUMNS), dtype=torch.uint8)
+    for p, plane in enumerate(pack_planes(code)):
+        linear.get_buffer(f"plane_{p}").copy_(plane)
+    scale = 0.1 + torch.rand(rows, COLUMNS // GROUP)
+    linear.get_buffer("scale_zero").copy_(pack_pair(scale, torch.full_like(scale, 2.0)))
+    for bits in WIDTHS:
+        gain, bias = torch.rand(2, rows)
+        linear.get_buffer(f"gain_bias_{bits}").copy_(pack_pair(gain + 0.5, bias))
+    return linear
+
+
+def _linears(width: int | None) -> tuple[list[ElasticLinear], Router]:
+    torch.manual_seed(1)
+    precision = Precision(8)
+    linears = [_linear(rows, precision) for rows in ROWS]
+    knots = 6 if width is not None else 1
+    router = random_router(precision, COLUMNS, len(ROWS), width, knots)
+    share_input(linears, router)
+    precision.set_average_bits(3.0, CURVE)
+    return linears, router
+
+
+def _same(outs: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
+    return all(
+        torch.allclose(out.float(), other.float(), rtol=5e-3, atol=2e-2)
+        for out, other in zip(outs, expected, strict=True)
+    )
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels, in Triton's interpreter, serve float16 tokens; torch serves all others."""
+    monkeypatch.setattr(dispatch, "packs", lambda x, _: x.dtype is torch.float16)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
+    """Every launch of the decode kernels, to be repeated with the very same arguments."""
+    seen: list[Callable[[], None]] = []
+
+    class Recorded:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(*args: Any, **kwargs: Any) -> None:
+                seen.append(lambda: self.kernel[grid](*args, **kwargs))
+                self.kernel[grid](*args, **kwargs)
+
+            return launch
+
+    for module, name in ((triton_prepare, "_prepare_kernel"), (triton_decode, "_decode_kernel")):
+        monkeypatch.setattr(module, name, Recorded(getattr(module, name)))
+    return seen
+
+
+@ROUTERS
+@torch.no_grad()
+def test_together_they_give_what_each_gives_alone(
+    width: int | None, launches: list[Callable[[], None]]
+) -> None:
+    linears, _ = _linears(width)
+    x = torch.randn(2, 4, COLUMNS).half()
+    outs = [linear(x) for linear in linears]
+    # The tokens are prepared once, and one launch multiplies by all.
+    assert len(launches) == 2
+    assert [out.shape for out in outs] == [(2, 4, rows) for rows in ROWS]
+    assert _same(outs, [linear(x.float()) for linear in linears])
+
+
+@ROUTERS
+@torch.no_grad()
+def test_tallies_as_torch_does(width: int | None) -> None:
+    linears, _ = _linears(width)
+    for tokens in (1, 5):
+        x = torch.randn(tokens, COLUMNS).half()
+        for linear in linears:
+            linear(x)
+    decoded = [(linear.tokens, linear.bits_read) for linear in linears]
+    assert [tokens for tokens, _ in decoded] == [6] * 3
+    linears[0].reset_tally()
+    assert (linears[0].tokens, linears[0].bits_read) == (0, 0)
+    assert (linears[1].tokens, linears[1].bits_read) == decoded[1]
+    torch.manual_seed(5)
+    x = torch.randn(4, COLUMNS)
+    both = []
+    for tokens in (x.half(), x.half().float()):
+        for linear in linears:
+            linear.reset_tally()
+        for linear in linears:
+            linear(tokens)
+        both.append([(linear.tokens, linear.bits_read) for linear in linears])
+    assert both[0] == both[1]
+
+
+@torch.no_grad()
+def test_nothing_stale_is_handed_out() -> None:
+    linears, _ = _linears(8)
+    first, second = torch.randn(2, 3, COLUMNS).half()
+    linears[0](first)
+    assert _same([linears[1](second)], [linears[1](second.float())])
+    outs = [linear(first) for linear in linears]
+    # The same memory with other values, from the first linear on.
+    first.mul_(-2.0)
+    again = [linear(first) for linear in linears]
+    assert not _same(again, outs)
+    assert _same(again, [linear(first.float()) for linear in linears])
+    # Whoever is called alone, or twice, is served too.
+    assert torch.equal(linears[2](first), linears[2](first))
+
+
+@ROUTERS
+@torch.no_grad()
+def test_a_captured_step_follows_the_width(
+    width: int | None, launches: list[Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linears, router = _linears(width)
+    x = torch.randn(5, COLUMNS).half()
+    precision = linears[0].precision
+    for captured_at in (3.0, 8.0):
+        precision.set_average_bits(captured_at, CURVE)
+        router.refresh()
+        monkeypatch.setattr(dispatch, "capturing", lambda _: True)
+        launches.clear()
+        outs = [linear(x) for linear in linears]
+        captured = list(launches)
+        monkeypatch.setattr(dispatch, "capturing", lambda _: False)
+        for average in (2.0, 2.5, 8.0):
+            precision.set_average_bits(average, CURVE)
+            router.refresh()
+            expected = [linear(x) for linear in linears]
+            for replay in captured:
+                replay()
+            assert _same(outs, expected)
+        for bits in (3, 6):
+            precision.set_bits(bits)
+            router.refresh()
+            expected = [linear(x) for linear in linears]
+            for replay in captured:
+                replay()
+            assert _same(outs, expected)
+
+
+@torch.no_grad()
+def test_prompts_and_the_state_come_from_what_is_joined() -> None:
+    linears, _ = _linears(8)
+    state = [copy.deepcopy(linear.state_dict()) for linear in linears]
+    linears[0].precision.set_bits(4)
+    few, many = torch.randn(2, COLUMNS).half(), torch.randn(70, COLUMNS).half()
+    linears[0](few)
+    # All three were packed, and none keeps its planes beside that.
+    assert all(linear.get_buffer("plane_0").numel() == 0 for linear in linears)
+    assert _same([linears[1](many)], [linears[1](many.float())])
+    # One gives its planes back; the others go on.
+    assert all(torch.equal(v, state[1][k]) for k, v in linears[1].state_dict().items())
+    assert _same([linear(few) for linear in linears], [linear(few.float()) for linear in linears])
+    for linear, before in zip(linears, state, strict=True):
+        assert all(torch.equal(v, before[k]) for k, v in linear.state_dict().items())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@torch.no_grad()
+def test_copies_stand_on_their_own(copied: Callable[[Any], Any]) -> None:
+    linears, router = _linears(8)
+    x = torch.randn(3, COLUMNS).half()
+    expected = [linear(x) for linear in linears]
+    linears[0](x)
+    others = copied(torch.nn.ModuleList([*linears, router]))
+    linears[0].precision.set_bits(8)
+    assert _same([linear(x) for linear in others[:3]], expected)
+    assert others[0].shared is not linears[0].shared

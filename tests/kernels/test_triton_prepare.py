@@ -1,0 +1,79 @@
+"""Preparing tokens in Triton's interpreter: the router against its definition, and the tally."""
+
+import pytest
+import torch
+
+from mbq.kernels.reference import route
+from mbq.kernels.router import Gates, Precision
+from mbq.kernels.triton_prepare import prepare
+from mbq.kernels.widths import WIDTHS
+from tests.support.routers import random_router
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def _gates(width: int, inputs: int, linears: int, max_bits: int, log_threshold: float) -> Gates:
+    precision = Precision(max_bits)
+    precision.bits, precision.log_threshold = None, log_threshold
+    gates = random_router(precision, inputs, linears, width, seed=linears).on_device()
+    assert isinstance(gates, Gates)
+    return gates
+
+
+@pytest.mark.parametrize("log_threshold", [-8.0, -1.0, 0.3, 2.0, 8.0])
+@pytest.mark.parametrize(
+    ("width", "linears", "max_bits", "inputs", "tokens"),
+    [(8, 3, 8, 256, 5), (5, 2, 8, 96, 17), (0, 1, 8, 384, 3), (8, 1, 4, 768, 1), (3, 3, 6, 32, 64)],
+)
+def test_the_router_equals_its_definition(
+    width: int, linears: int, max_bits: int, inputs: int, tokens: int, log_threshold: float
+) -> None:
+    torch.manual_seed(tokens)
+    gates = _gates(width, inputs, linears, max_bits, log_threshold)
+    x = (torch.randn(tokens, inputs) * torch.rand(tokens, 1).exp()).half()
+    prepared = prepare(x, gates, linears, 32, max_bits)
+    expected = route(x, gates.trunk_HK.float(), gates.offset_H, gates.head_ELF, gates.threshold_EL)
+    assert torch.equal(prepared.bits_LT[:, :tokens].long(), expected)
+    # What is padded asks for nothing.
+    assert (prepared.bits_LT[:, tokens:] == 2).all()
+    most = expected.amax(1)
+    halved = (expected == 3).any(1)
+    steps = torch.stack([most // 2 + halved, halved], dim=1)
+    assert torch.equal(prepared.steps_L2.long(), steps)
+
+
+def test_a_token_of_zeros_is_routed_like_any_other() -> None:
+    gates = _gates(4, 64, 2, 8, 0.0)
+    x = torch.zeros(2, 64).half()
+    expected = route(x, gates.trunk_HK.float(), gates.offset_H, gates.head_ELF, gates.threshold_EL)
+    assert torch.equal(prepare(x, gates, 2, 32, 8).bits_LT[:, :2].long(), expected)
+
+
+def test_widths_for_all_tokens_of_each_linear() -> None:
+    widths = torch.tensor([[6], [3], [2]], dtype=torch.int32)
+    prepared = prepare(torch.randn(3, 64).half(), widths, 3, 32, 8)
+    assert not prepared.mixed
+    assert prepared.bits_LT[:, :3].tolist() == [[6] * 3, [3] * 3, [2] * 3]
+    assert prepared.steps_L2.tolist() == [[3, 0], [2, 1], [1, 0]]
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_one_width_for_all(bits: int) -> None:
+    prepared = prepare(torch.randn(2, 64).half(), bits, 2, 32, 8)
+    assert prepared.bits_LT[:, :2].tolist() == [[bits] * 2] * 2
+    assert (prepared.mixed, prepared.halvable) == (False, bits == 3)
+
+
+def test_tallies_tokens_and_bits() -> None:
+    tally = torch.zeros(2, 2, dtype=torch.int64)
+    widths = torch.tensor([[2, 8, 3], [4, 4, 6]])
+    x = torch.randn(3, 64).half()
+    prepare(x, widths, 2, 32, 8, tally)
+    prepare(x, 3, 2, 32, 8, tally)
+    prepare(x, widths, 2, 32, 8)
+    assert tally.tolist() == [[6, 6], [13 + 9, 14 + 9]]
+
+
+def test_no_more_linears_than_it_takes() -> None:
+    with pytest.raises(ValueError, match="4 linears: the decode kernel takes 1 to 3"):
+        prepare(torch.zeros(1, 256).half(), 2, 4, 128, 8)
