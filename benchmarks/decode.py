@@ -39,14 +39,15 @@ from weights import (
 )
 
 from mbq.kernels import dispatch
-from mbq.kernels.digits import pack_digits
+from mbq.kernels.digits import Digits, pack_digits
 from mbq.kernels.quantize import dequantize, pack_pair, unpack_pair
 from mbq.kernels.reference import routed_linear
 from mbq.kernels.router import Gates, bits_taken, score
 from mbq.kernels.timing import time_graph
 from mbq.kernels.triton_decode import multiply
 from mbq.kernels.triton_dequantize import dequantize_digits
-from mbq.kernels.triton_prepare import prepare
+from mbq.kernels.triton_prepare import Prepared, prepare
+from mbq.kernels.triton_whole import multiply_whole
 from mbq.kernels.widths import CODE_BITS, MAX_SLICES, WIDTHS
 
 TOKENS = (1, 4, 8, 16, 32, 64)
@@ -56,7 +57,7 @@ TOLERANCE = 5e-3
 CHECKS = (
     *((1, (bits,)) for bits in WIDTHS),
     (8, (3,)),
-    (33, (3,)),
+    *((33, (bits,)) for bits in WIDTHS),
     (3, (2, 8)),
     (5, (2, 3)),
     (16, (2, 4, 6, 8)),
@@ -145,11 +146,15 @@ def check(n: int, k: int) -> float:
         # What is allocated next lies where this was: an element that is not written stays NaN.
         poison = torch.full((m, n), math.nan, dtype=torch.bfloat16, device="cuda")
         del poison
-        out = multiply(prepared, weight, tile, torch.bfloat16)[0].double()
+        outs = multiply(prepared, weight, tile, torch.bfloat16)
+        if isinstance(asked, int):
+            cut = dispatch.whole_tile(n, k, m)
+            outs += multiply_whole(prepared, asked, weight, cut, torch.bfloat16)
         some = torch.randperm(m, device="cuda")[:8]
         expected = routed_linear(x[some].double(), weight_WNK, bias_WN, bits_T[some])
-        error = ((out[some] - expected).norm() / expected.norm()).item()
-        worst = max(worst, error if math.isfinite(error) else math.inf)
+        for out in outs:
+            error = ((out[some].double() - expected).norm() / expected.norm()).item()
+            worst = max(worst, error if math.isfinite(error) else math.inf)
     return worst
 
 
@@ -205,7 +210,8 @@ def time_shape(n: int, k: int, ceilings: dict[str, float]) -> list[Point]:
         weights = rotation(n, k, bits)
         for m in TOKENS:
             tile = dispatch.tile(n, k, m, torch.device("cuda"))
-            seconds, spread = decode_times(weights, tokens_at(m, k, bits), tile)
+            prepared = tokens_at(m, k, bits)
+            seconds, spread = decode_times(weights, prepared, tile)
             moved = n * k * (bits + 32 / GROUP) / 8 + 2 * m * (n + k)
             bound = max(
                 moved / ceilings["bytes_per_second"],
@@ -220,6 +226,7 @@ def time_shape(n: int, k: int, ceilings: dict[str, float]) -> list[Point]:
                     "tile": [tile.rows, tile.split, tile.warps, tile.stages],
                     "seconds": seconds,
                     "spread_seconds": spread,
+                    "whole_seconds": time_whole(weights, bits, prepared),
                     "bound_seconds": bound,
                     "of_bound": bound / seconds,
                     "of_bound_and_empty": (bound + ceilings["empty_seconds"]) / seconds,
@@ -227,6 +234,17 @@ def time_shape(n: int, k: int, ceilings: dict[str, float]) -> list[Point]:
                 }
             )
     return points
+
+
+def time_whole(weights: list[Digits], bits: int, prepared: Prepared) -> float:
+    """Seconds of one multiplication by whole codes, weights rotating."""
+    (n,), k = weights[0].out_features, weights[0].in_features
+    tile = dispatch.whole_tile(n, k, prepared.tokens)
+    turn = itertools.cycle(weights)
+    launches = max(len(weights), 24)
+    return time_graph(
+        lambda: multiply_whole(prepared, bits, next(turn), tile, torch.bfloat16), launches
+    )[0]
 
 
 def time_mixed(n: int, k: int) -> list[Point]:
@@ -325,12 +343,14 @@ def model_sums(points: list[Point], models: tuple[str, ...]) -> list[Point]:
 
 def show(points: list[Point], sums: list[Point]) -> None:
     """Short tables, the sums last."""
-    click.echo("N x K | tokens | bits | us | bound | % | % with empty | cuBLAS us | int4 us | tile")
+    click.echo(
+        "N x K | tokens | bits | us | whole us | bound | % | % with empty | cuBLAS us | int4 us | tile"
+    )
     for p in points:
         us = {key: p[f"{key}_seconds"] * 1e6 for key in ("bound", "cublas", "tinygemm_4bit")}
         click.echo(
             f"{p['n']} x {p['k']} | {p['tokens']} | {p['bits']} | {p['seconds'] * 1e6:.1f} | "
-            f"{us['bound']:.1f} | {p['of_bound']:.0%} | {p['of_bound_and_empty']:.0%} | "
+            f"{p['whole_seconds'] * 1e6:.1f} | {us['bound']:.1f} | {p['of_bound']:.0%} | {p['of_bound_and_empty']:.0%} | "
             f"{us['cublas']:.1f} | {us['tinygemm_4bit']:.1f} | {p['tile']}"
         )
     for s in sums:

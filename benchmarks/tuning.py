@@ -10,8 +10,9 @@ import torch
 from weights import decode_times, random_digits, rotation, tokens_at
 
 from mbq.kernels.digits import BLOCK_INPUTS
-from mbq.kernels.triton_decode import Tile, multiply
+from mbq.kernels.triton_decode import multiply
 from mbq.kernels.triton_prepare import token_tile
+from mbq.kernels.triton_tiles import Tile
 
 SPLITS = (1, 2, 4, 8, 16)
 CUTS = ((64, 1), (64, 2), (128, 2), (128, 4), (256, 4))

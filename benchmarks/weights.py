@@ -11,8 +11,9 @@ import torch
 from mbq.kernels.digits import BLOCK_INPUTS, Digits
 from mbq.kernels.quantize import pack_pair
 from mbq.kernels.timing import time_graph
-from mbq.kernels.triton_decode import Tile, multiply
+from mbq.kernels.triton_decode import multiply
 from mbq.kernels.triton_prepare import Prepared, prepare
+from mbq.kernels.triton_tiles import Tile
 from mbq.kernels.widths import CODE_BITS, MAX_SLICES, WIDTHS
 
 SHAPES = {

@@ -20,14 +20,20 @@ from mbq.kernels.router import Gates
 from mbq.kernels.widths import slices_of
 
 try:
-    from mbq.kernels import triton_decode, triton_dequantize, triton_prepare
+    from mbq.kernels import (
+        triton_decode,
+        triton_dequantize,
+        triton_prepare,
+        triton_tiles,
+        triton_whole,
+    )
 except ImportError:
     _TRITON = False
 else:
     _TRITON = True
 
-# Every slice is a matrix product of its own: against cuBLAS on dequantized weights this is where it
-# stops to pay (benchmarks/results/*-decode.json).
+# Tokens times slices that are multiplied slice by slice; above, slices are put together first.
+# Where products by slice stop to pay was measured (benchmarks/results/*-decode.json).
 _MOST_PRODUCTS = 48
 # Programs to aim at: about four for each of a large GPU's multiprocessors.
 _PROGRAMS = 528
@@ -46,19 +52,14 @@ def packs(x: Tensor, group_size: int) -> bool:
     )
 
 
-def decodes(x: Tensor, tokens: int, group_size: int, bits: int | None) -> bool:
-    """Whether the decode kernel serves these tokens: those that `packs` accepts, and few.
+def decodes(x: Tensor, tokens: int, group_size: int) -> bool:
+    """Whether `decode` serves these tokens: those that `packs` accepts, and few.
 
     Gradients are not recorded through it.
-
-    Args:
-        bits: the same for all tokens, or None if they may differ: then the kernel serves as many
-            as it can, since dequantized weights would have to be made for every width in turn.
     """
     return (
         packs(x, group_size)
         and 1 <= tokens <= triton_prepare.MAX_TOKENS
-        and (bits is None or tokens * slices_of(bits) <= _MOST_PRODUCTS)
         and not (torch.is_grad_enabled() and x.requires_grad)
     )
 
@@ -79,9 +80,12 @@ def decode(
 
     Arguments as those of `triton_prepare.prepare`.
     """
-    linears = len(weight.out_features)
+    linears, tokens = len(weight.out_features), len(x_TK)
     prepared = triton_prepare.prepare(x_TK, widths, linears, weight.group_size, max_bits, tally)
-    cut = tile(weight.starts[-1], weight.in_features, len(x_TK), x_TK.device)
+    if isinstance(widths, int) and tokens * slices_of(widths) > _MOST_PRODUCTS:
+        cut = whole_tile(weight.starts[-1], weight.in_features, tokens)
+        return triton_whole.multiply_whole(prepared, widths, weight, cut, x_TK.dtype)
+    cut = tile(weight.starts[-1], weight.in_features, tokens, x_TK.device)
     if any(start % cut.rows for start in weight.starts):
         cut = dataclasses.replace(cut, rows=ROW_MULTIPLE)
     return triton_decode.multiply(prepared, weight, cut, x_TK.dtype)
@@ -94,24 +98,37 @@ def dequantize(weight: Digits, bits: int, dtype: torch.dtype) -> Tensor:
 
 def tile(
     out_features: int, in_features: int, tokens: int, device: torch.device
-) -> "triton_decode.Tile":
+) -> "triton_tiles.Tile":
     """How to cut a multiplication on a device."""
     rows = -(-out_features // ROW_MULTIPLE) * ROW_MULTIPLE
     blocks = -(-in_features // BLOCK_INPUTS)
     width = triton_prepare.token_tile(tokens)
     measured = _measured(torch.cuda.get_device_capability(device)) if device.type == "cuda" else {}
     found = measured.get(f"{rows} x {blocks * BLOCK_INPUTS}", {}).get(str(width))
-    return triton_decode.Tile(*found) if found else default_tile(rows, blocks, width)
+    return triton_tiles.Tile(*found) if found else default_tile(rows, blocks, width)
 
 
-def default_tile(rows: int, blocks: int, width: int) -> "triton_decode.Tile":
+def default_tile(rows: int, blocks: int, width: int) -> "triton_tiles.Tile":
     """The rule of thumb, for shapes that were not measured."""
+    warps = 2 if width <= 8 else 4
+    return triton_tiles.Tile(ROW_MULTIPLE, _split(rows, blocks), warps, stages=4)
+
+
+def whole_tile(out_features: int, in_features: int, tokens: int) -> "triton_tiles.Tile":
+    """How to cut a multiplication by whole codes; none was measured yet."""
+    rows = -(-out_features // ROW_MULTIPLE) * ROW_MULTIPLE
+    blocks = -(-in_features // BLOCK_INPUTS)
+    wide = triton_whole.whole_token_tile(tokens) > 32
+    return triton_tiles.Tile(
+        ROW_MULTIPLE, _split(rows, blocks), warps=8 if wide else 4, stages=2 if wide else 3
+    )
+
+
+def _split(rows: int, blocks: int) -> int:
     split = 1
     while split < 16 and split * 2 <= blocks and rows // ROW_MULTIPLE * split < _PROGRAMS:
         split *= 2
-    return triton_decode.Tile(
-        rows=ROW_MULTIPLE, split=split, warps=2 if width <= 8 else 4, stages=4
-    )
+    return split
 
 
 @cache

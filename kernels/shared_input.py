@@ -48,9 +48,8 @@ class SharedInput:
 
     def decodes(self, x: Tensor, tokens: int) -> bool:
         """Whether `decode` serves these tokens."""
-        return len(self.linears) <= MOST_LINEARS and dispatch.decodes(
-            x, tokens, self.linears[0].group_size, self._most_bits(x)
-        )
+        group_size = self.linears[0].group_size
+        return len(self.linears) <= MOST_LINEARS and dispatch.decodes(x, tokens, group_size)
 
     @torch.no_grad()
     def decode(self, x: Tensor, number: int) -> Tensor:
@@ -90,25 +89,11 @@ class SharedInput:
         if not any(linear.packed for linear in self.linears):
             self._digits = None
 
-    def _most_bits(self, x: Tensor) -> int | None:
-        """What the host knows of the widths: the largest of all, or nothing."""
-        if self._asks_router(x):
-            assert isinstance(self.router, Router)
-            known = self.router.width is None and not dispatch.capturing(x)
-            return max(self.router.bits_of_all()) if known else None
-        return self.linears[0].precision.bits
-
-    def _asks_router(self, x: Tensor) -> bool:
-        """Whether the router decides, on the device."""
-        left_to_it = self.linears[0].precision.bits is None or dispatch.capturing(x)
-        return isinstance(self.router, Router) and left_to_it
-
     def _widths_of_all(self, x: Tensor) -> int | Tensor | Gates:
         """Widths as the kernel takes them; those of a router stay on the device."""
-        if self._asks_router(x):
-            assert isinstance(self.router, Router)
-            return self.router.on_device()
         uniform = self.linears[0].precision.bits
+        if isinstance(self.router, Router) and (uniform is None or dispatch.capturing(x)):
+            return self.router.on_device()
         if uniform is not None:
             return uniform
         tokens = x.numel() // x.shape[-1]

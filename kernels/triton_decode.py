@@ -27,30 +27,17 @@ Legend: N out_features, N' N padded, K in_features, B blocks of 256 inputs, G gr
 L linears of one input.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mbq.kernels.digits import BLOCK_INPUTS, MOST_LINEARS, Digits
-from mbq.kernels.triton_prepare import Prepared, token_tile, zeros
+from mbq.kernels.triton_prepare import Prepared, token_tile
+from mbq.kernels.triton_tiles import INTERPRETED, Tile, finish, halves, outputs, scratch
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
 # Bit at which each of a word's 8 digits lies after its shift; the bias of digit i is 2^(10 - bit).
 DIGIT_BITS = (4, 6, 4, 6, 8, 4, 6, 8)
-_COUNTERS = 4096
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How a multiplication is cut: rows a program, programs along K, warps, loads in flight."""
-
-    rows: int
-    split: int
-    warps: int
-    stages: int
 
 
 @triton.jit
@@ -94,14 +81,6 @@ def _digit(word, i: tl.constexpr, selector, ASM: tl.constexpr):
         shifted = (word << 4) if i < 2 else (word if i < 5 else (word >> 6))
         made = ((shifted & mask) | magic).to(tl.int16).to(tl.float16, bitcast=True)
     return made
-
-
-@triton.jit
-def halves(pair):
-    """Float32 values of the low and the high float16 of int32 pairs."""
-    low = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    high = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return low, high
 
 
 # Fewer variants to compile: these need no alignment.
@@ -160,25 +139,11 @@ def _decode_kernel(
                 acc *= tl.where(_row(bits) >= w, 1.0, 0.0)[None, :]
             total += (s * weight_of_slice)[:, None] * acc
 
-    here = t[None, :] * rows + n[:, None]
-    finished = True
-    if SPLIT > 1:
-        parts = part_ptr + here
-        size = padded_tokens.to(tl.int64) * rows
-        tl.store(parts + part * size, total)
-        tl.debug_barrier()
-        counter = arrived_ptr + tl.program_id(2) * tl.num_programs(0) + tile
-        finished = tl.atomic_add(counter, 1, sem="acq_rel") == SPLIT - 1
-        if finished:
-            total = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-            for p in tl.range(0, SPLIT):
-                total += tl.load(parts + p * size, cache_modifier=".cg")
-            tl.store(counter, 0)
-    if finished:
-        gain, bias = halves(tl.load(gain_bias_ptr + _row(bits)[None, :] * rows + n[:, None]))
-        y = gain * (total * tl.load(unscale_ptr + t)[None, :]) + bias
-        at = t[None, :].to(tl.int64) * rows + n[:, None]
-        tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=t[None, :] < tokens)
+    gain_row = gain_bias_ptr + _row(bits)[None, :] * rows
+    finish(
+        total, gain_row, unscale_ptr, part_ptr, arrived_ptr, out_ptr,
+        rows, padded_tokens, tokens, ROWS, TOKENS, SPLIT,
+    )  # fmt: skip
 
 
 def multiply(
@@ -198,18 +163,14 @@ def multiply(
     width = token_tile(prepared.tokens)
     out = weight.digits_SBN32.new_empty(prepared.tokens, rows, dtype=dtype)
     grid = (rows // tile.rows, tile.split, padded_tokens // width)
-    parts = prepared.sum_GT.new_empty(tile.split if tile.split > 1 else 0, padded_tokens, rows)
     inner = [start // tile.rows for start in weight.starts[1:]] + [grid[0]] * MOST_LINEARS
     _decode_kernel[grid](
         prepared.x_TK, weight.digits_SBN32, weight.scale_zero_GN, weight.gain_bias_WN,
         prepared.sum_GT, prepared.bias_sum_GT, prepared.unscale_T, prepared.bits_LT,
-        prepared.steps_L2, parts, zeros(out.device, "decode", max(grid[0] * grid[2], _COUNTERS)),
-        out, rows, blocks, padded_tokens, prepared.tokens, inner[0], inner[1],
+        prepared.steps_L2, *scratch(grid, padded_tokens, out), out,
+        rows, blocks, padded_tokens, prepared.tokens, inner[0], inner[1],
         ROWS=tile.rows, TOKENS=width, SPLIT=tile.split, STAGES=tile.stages,
         BLOCK_GROUPS=BLOCK_INPUTS // weight.group_size, MIXED=prepared.mixed,
         HALVABLE=prepared.halvable, ASM=not INTERPRETED, num_warps=tile.warps,
     )  # fmt: skip
-    return tuple(
-        out[:, start : start + features]
-        for start, features in zip(weight.starts, weight.out_features, strict=False)
-    )
+    return outputs(out, weight)

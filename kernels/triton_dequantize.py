@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mbq.kernels.digits import BLOCK_INPUTS, Digits
-from mbq.kernels.triton_decode import halves
+from mbq.kernels.triton_tiles import halves
 from mbq.kernels.widths import WIDTHS, slices_of
 
 _ROWS = 32

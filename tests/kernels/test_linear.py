@@ -204,7 +204,7 @@ def test_a_linear_without_a_router_says_so() -> None:
 @pytest.fixture
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The decode kernel, in Triton's interpreter, serves what it would serve on a GPU."""
-    monkeypatch.setattr(dispatch, "decodes", lambda x, *_: x.dtype is torch.float16)
+    monkeypatch.setattr(dispatch, "packs", lambda x, _: x.dtype is torch.float16)
 
 
 @pytest.mark.usefixtures("_as_on_a_gpu")

@@ -7,7 +7,6 @@
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from mbq.kernels import triton_decode
@@ -21,9 +20,11 @@ from mbq.kernels.quantize import (
     unpack_pair,
 )
 from mbq.kernels.reference import routed_linear
-from mbq.kernels.triton_decode import Tile, multiply
+from mbq.kernels.triton_decode import multiply
 from mbq.kernels.triton_prepare import prepare
+from mbq.kernels.triton_tiles import Tile
 from mbq.kernels.widths import WIDTHS, slices_of, widths_up_to
+from tests.support.ptx import emulate
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -190,40 +191,6 @@ def test_too_many_tokens_and_tiles_that_do_not_fit() -> None:
         multiply(prepared, weight, Tile(256, 1, 4, 3), torch.float16)
 
 
-def _emulate(body: str, word: NDArray[np.uint32], mask: int, magic: int) -> NDArray[np.uint32]:
-    """Run an assembly string on 32-bit registers: shl, shr and lop3 only."""
-    registers: dict[str, NDArray[np.uint32]] = {
-        "$1": word,
-        "$2": np.full_like(word, mask * 0x10001),
-        "$3": np.full_like(word, magic * 0x10001),
-    }
-    for statement in filter(None, (part.strip() for part in body.strip("{} ").split(";"))):
-        if statement.startswith(".reg"):
-            continue
-        operation, rest = statement.split(None, 1)
-        target, *operands = [operand.strip() for operand in rest.split(",")]
-        first = registers[operands[0]]
-        if operation == "shl.b32":
-            registers[target] = first << np.uint32(int(operands[1]))
-        elif operation == "shr.u32":
-            registers[target] = first >> np.uint32(int(operands[1]))
-        else:
-            assert operation == "lop3.b32"
-            registers[target] = _lop3(*(registers[o] for o in operands[:3]), int(operands[3], 0))
-    return registers["$0"]
-
-
-def _lop3(
-    a: NDArray[np.uint32], b: NDArray[np.uint32], c: NDArray[np.uint32], table: int
-) -> NDArray[np.uint32]:
-    out = np.zeros_like(a)
-    for row in range(8):
-        if table >> row & 1:
-            picked = (a if row & 4 else ~a) & (b if row & 2 else ~b) & (c if row & 1 else ~c)
-            out |= picked
-    return out
-
-
 @pytest.mark.parametrize("selector", [3, 2, 1])
 @pytest.mark.parametrize("position", range(8))
 def test_assembly_makes_digits(position: int, selector: int) -> None:
@@ -231,6 +198,7 @@ def test_assembly_makes_digits(position: int, selector: int) -> None:
     word = rng.integers(0, 2**32, 4096, dtype=np.uint32)
     bit = triton_decode.DIGIT_BITS[position]
     body = triton_decode.assembly(position)
-    made = _emulate(body, word, selector << bit, (25 - bit) << 10).view(np.float16)
+    mask, magic = (np.full_like(word, v * 0x10001) for v in (selector << bit, (25 - bit) << 10))
+    made = emulate(body, {"$1": word, "$2": mask, "$3": magic}).view(np.float16)
     digit = (word.view(np.uint16) >> np.uint16(2 * position)) & np.uint16(selector)
     assert np.array_equal(made.astype(np.float64), 2.0 ** (10 - bit) + digit)

@@ -22,6 +22,7 @@ from mbq.kernels import dispatch
 from mbq.kernels.triton_decode import _decode_kernel
 from mbq.kernels.triton_dequantize import _ROWS, _WARPS, _dequantize_kernel
 from mbq.kernels.triton_prepare import _prepare_kernel
+from mbq.kernels.triton_whole import _whole_kernel
 from mbq.kernels.widths import WIDTHS, slices_of
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -56,11 +57,13 @@ _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(.*?);", re.MULTILINE)
 
 
 def main() -> None:
-    found, dequantizing, preparing = {}, {}, {}
+    found, whole, dequantizing, preparing = {}, {}, {}, {}
     for architecture in (80, 90):
         for bits in WIDTHS:
             name = f"sm_{architecture}, {bits} bits"
             dequantizing[name] = build_dequantizing(architecture, bits)
+            for tokens in (32, 64):
+                whole[f"{name}, {tokens} tokens"] = build_whole(architecture, bits, tokens)
         for width in (8, 16, 32):
             name = f"sm_{architecture}, {width} tokens"
             for variant, differing in VARIANTS.items():
@@ -70,6 +73,7 @@ def main() -> None:
     document = {
         "triton": triton.__version__,
         "kernels": found,
+        "whole": whole,
         "dequantizing": dequantizing,
         "preparing": preparing,
     }
@@ -96,6 +100,30 @@ def build(architecture: int, width: int, differing: dict[str, bool]) -> dict[str
         "matrix": assembly.count("HMMA") + assembly.count("HGMMA"),
         "conversions": assembly.count("I2F"),
         "instructions": _largest_loop(assembly) / digits,
+    }
+
+
+def build_whole(architecture: int, bits: int, tokens: int) -> dict[str, Any]:
+    """The tile of the same linears; `instructions` are those per weight."""
+    tile = dispatch.whole_tile(22016, 4096, tokens)
+    constants = {
+        "ROWS": tile.rows,
+        "TOKENS": tokens,
+        "SPLIT": tile.split,
+        "STAGES": tile.stages,
+        "BLOCK_GROUPS": 2,
+        "BITS": bits,
+        "SLICES": slices_of(bits),
+        "GAIN_ROW": WIDTHS.index(bits),
+        "ASM": True,
+    }
+    made = _compile(_whole_kernel, constants, architecture, tile.warps)
+    assembly = made.pop("assembly")
+    weights = tile.rows * 256 / (32 * tile.warps)
+    return made | {
+        "wide_loads": assembly.count("LDGSTS.E.BYPASS.128"),
+        "matrix": assembly.count("HMMA") + assembly.count("HGMMA"),
+        "instructions": _largest_loop(assembly) / weights,
     }
 
 
