@@ -24,7 +24,7 @@ from mbq.artifacts.errors import InputError, NotFoundError
 from mbq.kernels.widths import SLICE_BITS, widths_up_to
 
 # Of documents and files, and of what a spec means: the same spec never stands for other bytes.
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 WORD_INPUTS = 32
 
 # Names and rules in a message may come from a hostile document.

@@ -1,13 +1,17 @@
 """Dozens of tokens times quantized weights of one width that the host knows.
 
 `triton_decode.py` multiplies by each slice in turn; from a dozen tokens on, these products cost
-more than the bits that they save. Here the slices of a weight are put together first,
+more than the bits that they save. Here the slices of a weight are put together first: one product
+for a weight, whatever its width.
 
-    (sum_e ((word_e << or >> shift_e) & mask_e)) | magic   =   2^b + q
+Words of two slices become two words of 4-bit fields, one for even and one for odd positions, and
+words of four slices four words of 8-bit fields, by one shift and one selection of bits each; what
+is missing of a field is zero. A field becomes a float16 in the mantissa of a power of two,
 
-with q the first b bits of the code, at the top of the mantissa: one product for a weight, whatever
-its width. The weight is s 2^(2-b) (q + 1/2 - 2^(b-2) z); what is added to q is taken off by sums of
-the tokens, per group.
+    2^10 at fields of 8 bits, 2^6 at 4, 2^2 at 2     plus     q = code >> (8 - f)
+
+for f bits a field. The weight of b bits is s 2^(2-f) (q + 2^(f-b) / 2 - 2^(f-2) z); what is added
+to q is taken off by sums of the tokens, per group.
 
 Legend: N' N padded, B blocks of 256 inputs, G groups, T tokens.
 """
@@ -26,79 +30,109 @@ from mbq.kernels.widths import WIDTHS, slices_of
 
 
 @triton.constexpr_function
-def magic(bits: int) -> int:
-    """float16's bits of 2^bits: its exponent is biased by 15 and lies above 10 bits."""
-    return (15 + bits) << 10
+def field_bits(bits: int) -> int:
+    """Of a combined word: 2, 4 or 8."""
+    return 2 if bits == 2 else (4 if bits <= 4 else 8)
 
 
 @triton.constexpr_function
-def left(i: int, e: int) -> int:
-    """How far the word of slice e is moved to bring position i to where slice e is in a code."""
-    return 8 - 2 * e - 2 * i
+def bias(bits: int) -> int:
+    """What a float16 that was made of a field has more than the field."""
+    return {2: 4, 4: 64, 8: 1024}[field_bits(bits)]
 
 
 @triton.constexpr_function
-def mask(e: int, bits: int) -> int:
-    """The bits of slice e in a code; half of the second slice, at 3 bits, has its high one only."""
-    return (3 if bits >= 2 * e + 2 else 2) << (8 - 2 * e)
+def combining(bits: int) -> str:
+    """PTX that makes words of fields ($0 ...) of two words of each slice (after them)."""
+    twos, fours = "2, 0xCCCCCCCC", "4, 0xF0F0F0F0"
+    if bits == 3:
+        return "{ .reg .b32 l; and.b32 l, $3, 0xAAAAAAAA; " + paired("$0 $1 $2 l", twos) + "}"
+    if bits == 4:
+        return paired("$0 $1 $2 $3", twos)
+    body = "{ .reg .b32 a, b, c, d, z; mov.b32 z, " + ("0; " if bits == 6 else "$7; ")
+    body += paired("a b $4 $5", twos) + paired("c d $6 z", twos)
+    return body + paired("$0 $2 a c", fours) + paired("$1 $3 b d", fours) + "}"
 
 
 @triton.constexpr_function
-def assembly(i: int, bits: int) -> str:
-    """PTX that makes position i of two words of each slice ($1, $2 ...) whole codes."""
-    body = "{ .reg .b32 t, s; mov.b32 t, " + hex(magic(bits) * 0x10001) + "; "
-    for e in range((bits + 1) // 2):
-        by = left(i, e)
-        move = "shl.b32" if by >= 0 else "shr.u32"
-        body += move + " s, $" + str(e + 1) + ", " + str(abs(by)) + "; "
-        body += "lop3.b32 t, s, " + hex(mask(e, bits) * 0x10001) + ", t, 0xEA; "
-    return body + "mov.b32 $0, t; }"
+def paired(registers: str, cut: str) -> str:
+    """PTX that puts fields of two words side by side.
+
+    Args:
+        registers: for those at even positions, and at odd ones; of the high and the low fields.
+        cut: how wide a field is, and the mask of high fields.
+    """
+    even, odd, high, low = registers.split()
+    by, mask = cut.split(", ")
+    body = "{ .reg .b32 t, u; shl.b32 t, " + high + ", " + by + "; shr.u32 u, " + low + ", " + by
+    body += "; lop3.b32 " + even + ", t, " + low + ", " + mask + ", 0xE4; "
+    return body + "lop3.b32 " + odd + ", " + high + ", u, " + mask + ", 0xE4; } "
 
 
 @triton.constexpr_function
-def constraints(bits: int) -> str:
-    """One register out, one in for each slice."""
-    return "=r" + ",r" * ((bits + 1) // 2)
+def extracting(i: int, bits: int) -> str:
+    """PTX that makes float16 of the fields at position i ($0), of a word that holds them ($1)."""
+    if bits > 4:
+        return "prmt.b32 $0, $1, 0x64646464, " + ("0x4240;" if i < 4 else "0x4341;")
+    by = 8 - 2 * i if bits == 2 else 4 - 4 * (i // 2)
+    mask, magic = ("0x03000300", "0x44004400") if bits == 2 else ("0x00F000F0", "0x54005400")
+    moved = "shl.b32 t, $1, " + str(by) if by >= 0 else "shr.u32 t, $1, " + str(-by)
+    return "{ .reg .b32 t; " + moved + "; lop3.b32 $0, t, " + mask + ", " + magic + ", 0xEA; }"
 
 
 @triton.jit
-def _put(code, word, i: tl.constexpr, e: tl.constexpr, BITS: tl.constexpr):
-    """A code with the bits of slice e, for the interpreter."""
-    by: tl.constexpr = left(i, e)
-    wide = word.to(tl.int32) & 0xFFFF
-    return code | (((wide << by) if by >= 0 else (wide >> -by)) & mask(e, BITS))
-
-
-@triton.jit
-def _codes(
-    first, second, third, fourth, i: tl.constexpr,
-    BITS: tl.constexpr, SLICES: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """Codes at position i of int16 words, as float16: their value plus 2^BITS."""
-    if ASM:
-        body: tl.constexpr = assembly(i, BITS)
-        if SLICES == 1:
-            words = [first]
-        elif SLICES == 2:
-            words = [first, second]
-        elif SLICES == 3:
-            words = [first, second, third]
-        else:
-            words = [first, second, third, fourth]
-        made = tl.inline_asm_elementwise(
-            body, constraints(BITS), words, dtype=tl.float16, is_pure=True, pack=2
+def _combined(first, second, third, fourth, BITS: tl.constexpr, SLICES: tl.constexpr):
+    """Words of fields: as many as a field has slices."""
+    if SLICES == 1:
+        return first, first, first, first
+    body: tl.constexpr = combining(BITS)
+    if SLICES == 2:
+        even, odd = tl.inline_asm_elementwise(
+            body, "=r,=r,r,r", [first, second], dtype=(tl.int16, tl.int16), is_pure=True, pack=2
         )
-    else:
-        code = tl.full(first.shape, magic(BITS), tl.int32)
-        code = _put(code, first, i, 0, BITS)
-        if SLICES > 1:
-            code = _put(code, second, i, 1, BITS)
-        if SLICES > 2:
-            code = _put(code, third, i, 2, BITS)
-        if SLICES > 3:
-            code = _put(code, fourth, i, 3, BITS)
-        made = code.to(tl.int16).to(tl.float16, bitcast=True)
-    return made
+        return even, odd, even, odd
+    if SLICES == 3:
+        words = [first, second, third]
+        return tl.inline_asm_elementwise(
+            body, "=r,=r,=r,=r,r,r,r", words,
+            dtype=(tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2,
+        )  # fmt: skip
+    words = [first, second, third, fourth]
+    return tl.inline_asm_elementwise(
+        body, "=r,=r,=r,=r,r,r,r,r", words,
+        dtype=(tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@triton.jit
+def _extracted(zeroth, first, second, third, i: tl.constexpr, BITS: tl.constexpr):
+    """The fields at position i plus `bias`, as float16."""
+    word = zeroth
+    if i % 4 == 1:
+        word = first
+    if i % 4 == 2:
+        word = second
+    if i % 4 == 3:
+        word = third
+    return tl.inline_asm_elementwise(
+        extracting(i, BITS), "=r,r", [word], dtype=tl.float16, is_pure=True, pack=2
+    )
+
+
+@triton.jit
+def _defined(
+    first, second, third, fourth, i: tl.constexpr, BITS: tl.constexpr, SLICES: tl.constexpr
+):
+    """What both together give, word by word; in the interpreter."""
+    code = (first >> (2 * i)) & 3
+    if SLICES > 1:
+        code = (code << 2) | ((second >> (2 * i)) & 3)
+    if SLICES > 2:
+        code = (code << 2) | ((third >> (2 * i)) & 3)
+    if SLICES > 3:
+        code = (code << 2) | ((fourth >> (2 * i)) & 3)
+    code = code >> (2 * SLICES - BITS) << (field_bits(BITS) - BITS)
+    return (code + bias(BITS)).to(tl.float16)
 
 
 # Fewer variants to compile: these need no alignment.
@@ -116,8 +150,10 @@ def _whole_kernel(
     t = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
     j = tl.arange(0, 32)
     GROUP_CHUNKS: tl.constexpr = 8 // BLOCK_GROUPS
-    # Bins of this width in one of 2 bits.
-    FINER: tl.constexpr = (1 << BITS) // 4
+    FIELD: tl.constexpr = field_bits(BITS)
+    # Bins of a field in one of 2 bits, and half a bin of this width.
+    FINER: tl.constexpr = (1 << FIELD) // 4
+    HALF: tl.constexpr = (1 << (FIELD - BITS)) / 2
     inputs = blocks * 256
     slice_words = blocks.to(tl.int64) * rows * 32
     total = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
@@ -129,17 +165,22 @@ def _whole_kernel(
         second = tl.load(word_ptr + slice_words) if SLICES > 1 else first
         third = tl.load(word_ptr + 2 * slice_words) if SLICES > 2 else first
         fourth = tl.load(word_ptr + 3 * slice_words) if SLICES > 3 else first
+        if ASM:
+            w0, w1, w2, w3 = _combined(first, second, third, fourth, BITS, SLICES)
         x_at = x_ptr + t[None, :] * inputs + block * 256 + j[:, None]
         for h in tl.static_range(BLOCK_GROUPS):
             group = block * BLOCK_GROUPS + h
             s, z = halves(tl.load(scale_zero_ptr + group * rows + n))
             sums = tl.load(sum_ptr + group * padded_tokens + t)
-            acc = (0.5 - (1 << BITS) - FINER * z)[:, None] * sums[None, :]
+            acc = (HALF - bias(BITS) - FINER * z)[:, None] * sums[None, :]
             for c in tl.static_range(GROUP_CHUNKS):
                 x = tl.load(x_at + (h * GROUP_CHUNKS + c) * 32)
-                codes = _codes(
-                    first, second, third, fourth, h * GROUP_CHUNKS + c, BITS, SLICES, ASM
-                )
+                if ASM:
+                    codes = _extracted(w0, w1, w2, w3, h * GROUP_CHUNKS + c, BITS)
+                else:
+                    codes = _defined(
+                        first, second, third, fourth, h * GROUP_CHUNKS + c, BITS, SLICES
+                    )
                 acc = tl.dot(codes, x, acc)
             total += (s * (1.0 / FINER))[:, None] * acc
     finish(

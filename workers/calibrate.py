@@ -7,7 +7,7 @@ must reproduce, at each trained width, what the full-precision block outputs:
 
 Each step descends on the lowest width and on one of the others, drawn, one after the other, so that
 only one graph is alive. Trained are, per linear (`trainable.py`): the weight, the ends of every
-group's range, and a gain and a bias per output channel at every trained width but the highest.
+group's range, and a gain and a bias per output channel at every trained width.
 
 Training starts from codes that compensate for each other's errors at all trained widths
 (`gptq.py`): gradients then have less to find, and what they find for one width harms others less.
@@ -234,12 +234,11 @@ def _optimiser(
         groups.append({"params": clips, "lr": settings.clip_rate})
     if settings.method == "joint":
         groups.append({"params": [m.value for m in modules], "lr": settings.weight_rate})
-        if not stage.kept_bits:
-            # The highest width has nothing left to correct: Adam's noise in a row of gains would
-            # be larger than the error of the codes.
-            corrected = [WIDTHS.index(bits) for bits in stage.trained[:-1]]
-            rows = [rows[i] for m in modules for rows in (m.gain, m.bias) for i in corrected]
-            groups.append({"params": rows, "lr": settings.gain_rate})
+        for bits in stage.trained:
+            row = WIDTHS.index(bits)
+            rows = [rows[row] for m in modules for rows in (m.gain, m.bias)]
+            # In proportion to the bins: Adam's noise would be larger than the error of fine codes.
+            groups.append({"params": rows, "lr": settings.gain_rate * 2.0 ** (SLICE_BITS - bits)})
     trained = {id(p) for group in groups for p in group["params"]}
     for module in modules:
         for parameter in module.parameters():

@@ -199,6 +199,6 @@ def test_assembly_makes_digits(position: int, selector: int) -> None:
     bit = triton_decode.DIGIT_BITS[position]
     body = triton_decode.assembly(position)
     mask, magic = (np.full_like(word, v * 0x10001) for v in (selector << bit, (25 - bit) << 10))
-    made = emulate(body, {"$1": word, "$2": mask, "$3": magic}).view(np.float16)
+    made = emulate(body, {"$1": word, "$2": mask, "$3": magic})["$0"].view(np.float16)
     digit = (word.view(np.uint16) >> np.uint16(2 * position)) & np.uint16(selector)
     assert np.array_equal(made.astype(np.float64), 2.0 ** (10 - bit) + digit)

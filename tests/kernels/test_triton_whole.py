@@ -9,7 +9,13 @@ from mbq.kernels.quantize import dequantize, pack_pair, unpack_pair
 from mbq.kernels.reference import routed_linear
 from mbq.kernels.triton_prepare import prepare
 from mbq.kernels.triton_tiles import Tile
-from mbq.kernels.triton_whole import assembly, multiply_whole
+from mbq.kernels.triton_whole import (
+    bias,
+    combining,
+    extracting,
+    field_bits,
+    multiply_whole,
+)
 from mbq.kernels.widths import CODE_BITS, WIDTHS, slices_of
 from tests.support.ptx import emulate
 
@@ -66,15 +72,22 @@ def test_as_many_slices_as_are_there() -> None:
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("position", range(8))
-def test_assembly_puts_codes_together(position: int, bits: int) -> None:
-    rng = np.random.default_rng(position)
-    words = rng.integers(0, 2**32, (slices_of(bits), 4096), dtype=np.uint32)
-    registers = {f"${e + 1}": word for e, word in enumerate(words)}
-    made = emulate(assembly(position, bits), registers).view(np.float16)
-    code = np.zeros(2 * 4096, np.uint16)
-    for e, word in enumerate(words):
-        digit = (word.view(np.uint16) >> np.uint16(2 * position)) & np.uint16(3)
-        code |= digit << np.uint16(CODE_BITS - 2 * (e + 1))
-    expected = 2.0**bits + (code >> np.uint16(CODE_BITS - bits))
-    assert np.array_equal(made.astype(np.float64), expected)
+def test_assembly_puts_codes_together(bits: int) -> None:
+    rng = np.random.default_rng(bits)
+    slices, fields = slices_of(bits), field_bits(bits)
+    words = rng.integers(0, 2**32, (slices, 4096), dtype=np.uint32)
+    combined = list(words)
+    if slices > 1:
+        first = fields // 2
+        given = {f"${first + e}": word for e, word in enumerate(words)}
+        held = emulate(combining(bits), given)
+        combined = [held[f"${k}"] for k in range(first)]
+    for position in range(8):
+        word = combined[position % len(combined)]
+        made = emulate(extracting(position, bits), {"$1": word})["$0"].view(np.float16)
+        code = np.zeros(2 * 4096, np.uint16)
+        for e, original in enumerate(words):
+            digit = (original.view(np.uint16) >> np.uint16(2 * position)) & np.uint16(3)
+            code |= digit << np.uint16(CODE_BITS - 2 * (e + 1))
+        field = code >> np.uint16(CODE_BITS - bits) << np.uint16(fields - bits)
+        assert np.array_equal(made.astype(np.float64), bias(bits) + field.astype(np.float64))

@@ -6,29 +6,44 @@ from numpy.typing import NDArray
 Register = NDArray[np.uint32]
 
 
-def emulate(body: str, registers: dict[str, Register]) -> Register:
-    """What an assembly string leaves in $0: shl, shr, mov and lop3, and no more."""
+def emulate(body: str, registers: dict[str, Register]) -> dict[str, Register]:
+    """What an assembly string leaves in registers: shl, shr, mov, and, prmt and lop3, no more."""
     held = dict(registers)
     shape = next(iter(registers.values()))
-    for statement in filter(None, (part.strip() for part in body.strip("{} ").split(";"))):
+
+    def value(operand: str) -> Register:
+        return held[operand] if operand in held else np.full_like(shape, int(operand, 0))
+
+    statements = body.replace("{", ";").replace("}", ";").split(";")
+    for statement in filter(None, (part.strip() for part in statements)):
         if statement.startswith(".reg"):
             continue
         operation, rest = statement.split(None, 1)
         target, *operands = [operand.strip() for operand in rest.split(",")]
         if operation == "shl.b32":
-            held[target] = held[operands[0]] << np.uint32(int(operands[1]))
+            held[target] = value(operands[0]) << np.uint32(int(operands[1]))
         elif operation == "shr.u32":
-            held[target] = held[operands[0]] >> np.uint32(int(operands[1]))
+            held[target] = value(operands[0]) >> np.uint32(int(operands[1]))
         elif operation == "mov.b32":
-            (source,) = operands
-            held[target] = held[source] if source in held else np.full_like(shape, int(source, 0))
+            held[target] = value(operands[0])
+        elif operation == "and.b32":
+            held[target] = value(operands[0]) & value(operands[1])
+        elif operation == "prmt.b32":
+            held[target] = _prmt(value(operands[0]), value(operands[1]), int(operands[2], 0))
         else:
             assert operation == "lop3.b32"
-            values = [
-                held[o] if o in held else np.full_like(shape, int(o, 0)) for o in operands[:3]
-            ]
-            held[target] = _lop3(*values, int(operands[3], 0))
-    return held["$0"]
+            *sources, table = operands
+            held[target] = _lop3(*map(value, sources), table=int(table, 0))
+    return held
+
+
+def _prmt(a: Register, b: Register, selector: int) -> Register:
+    """Four bytes, each picked from the eight of two registers."""
+    sources = [(r >> np.uint32(8 * k)) & np.uint32(0xFF) for r in (a, b) for k in range(4)]
+    out = np.zeros_like(a)
+    for k in range(4):
+        out |= sources[selector >> (4 * k) & 7] << np.uint32(8 * k)
+    return out
 
 
 def _lop3(a: Register, b: Register, c: Register, table: int) -> Register:
