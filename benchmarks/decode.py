@@ -33,21 +33,21 @@ from weights import (
     ROTATED_BYTES,
     SHAPES,
     decode_times,
+    hungry_tokens,
+    multiply,
     random_digits,
     rotation,
     tokens_at,
 )
 
 from mbq.kernels import dispatch
-from mbq.kernels.digits import Digits, pack_digits
+from mbq.kernels.digits import pack_digits
 from mbq.kernels.quantize import dequantize, pack_pair, unpack_pair
 from mbq.kernels.reference import routed_linear
 from mbq.kernels.router import Gates, bits_taken, score
 from mbq.kernels.timing import time_graph
-from mbq.kernels.triton_decode import multiply
 from mbq.kernels.triton_dequantize import dequantize_digits
-from mbq.kernels.triton_prepare import Prepared, prepare
-from mbq.kernels.triton_whole import multiply_whole
+from mbq.kernels.triton_prepare import prepare
 from mbq.kernels.widths import CODE_BITS, MAX_SLICES, WIDTHS
 
 TOKENS = (1, 4, 8, 16, 32, 64)
@@ -142,14 +142,13 @@ def check(n: int, k: int) -> float:
         bits_T = torch.tensor(list(itertools.islice(itertools.cycle(widths), m)), device="cuda")
         asked = bits_T[None] if len(widths) > 1 else widths[0]
         prepared = prepare(x, asked, 1, GROUP, CODE_BITS)
-        tile = dispatch.tile(n, k, m, x.device)
+        tile = dispatch.tile(n, k, m, x.device, prepared.mixed)
         # What is allocated next lies where this was: an element that is not written stays NaN.
         poison = torch.full((m, n), math.nan, dtype=torch.bfloat16, device="cuda")
         del poison
-        outs = multiply(prepared, weight, tile, torch.bfloat16)
-        if isinstance(asked, int):
-            cut = dispatch.whole_tile(n, k, m)
-            outs += multiply_whole(prepared, asked, weight, cut, torch.bfloat16)
+        # A width that the host knows, and the same again as one that it does not.
+        known = asked if isinstance(asked, int) else None
+        outs = multiply(prepared, known, weight, tile) + multiply(prepared, None, weight, tile)
         some = torch.randperm(m, device="cuda")[:8]
         expected = routed_linear(x[some].double(), weight_WNK, bias_WN, bits_T[some])
         for out in outs:
@@ -161,8 +160,8 @@ def check(n: int, k: int) -> float:
 def repeatable(n: int, k: int) -> bool:
     """Whether two runs give the same bits."""
     weight, prepared = random_digits(n, k), tokens_at(5, k, 6)
-    tile = dispatch.tile(n, k, 5, weight.digits_SBN32.device)
-    outs = [multiply(prepared, weight, tile, torch.bfloat16)[0] for _ in range(3)]
+    tile = dispatch.tile(n, k, 5, weight.digits_SBN32.device, prepared.mixed)
+    outs = [multiply(prepared, 6, weight, tile)[0] for _ in range(3)]
     return all(torch.equal(out, outs[0]) for out in outs)
 
 
@@ -209,9 +208,9 @@ def time_shape(n: int, k: int, ceilings: dict[str, float]) -> list[Point]:
     for bits in WIDTHS:
         weights = rotation(n, k, bits)
         for m in TOKENS:
-            tile = dispatch.tile(n, k, m, torch.device("cuda"))
+            tile = dispatch.tile(n, k, m, torch.device("cuda"), mixed=False)
             prepared = tokens_at(m, k, bits)
-            seconds, spread = decode_times(weights, prepared, tile)
+            seconds, spread = decode_times(weights, prepared, bits, tile)
             moved = n * k * (bits + 32 / GROUP) / 8 + 2 * m * (n + k)
             bound = max(
                 moved / ceilings["bytes_per_second"],
@@ -226,7 +225,7 @@ def time_shape(n: int, k: int, ceilings: dict[str, float]) -> list[Point]:
                     "tile": [tile.rows, tile.split, tile.warps, tile.stages],
                     "seconds": seconds,
                     "spread_seconds": spread,
-                    "whole_seconds": time_whole(weights, bits, prepared),
+                    "unknown_seconds": decode_times(weights, prepared, None, tile)[0],
                     "bound_seconds": bound,
                     "of_bound": bound / seconds,
                     "of_bound_and_empty": (bound + ceilings["empty_seconds"]) / seconds,
@@ -236,28 +235,14 @@ def time_shape(n: int, k: int, ceilings: dict[str, float]) -> list[Point]:
     return points
 
 
-def time_whole(weights: list[Digits], bits: int, prepared: Prepared) -> float:
-    """Seconds of one multiplication by whole codes, weights rotating."""
-    (n,), k = weights[0].out_features, weights[0].in_features
-    tile = dispatch.whole_tile(n, k, prepared.tokens)
-    turn = itertools.cycle(weights)
-    launches = max(len(weights), 24)
-    return time_graph(
-        lambda: multiply_whole(prepared, bits, next(turn), tile, torch.bfloat16), launches
-    )[0]
-
-
 def time_mixed(n: int, k: int) -> list[Point]:
     """One token in ten has 8 bits, the others 2 or 3: a batch reads what its hungriest does."""
     weights = rotation(n, k, 2)
     points = []
     for m in (1, 4, 16, 64):
-        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         for bits, hungry in itertools.product((2, 3), sorted({0, math.ceil(m / 10)})):
-            bits_1T = torch.full((1, m), bits, device="cuda")
-            bits_1T[:, :hungry] = CODE_BITS
-            prepared = prepare(x, bits_1T, 1, GROUP, CODE_BITS)
-            tile = dispatch.tile(n, k, m, x.device)
+            prepared = hungry_tokens(m, k, bits, hungry)
+            tile = dispatch.tile(n, k, m, torch.device("cuda"), prepared.mixed)
             points.append(
                 {
                     "n": n,
@@ -266,7 +251,7 @@ def time_mixed(n: int, k: int) -> list[Point]:
                     "tokens_with_8_bits": hungry,
                     "bits_of_others": bits,
                     "steps": int(prepared.steps_L2[0, 0]),
-                    "seconds": decode_times(weights, prepared, tile)[0],
+                    "seconds": decode_times(weights, prepared, None, tile)[0],
                 }
             )
     return points
@@ -344,14 +329,14 @@ def model_sums(points: list[Point], models: tuple[str, ...]) -> list[Point]:
 def show(points: list[Point], sums: list[Point]) -> None:
     """Short tables, the sums last."""
     click.echo(
-        "N x K | tokens | bits | us | whole codes | bound | % | with empty | cuBLAS | int4 | tile"
+        "N x K | tokens | bits | us | unknown | bound | % | with empty | cuBLAS | int4 | tile"
     )
     for p in points:
-        kinds = ("whole", "bound", "cublas", "tinygemm_4bit")
+        kinds = ("unknown", "bound", "cublas", "tinygemm_4bit")
         us = {kind: p[f"{kind}_seconds"] * 1e6 for kind in kinds}
         click.echo(
             f"{p['n']} x {p['k']} | {p['tokens']} | {p['bits']} | {p['seconds'] * 1e6:.1f} | "
-            f"{us['whole']:.1f} | {us['bound']:.1f} | {p['of_bound']:.0%} | "
+            f"{us['unknown']:.1f} | {us['bound']:.1f} | {p['of_bound']:.0%} | "
             f"{p['of_bound_and_empty']:.0%} | "
             f"{us['cublas']:.1f} | {us['tinygemm_4bit']:.1f} | {p['tile']}"
         )

@@ -11,9 +11,10 @@ import torch
 from mbq.kernels.digits import BLOCK_INPUTS, Digits
 from mbq.kernels.quantize import pack_pair
 from mbq.kernels.timing import time_graph
-from mbq.kernels.triton_decode import multiply
+from mbq.kernels.triton_mixed import multiply_mixed
 from mbq.kernels.triton_prepare import Prepared, prepare
 from mbq.kernels.triton_tiles import Tile
+from mbq.kernels.triton_uniform import multiply_uniform
 from mbq.kernels.widths import CODE_BITS, MAX_SLICES, WIDTHS
 
 SHAPES = {
@@ -64,18 +65,33 @@ def rotation(n: int, k: int, bits: int) -> list[Digits]:
     return [random_digits(n, k) for _ in range(math.ceil(ROTATED_BYTES / (n * k * bits / 8)) + 1)]
 
 
+def multiply(
+    prepared: Prepared, bits: int | None, weight: Digits, tile: Tile
+) -> tuple[torch.Tensor, ...]:
+    """Tokens times one weight, by the kernel that serves them; `bits` as for `multiply_uniform`."""
+    if prepared.mixed:
+        return multiply_mixed(prepared, weight, tile, torch.bfloat16)
+    return multiply_uniform(prepared, bits, weight, tile, torch.bfloat16)
+
+
 def decode_times(
-    weights: list[Digits], prepared: Prepared, tile: Tile, replays: int = 15
+    weights: list[Digits], prepared: Prepared, bits: int | None, tile: Tile, replays: int = 15
 ) -> tuple[float, float]:
     """Seconds of one multiplication, weights rotating."""
     turn = itertools.cycle(weights)
     launches = max(len(weights), 24)
-    return time_graph(
-        lambda: multiply(prepared, next(turn), tile, torch.bfloat16), launches, replays
-    )
+    return time_graph(lambda: multiply(prepared, bits, next(turn), tile), launches, replays)
 
 
 def tokens_at(m: int, k: int, bits: int) -> Prepared:
     """Random tokens that all have the same width."""
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
     return prepare(x, bits, 1, GROUP, CODE_BITS)
+
+
+def hungry_tokens(m: int, k: int, bits: int, hungry: int) -> Prepared:
+    """Random tokens of one width, but for the first ones, which have 8 bits."""
+    bits_1T = torch.full((1, m), bits, device="cuda")
+    bits_1T[:, :hungry] = CODE_BITS
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    return prepare(x, bits_1T, 1, GROUP, CODE_BITS)

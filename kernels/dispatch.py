@@ -2,7 +2,7 @@
 
 Cuts that were measured ship as `tiles_<architecture>.json`, made by `benchmarks/decode.py --tune`:
 
-    {"<N'> x <K'>": {"<tokens of a program>": [rows, split, warps, stages]}}
+    {"uniform" or "mixed": {"<N'> x <K'>": {"<tokens of a program>": [rows, split, warps, stages]}}}
 
 Other shapes take a rule of thumb: enough programs to fill the device a few times.
 """
@@ -17,24 +17,22 @@ from torch import Tensor
 
 from mbq.kernels.digits import BLOCK_INPUTS, GROUP_SIZES, ROW_MULTIPLE, Digits
 from mbq.kernels.router import Gates
-from mbq.kernels.widths import slices_of
 
 try:
     from mbq.kernels import (
-        triton_decode,
         triton_dequantize,
+        triton_mixed,
         triton_prepare,
         triton_tiles,
-        triton_whole,
+        triton_uniform,
     )
 except ImportError:
     _TRITON = False
 else:
     _TRITON = True
 
-# Tokens times slices that are multiplied slice by slice; above, slices are put together first.
-# Where products by slice stop to pay was measured (benchmarks/results/*-decode.json).
-_MOST_PRODUCTS = 48
+_Measured = dict[str, dict[str, dict[str, list[int]]]]
+
 # Programs to aim at: about four for each of a large GPU's multiprocessors.
 _PROGRAMS = 528
 
@@ -80,15 +78,15 @@ def decode(
 
     Arguments as those of `triton_prepare.prepare`.
     """
-    linears, tokens = len(weight.out_features), len(x_TK)
+    linears, rows, inputs = len(weight.out_features), weight.starts[-1], weight.in_features
     prepared = triton_prepare.prepare(x_TK, widths, linears, weight.group_size, max_bits, tally)
-    if isinstance(widths, int) and tokens * slices_of(widths) > _MOST_PRODUCTS:
-        cut = whole_tile(weight.starts[-1], weight.in_features, tokens)
-        return triton_whole.multiply_whole(prepared, widths, weight, cut, x_TK.dtype)
-    cut = tile(weight.starts[-1], weight.in_features, tokens, x_TK.device)
+    cut = tile(rows, inputs, len(x_TK), x_TK.device, prepared.mixed)
     if any(start % cut.rows for start in weight.starts):
         cut = dataclasses.replace(cut, rows=ROW_MULTIPLE)
-    return triton_decode.multiply(prepared, weight, cut, x_TK.dtype)
+    if prepared.mixed:
+        return triton_mixed.multiply_mixed(prepared, weight, cut, x_TK.dtype)
+    bits = widths if isinstance(widths, int) else None
+    return triton_uniform.multiply_uniform(prepared, bits, weight, cut, x_TK.dtype)
 
 
 def dequantize(weight: Digits, bits: int, dtype: torch.dtype) -> Tensor:
@@ -97,45 +95,43 @@ def dequantize(weight: Digits, bits: int, dtype: torch.dtype) -> Tensor:
 
 
 def tile(
-    out_features: int, in_features: int, tokens: int, device: torch.device
+    out_features: int, in_features: int, tokens: int, device: torch.device, mixed: bool
 ) -> "triton_tiles.Tile":
     """How to cut a multiplication on a device."""
     rows = -(-out_features // ROW_MULTIPLE) * ROW_MULTIPLE
     blocks = -(-in_features // BLOCK_INPUTS)
-    width = triton_prepare.token_tile(tokens)
+    width = token_tile(tokens, mixed)
     measured = _measured(torch.cuda.get_device_capability(device)) if device.type == "cuda" else {}
-    found = measured.get(f"{rows} x {blocks * BLOCK_INPUTS}", {}).get(str(width))
-    return triton_tiles.Tile(*found) if found else default_tile(rows, blocks, width)
+    by_shape = measured.get("mixed" if mixed else "uniform", {})
+    found = by_shape.get(f"{rows} x {blocks * BLOCK_INPUTS}", {}).get(str(width))
+    return triton_tiles.Tile(*found) if found else default_tile(rows, blocks, width, mixed)
 
 
-def default_tile(rows: int, blocks: int, width: int) -> "triton_tiles.Tile":
+def token_tile(tokens: int, mixed: bool) -> int:
+    """Tokens of a program."""
+    if mixed:
+        return triton_prepare.token_tile(tokens)
+    return triton_uniform.uniform_token_tile(tokens)
+
+
+def default_tile(rows: int, blocks: int, width: int, mixed: bool) -> "triton_tiles.Tile":
     """The rule of thumb, for shapes that were not measured."""
-    warps = 2 if width <= 8 else 4
-    return triton_tiles.Tile(ROW_MULTIPLE, _split(rows, blocks), warps, stages=4)
-
-
-def whole_tile(out_features: int, in_features: int, tokens: int) -> "triton_tiles.Tile":
-    """How to cut a multiplication by whole codes; none was measured yet."""
-    rows = -(-out_features // ROW_MULTIPLE) * ROW_MULTIPLE
-    blocks = -(-in_features // BLOCK_INPUTS)
-    wide = triton_whole.whole_token_tile(tokens) > 32
-    return triton_tiles.Tile(
-        ROW_MULTIPLE, _split(rows, blocks), warps=8 if wide else 4, stages=2 if wide else 3
-    )
-
-
-def _split(rows: int, blocks: int) -> int:
     split = 1
     while split < 16 and split * 2 <= blocks and rows // ROW_MULTIPLE * split < _PROGRAMS:
         split *= 2
-    return split
+    if mixed:
+        return triton_tiles.Tile(ROW_MULTIPLE, split, warps=2 if width <= 8 else 4, stages=4)
+    wide = width > 32
+    return triton_tiles.Tile(ROW_MULTIPLE, split, warps=8 if wide else 4, stages=2 if wide else 3)
 
 
 @cache
-def _measured(capability: tuple[int, int]) -> dict[str, dict[str, list[int]]]:
+def _measured(capability: tuple[int, int]) -> _Measured:
     name = f"tiles_sm{capability[0]}{capability[1]}.json"
     stored = files("mbq.kernels") / name
     if not stored.is_file():
         return {}
-    found: dict[str, dict[str, list[int]]] = json.loads(stored.read_text(encoding="utf-8"))
+    found: dict[str, dict[str, dict[str, list[int]]]] = json.loads(
+        stored.read_text(encoding="utf-8")
+    )
     return found

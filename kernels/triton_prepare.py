@@ -1,9 +1,10 @@
 """Few tokens made ready for products with codes: one launch for all linears that share an input.
 
-What the decode kernel (`triton_decode.py`) reads of the tokens:
+What the multiplying kernels (`triton_uniform.py`, `triton_mixed.py`) read of the tokens:
 
     x16   float16, each token scaled by a power of two so that its largest value is near 2^10
-    sums  per group of inputs: sum of x16, and sum weighted by the bias of each digit (there)
+    sums  per group of inputs: sum of x16, and sum weighted by the bias of each digit
+          (`triton_tiles.py`)
 
 and of their widths: the bits of each token in each linear, and how many steps each linear takes
 through its slices. Widths are the same for all tokens, or given, or decided here by the router of
@@ -36,7 +37,7 @@ _WIDE_INPUTS = 16384
 
 @dataclass(frozen=True)
 class Prepared:
-    """Tokens as the decode kernel reads them, for all linears that share an input.
+    """Tokens as the multiplying kernels read them, for all linears that share an input.
 
     Attributes:
         x_TK: float16 [T', K'].
@@ -46,7 +47,6 @@ class Prepared:
         bits_LT: int32 [L, T'].
         steps_L2: int32 [L, 2], steps through the slices, and 1 if the second slice is halved.
         mixed: whether tokens may differ in width.
-        halvable: whether the second slice may be halved.
     """
 
     x_TK: Tensor
@@ -56,7 +56,6 @@ class Prepared:
     bits_LT: Tensor
     steps_L2: Tensor
     mixed: bool
-    halvable: bool
     tokens: int
 
 
@@ -176,9 +175,9 @@ def prepare(
     """
     tokens, inputs = x_TK.shape
     if not 1 <= tokens <= MAX_TOKENS:
-        raise ValueError(f"{tokens} tokens: the decode kernel takes 1 to {MAX_TOKENS}")
+        raise ValueError(f"{tokens} tokens: the kernels take 1 to {MAX_TOKENS}")
     if not 1 <= linears <= MOST_LINEARS:
-        raise ValueError(f"{linears} linears: the decode kernel takes 1 to {MOST_LINEARS}")
+        raise ValueError(f"{linears} linears: the kernels take 1 to {MOST_LINEARS}")
     width = token_tile(tokens)
     padded_tokens = -(-tokens // width) * width
     padded_inputs = -(-inputs // BLOCK_INPUTS) * BLOCK_INPUTS
@@ -195,8 +194,7 @@ def prepare(
         x_TK.new_empty(padded_tokens, dtype=torch.float32),
         x_TK.new_empty(linears, padded_tokens, dtype=torch.int32),
         x_TK.new_empty(linears, 2, dtype=torch.int32),
-        mixed=tokens > 1 and not alike,
-        halvable=widths == 3 if isinstance(widths, int) else max_bits > 2,
+        mixed=tokens > 1 and max_bits > SLICE_BITS and not alike,
         tokens=tokens,
     )
     hidden = 0 if gates is None else len(gates.trunk_HK)

@@ -1,7 +1,16 @@
-"""What the multiplying kernels share: how products are cut into tiles, summed and written.
+"""What the multiplying kernels share: digits, and how products are cut into tiles and summed.
+
+A digit becomes a float16 without any arithmetic: two bits in the mantissa of a power of two,
+
+    ((word << or >> shift) & (3 << b)) | magic   =   2^(10 - b) + q
+
+one instruction for two weights.
 
 A program makes a tile of rows and tokens over a part of the inputs. The last program of a tile to
 finish adds up all parts in the order of their numbers, so results are the same from run to run.
+
+Everything is judged by `reference.routed_linear`. Under Triton's interpreter there is no inline
+assembly.
 
 Legend: N out_features, T tokens.
 """
@@ -13,10 +22,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mbq.kernels.digits import Digits
+from mbq.kernels.digits import MOST_LINEARS, Digits
 from mbq.kernels.triton_prepare import zeros
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+# Bit at which each of a word's 8 digits lies after its shift; the bias of digit i is 2^(10 - bit).
+DIGIT_BITS = (4, 6, 4, 6, 8, 4, 6, 8)
 # So that the counters seldom grow.
 _COUNTERS = 4096
 
@@ -29,6 +40,49 @@ class Tile:
     split: int
     warps: int
     stages: int
+
+
+@triton.jit
+def row_of(bits):
+    """Where a width stands in WIDTHS."""
+    return tl.where(bits <= 4, bits - 2, bits // 2)
+
+
+_KEEP = tl.constexpr("lop3.b32 $0, $1, $2, $3, 0xEA;")
+_LEFT = tl.constexpr("{ .reg .b32 t; shl.b32 t, $1, 4; lop3.b32 $0, t, $2, $3, 0xEA; }")
+_RIGHT = tl.constexpr("{ .reg .b32 t; shr.u32 t, $1, 6; lop3.b32 $0, t, $2, $3, 0xEA; }")
+
+
+def assembly(i: int) -> str:
+    """PTX that makes digit i of two words ($1) with mask $2 and magic $3."""
+    body: str = (_LEFT if i < 2 else _KEEP if i < 5 else _RIGHT).value
+    return body
+
+
+@triton.jit
+def digit(word, i: tl.constexpr, selector, ASM: tl.constexpr):
+    """Digit i of int16 words under a mask of 3, 2 or 1, as float16: its value plus 2^(10 - bit)."""
+    bit: tl.constexpr = (
+        4 if (i == 0 or i == 2 or i == 5) else (6 if (i == 1 or i == 3 or i == 6) else 8)
+    )
+    magic: tl.constexpr = (25 - bit) << 10
+    # A choice of constants: a mask that is computed, and `elif` too, would keep the compiler from
+    # bringing words, rather than digits, to the threads that need them.
+    mask = tl.full(word.shape, 3 << bit, tl.int16)
+    if selector == 2:
+        mask = tl.full(word.shape, 2 << bit, tl.int16)
+    if selector == 1:
+        mask = tl.full(word.shape, 1 << bit, tl.int16)
+    if ASM:
+        body: tl.constexpr = _LEFT if i < 2 else (_KEEP if i < 5 else _RIGHT)
+        g = tl.full(word.shape, magic, tl.int16)
+        made = tl.inline_asm_elementwise(
+            body, "=r,r,r,r", [word, mask, g], dtype=tl.float16, is_pure=True, pack=2
+        )
+    else:
+        shifted = (word << 4) if i < 2 else (word if i < 5 else (word >> 6))
+        made = ((shifted & mask) | magic).to(tl.int16).to(tl.float16, bitcast=True)
+    return made
 
 
 @triton.jit
@@ -67,6 +121,19 @@ def finish(
         y = gain * (total * tl.load(unscale_ptr + t)[None, :]) + bias
         at = t[None, :].to(tl.int64) * rows + n[:, None]
         tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=t[None, :] < tokens)
+
+
+def cuts(weight: Digits, tile: Tile) -> tuple[int, int]:
+    """The tiles at which the second and the third linear start, or more than there are.
+
+    Raises:
+        ValueError: a tile would reach from one linear into the next.
+    """
+    if any(start % tile.rows for start in weight.starts):
+        raise ValueError(f"tiles of {tile.rows} rows do not divide linears of {weight.starts} rows")
+    starts = [start // tile.rows for start in weight.starts[1:]]
+    starts += [starts[-1]] * MOST_LINEARS
+    return starts[0], starts[1]
 
 
 def scratch(grid: tuple[int, int, int], padded_tokens: int, out: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,19 +8,20 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mbq.kernels import dispatch
-from mbq.kernels.digits import ROW_MULTIPLE, join_digits, pack_digits
-from mbq.kernels.quantize import dequantize, pack_pair, unpack_pair
-from mbq.kernels.widths import WIDTHS
+from mbq.kernels.digits import ROW_MULTIPLE, join_digits
+from mbq.kernels.reference import routed_linear
+from tests.support.weights import error, random_weight
 
 FOLDER = Path(dispatch.__file__).parent
 
 
 @pytest.mark.parametrize(("rows", "blocks"), [(128, 1), (4096, 16), (11008, 43), (128256, 16)])
-@pytest.mark.parametrize("width", [8, 16, 32])
+@pytest.mark.parametrize("tokens", [1, 16, 33, 64])
+@pytest.mark.parametrize("mixed", [False, True])
 def test_the_rule_of_thumb_leaves_work_for_every_program(
-    rows: int, blocks: int, width: int
+    rows: int, blocks: int, tokens: int, mixed: bool
 ) -> None:
-    tile = dispatch.default_tile(rows, blocks, width)
+    tile = dispatch.default_tile(rows, blocks, dispatch.token_tile(tokens, mixed), mixed)
     assert rows % tile.rows == 0
     assert 1 <= tile.split <= blocks
 
@@ -29,7 +30,9 @@ def test_shipped_tiles_fit_their_shapes() -> None:
     files = list(FOLDER.glob("tiles_sm*.json"))
     assert files
     for file in files:
-        for shape, by_width in json.loads(file.read_text(encoding="utf-8")).items():
+        by_kind = json.loads(file.read_text(encoding="utf-8"))
+        assert set(by_kind) <= {"uniform", "mixed"}
+        for shape, by_width in [item for kind in by_kind.values() for item in kind.items()]:
             rows, inputs = map(int, shape.split(" x "))
             assert rows % ROW_MULTIPLE == 0
             for tile, split, warps, stages in by_width.values():
@@ -52,17 +55,14 @@ def test_few_enough_tokens_on_a_gpu_are_decoded() -> None:
     assert not dispatch.decodes(x, 64, 96)
 
 
-@pytest.mark.parametrize(("tokens", "bits"), [(49, 2), (24, 4), (25, 4), (17, 6), (13, 8), (64, 3)])
-def test_both_kernels_give_the_product(tokens: int, bits: int) -> None:
-    torch.manual_seed(tokens)
-    code = torch.randint(0, 256, (70, 256), dtype=torch.uint8)
-    scale_zero = pack_pair(0.5 + torch.rand(70, 2), 1.5 + torch.rand(70, 2))
-    gain_bias = pack_pair(1 + torch.rand(5, 70) / 10, torch.randn(5, 70))
-    weight = join_digits([pack_digits(code, scale_zero, gain_bias, 4)] * 2)
-    x = torch.randn(tokens, 256).half()
-    gain_WN, bias_WN = unpack_pair(gain_bias)
-    row = WIDTHS.index(bits)
-    weight_NK = dequantize(code, *unpack_pair(scale_zero), bits) * gain_WN[row][:, None]
-    expected = x.float() @ weight_NK.T + bias_WN[row]
-    for out in dispatch.decode(x, bits, 8, weight):
-        torch.testing.assert_close(out.float(), expected, rtol=2e-3, atol=2e-2)
+@pytest.mark.parametrize("widths", [4, 8, [[3], [6]], [[2, 8, 3], [4, 4, 4]]])
+def test_widths_of_all_kinds_are_multiplied(widths: int | list[list[int]]) -> None:
+    torch.manual_seed(0)
+    made = [random_weight(70, 256, 128) for _ in range(2)]
+    joined = join_digits([weight for weight, *_ in made])
+    x = torch.randn(3, 256).half()
+    asked = widths if isinstance(widths, int) else torch.tensor(widths)
+    outs = dispatch.decode(x, asked, 8, joined)
+    for number, (out, (_, weight_WNK, bias_WN)) in enumerate(zip(outs, made, strict=True)):
+        bits = torch.tensor(widths if isinstance(widths, int) else widths[number]).expand(3)
+        assert error(out, routed_linear(x, weight_WNK, bias_WN, bits)) < 2e-3

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mbq.kernels import dispatch, triton_decode, triton_prepare
+from mbq.kernels import dispatch, triton_mixed, triton_prepare, triton_uniform
 from mbq.kernels.bitplanes import pack_planes
 from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.quantize import pack_pair
@@ -62,7 +62,7 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
-    """Every launch of the decode kernels, to be repeated with the very same arguments."""
+    """Every launch of the kernels, to be repeated with the very same arguments."""
     seen: list[Callable[[], None]] = []
 
     class Recorded:
@@ -76,7 +76,12 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
 
             return launch
 
-    for module, name in ((triton_prepare, "_prepare_kernel"), (triton_decode, "_decode_kernel")):
+    kernels = (
+        (triton_prepare, "_prepare_kernel"),
+        (triton_uniform, "_uniform_kernel"),
+        (triton_mixed, "_mixed_kernel"),
+    )
+    for module, name in kernels:
         monkeypatch.setattr(module, name, Recorded(getattr(module, name)))
     return seen
 

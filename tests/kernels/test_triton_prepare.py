@@ -61,7 +61,7 @@ def test_widths_for_all_tokens_of_each_linear() -> None:
 def test_one_width_for_all(bits: int) -> None:
     prepared = prepare(torch.randn(2, 64).half(), bits, 2, 32, 8)
     assert prepared.bits_LT[:, :2].tolist() == [[bits] * 2] * 2
-    assert (prepared.mixed, prepared.halvable) == (False, bits == 3)
+    assert not prepared.mixed
 
 
 def test_tallies_tokens_and_bits() -> None:
@@ -74,6 +74,15 @@ def test_tallies_tokens_and_bits() -> None:
     assert tally.tolist() == [[6, 6], [13 + 9, 14 + 9]]
 
 
-def test_no_more_linears_than_it_takes() -> None:
-    with pytest.raises(ValueError, match="4 linears: the decode kernel takes 1 to 3"):
+def test_tokens_that_cannot_differ_are_not_mixed() -> None:
+    two = torch.tensor([[3, 8]])
+    assert prepare(torch.randn(2, 64).half(), two, 1, 32, 8).mixed
+    assert not prepare(torch.randn(1, 64).half(), two[:, :1], 1, 32, 8).mixed
+    assert not prepare(torch.randn(2, 64).half(), torch.tensor([[2, 2]]), 1, 32, 2).mixed
+
+
+def test_no_more_linears_and_tokens_than_it_takes() -> None:
+    with pytest.raises(ValueError, match="4 linears: the kernels take 1 to 3"):
         prepare(torch.zeros(1, 256).half(), 2, 4, 128, 8)
+    with pytest.raises(ValueError, match="65 tokens: the kernels take 1 to 64"):
+        prepare(torch.zeros(65, 256).half(), 2, 1, 128, 8)

@@ -19,10 +19,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mbq.kernels import dispatch
-from mbq.kernels.triton_decode import _decode_kernel
 from mbq.kernels.triton_dequantize import _ROWS, _WARPS, _dequantize_kernel
+from mbq.kernels.triton_mixed import _mixed_kernel
 from mbq.kernels.triton_prepare import _prepare_kernel
-from mbq.kernels.triton_whole import _whole_kernel
+from mbq.kernels.triton_tiles import Tile
+from mbq.kernels.triton_uniform import _uniform_kernel
 from mbq.kernels.widths import WIDTHS, slices_of
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -47,65 +48,50 @@ ALIGNED = (
     "block_stride",
     "group_stride",
 )
-# How tokens may differ in width: not at all, all in a way the host does not know, each in its own.
-VARIANTS = {
-    "": {"MIXED": False, "HALVABLE": False},
-    ", halvable": {"MIXED": False, "HALVABLE": True},
-    ", mixed": {"MIXED": True, "HALVABLE": True},
-}
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(.*?);", re.MULTILINE)
 
 
 def main() -> None:
-    found, whole, dequantizing, preparing = {}, {}, {}, {}
+    mixed, uniform, dequantizing, preparing = {}, {}, {}, {}
     for architecture in (80, 90):
+        for tokens in (8, 16, 32, 64):
+            name = f"sm_{architecture}, {tokens} tokens"
+            if tokens <= 32:
+                mixed[name] = build_mixed(architecture, tokens)
+            for bits in (2, 4, 8, 0):
+                uniform[f"{name}, {bits or 'any'} bits"] = build_uniform(architecture, tokens, bits)
         for bits in WIDTHS:
             name = f"sm_{architecture}, {bits} bits"
             dequantizing[name] = build_dequantizing(architecture, bits)
-            for tokens in (32, 64):
-                whole[f"{name}, {tokens} tokens"] = build_whole(architecture, bits, tokens)
-        for width in (8, 16, 32):
-            name = f"sm_{architecture}, {width} tokens"
-            for variant, differing in VARIANTS.items():
-                found[name + variant] = build(architecture, width, differing)
         for inputs in (4096, 11008, 14336):
             preparing[f"sm_{architecture}, {inputs} inputs"] = build_preparing(architecture, inputs)
     document = {
         "triton": triton.__version__,
-        "kernels": found,
-        "whole": whole,
+        "mixed": mixed,
+        "uniform": uniform,
         "dequantizing": dequantizing,
         "preparing": preparing,
     }
     print(json.dumps(document))
 
 
-def build(architecture: int, width: int, differing: dict[str, bool]) -> dict[str, Any]:
-    """The default tile of LLaMA-2-7B's gate and up, for a number of tokens a program."""
-    tile = dispatch.default_tile(22016, 16, width)
+def build_mixed(architecture: int, tokens: int) -> dict[str, Any]:
+    """The default tile of LLaMA-2-7B's gate and up; `instructions` are those per digit."""
+    tile = dispatch.default_tile(22016, 16, tokens, mixed=True)
     constants = {
         "ROWS": tile.rows,
-        "TOKENS": width,
+        "TOKENS": tokens,
         "SPLIT": tile.split,
         "STAGES": tile.stages,
         "BLOCK_GROUPS": 2,
-        **differing,
         "ASM": True,
     }
-    made = _compile(_decode_kernel, constants, architecture, tile.warps)
-    assembly = made.pop("assembly")
-    digits = tile.rows * 256 / (32 * tile.warps)
-    return made | {
-        "wide_loads": assembly.count("LDGSTS.E.BYPASS.128"),
-        "matrix": assembly.count("HMMA") + assembly.count("HGMMA"),
-        "conversions": assembly.count("I2F"),
-        "instructions": _largest_loop(assembly) / digits,
-    }
+    return _multiplying(_mixed_kernel, constants, architecture, tile)
 
 
-def build_whole(architecture: int, bits: int, tokens: int) -> dict[str, Any]:
-    """The tile of the same linears; `instructions` are those per weight."""
-    tile = dispatch.whole_tile(22016, 4096, tokens)
+def build_uniform(architecture: int, tokens: int, bits: int) -> dict[str, Any]:
+    """The same at one width; 0 for one that only the device knows, `instructions` per weight."""
+    tile = dispatch.default_tile(22016, 16, tokens, mixed=False)
     constants = {
         "ROWS": tile.rows,
         "TOKENS": tokens,
@@ -113,17 +99,25 @@ def build_whole(architecture: int, bits: int, tokens: int) -> dict[str, Any]:
         "STAGES": tile.stages,
         "BLOCK_GROUPS": 2,
         "BITS": bits,
-        "SLICES": slices_of(bits),
-        "GAIN_ROW": WIDTHS.index(bits),
+        "MOST_SLICES": 4,
         "ASM": True,
     }
-    made = _compile(_whole_kernel, constants, architecture, tile.warps)
+    return _multiplying(_uniform_kernel, constants, architecture, tile)
+
+
+def _multiplying(
+    kernel: Any, constants: dict[str, Any], architecture: int, tile: Tile
+) -> dict[str, Any]:
+    made = _compile(kernel, constants, architecture, tile.warps)
     assembly = made.pop("assembly")
     weights = tile.rows * 256 / (32 * tile.warps)
+    loops = _loops(assembly)
+    spilled = [one for loop in loops for one in loop if re.search(r"\b(LDL|STL)\b", one)]
     return made | {
+        "spills_in_loops": len(spilled),
         "wide_loads": assembly.count("LDGSTS.E.BYPASS.128"),
         "matrix": assembly.count("HMMA") + assembly.count("HGMMA"),
-        "instructions": _largest_loop(assembly) / weights,
+        "instructions": max(map(len, loops)) / weights,
     }
 
 
@@ -199,19 +193,20 @@ def _run(tool: str, *arguments: object) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _largest_loop(assembly: str) -> int:
+def _loops(assembly: str) -> list[list[str]]:
     """Instructions from a label to the farthest branch back to it."""
     labels: dict[str, int] = {}
-    count = largest = 0
+    found: dict[str, list[str]] = {}
+    instructions: list[str] = []
     for line in assembly.splitlines():
         if label := re.match(r"^(\.L_\S+):", line.strip()):
-            labels[label[1]] = count
+            labels[label[1]] = len(instructions)
         elif instruction := _INSTRUCTION.match(line):
-            count += 1
+            instructions.append(instruction[1])
             branch = re.search(r"BRA.*`\((\.L_\S+?)\)", instruction[1])
             if branch and branch[1] in labels:
-                largest = max(largest, count - labels[branch[1]])
-    return largest
+                found[branch[1]] = instructions[labels[branch[1]] :]
+    return list(found.values())
 
 
 if __name__ == "__main__":

@@ -1,19 +1,20 @@
-"""Dozens of tokens times quantized weights of one width that the host knows.
+"""Few tokens times quantized weights, all tokens of a linear at one width.
 
-`triton_decode.py` multiplies by each slice in turn; from a dozen tokens on, these products cost
-more than the bits that they save. Here the slices of a weight are put together first: one product
-for a weight, whatever its width.
+The host knows the width, or only the device does: then it is read, and one of several loops taken.
+The slices of a weight are put together first: one product for a weight, whatever its width, where
+`triton_mixed.py` has one for each slice.
 
-Words of two slices become two words of 4-bit fields, one for even and one for odd positions, and
-words of four slices four words of 8-bit fields, by one shift and one selection of bits each; what
-is missing of a field is zero. A field becomes a float16 in the mantissa of a power of two,
+At 2 bits words are digits as they are (`triton_tiles.digit`). Words of two slices become two words
+of 4-bit fields, one for even and one for odd positions, and words of four slices four words of
+8-bit fields, by one shift and one selection of bits each; what is missing of a field is zero. A
+field becomes a float16 in the mantissa of a power of two,
 
-    2^10 at fields of 8 bits, 2^6 at 4, 2^2 at 2     plus     q = code >> (8 - f)
+    2^10 at fields of 8 bits, 2^6 at 4     plus     q = code >> (8 - f)
 
 for f bits a field. The weight of b bits is s 2^(2-f) (q + 2^(f-b) / 2 - 2^(f-2) z); what is added
 to q is taken off by sums of the tokens, per group.
 
-Legend: N' N padded, B blocks of 256 inputs, G groups, T tokens.
+Legend: N' N padded, B blocks of 256 inputs, G groups, T tokens, L linears of one input.
 """
 
 import torch
@@ -23,8 +24,17 @@ from torch import Tensor
 
 from mbq.kernels.digits import BLOCK_INPUTS, Digits
 from mbq.kernels.triton_prepare import Prepared
-from mbq.kernels.triton_tiles import INTERPRETED, Tile, finish, halves, outputs, scratch
-from mbq.kernels.widths import WIDTHS, slices_of
+from mbq.kernels.triton_tiles import (
+    INTERPRETED,
+    Tile,
+    cuts,
+    digit,
+    finish,
+    halves,
+    outputs,
+    row_of,
+    scratch,
+)
 
 # Triton runs these at compile time; it reads them, too, hence their plainness.
 
@@ -37,8 +47,8 @@ def field_bits(bits: int) -> int:
 
 @triton.constexpr_function
 def bias(bits: int) -> int:
-    """What a float16 that was made of a field has more than the field."""
-    return {2: 4, 4: 64, 8: 1024}[field_bits(bits)]
+    """What a float16 that was made of a field of 4 or 8 bits has more than the field."""
+    return 64 if bits <= 4 else 1024
 
 
 @triton.constexpr_function
@@ -74,17 +84,14 @@ def extracting(i: int, bits: int) -> str:
     """PTX that makes float16 of the fields at position i ($0), of a word that holds them ($1)."""
     if bits > 4:
         return "prmt.b32 $0, $1, 0x64646464, " + ("0x4240;" if i < 4 else "0x4341;")
-    by = 8 - 2 * i if bits == 2 else 4 - 4 * (i // 2)
-    mask, magic = ("0x03000300", "0x44004400") if bits == 2 else ("0x00F000F0", "0x54005400")
+    by = 4 - 4 * (i // 2)
     moved = "shl.b32 t, $1, " + str(by) if by >= 0 else "shr.u32 t, $1, " + str(-by)
-    return "{ .reg .b32 t; " + moved + "; lop3.b32 $0, t, " + mask + ", " + magic + ", 0xEA; }"
+    return "{ .reg .b32 t; " + moved + "; lop3.b32 $0, t, 0x00F000F0, 0x54005400, 0xEA; }"
 
 
 @triton.jit
 def _combined(first, second, third, fourth, BITS: tl.constexpr, SLICES: tl.constexpr):
     """Words of fields: as many as a field has slices."""
-    if SLICES == 1:
-        return first, first, first, first
     body: tl.constexpr = combining(BITS)
     if SLICES == 2:
         even, odd = tl.inline_asm_elementwise(
@@ -123,10 +130,8 @@ def _extracted(zeroth, first, second, third, i: tl.constexpr, BITS: tl.constexpr
 def _defined(
     first, second, third, fourth, i: tl.constexpr, BITS: tl.constexpr, SLICES: tl.constexpr
 ):
-    """What both together give, word by word; in the interpreter."""
-    code = (first >> (2 * i)) & 3
-    if SLICES > 1:
-        code = (code << 2) | ((second >> (2 * i)) & 3)
+    """What both together give; in the interpreter."""
+    code = ((first >> (2 * i)) & 3) << 2 | ((second >> (2 * i)) & 3)
     if SLICES > 2:
         code = (code << 2) | ((third >> (2 * i)) & 3)
     if SLICES > 3:
@@ -135,21 +140,17 @@ def _defined(
     return (code + bias(BITS)).to(tl.float16)
 
 
-# Fewer variants to compile: these need no alignment.
-@triton.jit(do_not_specialize=["blocks", "padded_tokens", "tokens"])
-def _whole_kernel(
-    x_ptr, digits_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr, unscale_ptr,
-    part_ptr, arrived_ptr, out_ptr,
-    rows, blocks, padded_tokens, tokens,
+@triton.jit
+def _summed(
+    x_ptr, digits_ptr, scale_zero_ptr, sum_ptr, bias_sum_ptr, n, t, rows, blocks, padded_tokens,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr, BITS: tl.constexpr, SLICES: tl.constexpr, GAIN_ROW: tl.constexpr,
-    ASM: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
+    """A part of a tile of sums, at one width."""
     part = tl.program_id(1)
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    t = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
     j = tl.arange(0, 32)
     GROUP_CHUNKS: tl.constexpr = 8 // BLOCK_GROUPS
+    SLICES: tl.constexpr = (BITS + 1) // 2
     FIELD: tl.constexpr = field_bits(BITS)
     # Bins of a field in one of 2 bits, and half a bin of this width.
     FINER: tl.constexpr = (1 << FIELD) // 4
@@ -165,17 +166,23 @@ def _whole_kernel(
         second = tl.load(word_ptr + slice_words) if SLICES > 1 else first
         third = tl.load(word_ptr + 2 * slice_words) if SLICES > 2 else first
         fourth = tl.load(word_ptr + 3 * slice_words) if SLICES > 3 else first
-        if ASM:
+        if ASM and SLICES > 1:
             w0, w1, w2, w3 = _combined(first, second, third, fourth, BITS, SLICES)
         x_at = x_ptr + t[None, :] * inputs + block * 256 + j[:, None]
         for h in tl.static_range(BLOCK_GROUPS):
             group = block * BLOCK_GROUPS + h
             s, z = halves(tl.load(scale_zero_ptr + group * rows + n))
             sums = tl.load(sum_ptr + group * padded_tokens + t)
-            acc = (HALF - bias(BITS) - FINER * z)[:, None] * sums[None, :]
+            if SLICES == 1:
+                biases = tl.load(bias_sum_ptr + group * padded_tokens + t)
+                acc = (HALF - z)[:, None] * sums[None, :] - biases[None, :]
+            else:
+                acc = (HALF - bias(BITS) - FINER * z)[:, None] * sums[None, :]
             for c in tl.static_range(GROUP_CHUNKS):
                 x = tl.load(x_at + (h * GROUP_CHUNKS + c) * 32)
-                if ASM:
+                if SLICES == 1:
+                    codes = digit(first, h * GROUP_CHUNKS + c, 3, ASM)
+                elif ASM:
                     codes = _extracted(w0, w1, w2, w3, h * GROUP_CHUNKS + c, BITS)
                 else:
                     codes = _defined(
@@ -183,35 +190,70 @@ def _whole_kernel(
                     )
                 acc = tl.dot(codes, x, acc)
             total += (s * (1.0 / FINER))[:, None] * acc
-    finish(
-        total, gain_bias_ptr + GAIN_ROW * rows, unscale_ptr, part_ptr, arrived_ptr, out_ptr,
-        rows, padded_tokens, tokens, ROWS, TOKENS, SPLIT,
-    )  # fmt: skip
+    return total
 
 
-def multiply_whole(
-    prepared: Prepared, bits: int, weight: Digits, tile: Tile, dtype: torch.dtype
+# Fewer variants to compile: these need no alignment.
+@triton.jit(do_not_specialize=["blocks", "padded_tokens", "tokens", "second", "third"])
+def _uniform_kernel(
+    x_ptr, digits_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr, bias_sum_ptr, unscale_ptr, bits_ptr,
+    part_ptr, arrived_ptr, out_ptr,
+    rows, blocks, padded_tokens, tokens, second, third,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr, BITS: tl.constexpr, MOST_SLICES: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    n = tile * ROWS + tl.arange(0, ROWS)
+    t = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
+    linear = (tile >= second).to(tl.int32) + (tile >= third).to(tl.int32)
+    bits = BITS if BITS > 0 else tl.load(bits_ptr + linear * padded_tokens)
+    for width in tl.static_range(2, 2 * MOST_SLICES + 1):
+        # In steps: only the last one is left to the device.
+        if (width <= 4) or (width % 2 == 0):  # noqa: SIM102
+            if (BITS == 0) or (width == BITS):  # noqa: SIM102
+                if bits == width:
+                    total = _summed(
+                        x_ptr, digits_ptr, scale_zero_ptr, sum_ptr, bias_sum_ptr, n, t,
+                        rows, blocks, padded_tokens,
+                        ROWS, TOKENS, SPLIT, STAGES, BLOCK_GROUPS, width, ASM,
+                    )  # fmt: skip
+                    finish(
+                        total, gain_bias_ptr + row_of(bits) * rows, unscale_ptr, part_ptr,
+                        arrived_ptr, out_ptr, rows, padded_tokens, tokens, ROWS, TOKENS, SPLIT,
+                    )  # fmt: skip
+
+
+def multiply_uniform(
+    prepared: Prepared, bits: int | None, weight: Digits, tile: Tile, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """Each token times every linear's weight of `bits` bits, with gain and bias.
+    """Each token times every linear's weight, with gain and bias.
+
+    Args:
+        bits: the width, or None if only the device knows that of each linear.
 
     Returns [T, N] for each linear, side by side in one tensor.
+
+    Raises:
+        ValueError: a tile would reach from one linear into the next.
     """
-    _, blocks, rows, _ = weight.digits_SBN32.shape
+    slices, blocks, rows, _ = weight.digits_SBN32.shape
     padded_tokens = len(prepared.x_TK)
-    width = whole_token_tile(prepared.tokens)
+    width = uniform_token_tile(prepared.tokens)
+    second, third = cuts(weight, tile)
     out = weight.digits_SBN32.new_empty(prepared.tokens, rows, dtype=dtype)
     grid = (rows // tile.rows, tile.split, padded_tokens // width)
-    _whole_kernel[grid](
+    _uniform_kernel[grid](
         prepared.x_TK, weight.digits_SBN32, weight.scale_zero_GN, weight.gain_bias_WN,
-        prepared.sum_GT, prepared.unscale_T, *scratch(grid, padded_tokens, out), out,
-        rows, blocks, padded_tokens, prepared.tokens,
+        prepared.sum_GT, prepared.bias_sum_GT, prepared.unscale_T, prepared.bits_LT,
+        *scratch(grid, padded_tokens, out), out,
+        rows, blocks, padded_tokens, prepared.tokens, second, third,
         ROWS=tile.rows, TOKENS=width, SPLIT=tile.split, STAGES=tile.stages,
-        BLOCK_GROUPS=BLOCK_INPUTS // weight.group_size, BITS=bits, SLICES=slices_of(bits),
-        GAIN_ROW=WIDTHS.index(bits), ASM=not INTERPRETED, num_warps=tile.warps,
+        BLOCK_GROUPS=BLOCK_INPUTS // weight.group_size, BITS=bits or 0, MOST_SLICES=slices,
+        ASM=not INTERPRETED, num_warps=tile.warps,
     )  # fmt: skip
     return outputs(out, weight)
 
 
-def whole_token_tile(tokens: int) -> int:
+def uniform_token_tile(tokens: int) -> int:
     """Tokens of a program: all of them, as codes are made anew for each program."""
     return max(1 << (tokens - 1).bit_length(), 8)

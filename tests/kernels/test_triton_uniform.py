@@ -1,0 +1,114 @@
+"""Tokens of one width in Triton's interpreter against float64; fields in an emulator."""
+
+import numpy as np
+import pytest
+import torch
+
+from mbq.kernels.digits import join_digits, pack_digits
+from mbq.kernels.quantize import pack_pair
+from mbq.kernels.reference import routed_linear
+from mbq.kernels.triton_prepare import prepare
+from mbq.kernels.triton_tiles import Tile
+from mbq.kernels.triton_uniform import bias, combining, extracting, field_bits, multiply_uniform
+from mbq.kernels.widths import CODE_BITS, WIDTHS, slices_of
+from tests.support.ptx import emulate
+from tests.support.weights import error, random_weight
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize(
+    ("tokens", "rows", "inputs", "group_size", "split"),
+    [(64, 70, 256, 128, 1), (17, 130, 768, 32, 3), (33, 40, 384, 128, 2), (1, 10, 512, 256, 1)],
+)
+def test_equals_the_definition(
+    known: bool, bits: int, tokens: int, rows: int, inputs: int, group_size: int, split: int
+) -> None:
+    torch.manual_seed(bits)
+    made = [random_weight(rows + more, inputs, group_size) for more in (0, 90)]
+    x = torch.randn(tokens, inputs).bfloat16()
+    widths = bits if known else torch.full((2, 1), bits)
+    prepared = prepare(x, widths, 2, group_size, 8)
+    joined = join_digits([weight for weight, *_ in made])
+    asked = bits if known else None
+    outs = multiply_uniform(prepared, asked, joined, Tile(64, split, 4, 2), torch.float32)
+    for out, (_, weight_WNK, bias_WN) in zip(outs, made, strict=True):
+        expected = routed_linear(x, weight_WNK, bias_WN, torch.full((tokens,), bits))
+        assert out.shape == expected.shape
+        assert error(out, expected) < 1e-5
+
+
+@pytest.mark.parametrize("max_bits", [8, 4])
+def test_linears_of_one_input_at_widths_the_device_knows(max_bits: int) -> None:
+    made = [random_weight(rows, 512, 128, max_bits=max_bits) for rows in (100, 64, 200)]
+    joined = join_digits([weight for weight, *_ in made])
+    widths = torch.tensor([[3], [2], [max_bits]])
+    x = torch.randn(5, 512).half()
+    prepared = prepare(x, widths, 3, 128, max_bits)
+    outs = multiply_uniform(prepared, None, joined, Tile(64, 2, 4, 2), torch.float32)
+    for out, (_, weight_WNK, bias_WN), bits in zip(outs, made, widths[:, 0], strict=True):
+        assert error(out, routed_linear(x, weight_WNK, bias_WN, bits.expand(5))) < 1e-5
+
+
+def test_a_tile_does_not_reach_into_the_next_linear() -> None:
+    joined = join_digits([random_weight(rows, 256, 128)[0] for rows in (128, 384)])
+    prepared = prepare(torch.randn(1, 256).half(), 2, 2, 128, 8)
+    with pytest.raises(ValueError, match=r"256 rows do not divide linears of \(0, 128, 512\) rows"):
+        multiply_uniform(prepared, 2, joined, Tile(256, 1, 4, 3), torch.float16)
+
+
+def test_known_weights() -> None:
+    """A code between its neighbours' at every width, picked out by one input of 1."""
+    code = torch.zeros(64, 256, dtype=torch.uint8)
+    code[:, 37] = 0b01_10_11_01
+    one, zero = torch.ones(64, 2), torch.zeros(64, 2)
+    gain_bias = pack_pair(torch.ones(5, 64), torch.zeros(5, 64))
+    weight = pack_digits(code, pack_pair(one, zero), gain_bias, 4)
+    x = torch.zeros(2, 256).half()
+    x[:, 37] = 1
+    for bits, value in zip(WIDTHS, (1.5, 1.75, 1.625, 1.71875, 1.7109375), strict=True):
+        prepared = prepare(x, bits, 1, 128, 8)
+        (out,) = multiply_uniform(prepared, bits, weight, Tile(128, 1, 4, 3), torch.float32)
+        assert torch.equal(out, torch.full((2, 64), value))
+
+
+@pytest.mark.parametrize("magnitude", [1e-20, 1e-3, 1e5])
+def test_tokens_of_any_magnitude(magnitude: float) -> None:
+    weight, weight_WNK, bias_WN = random_weight(64, 256, 128, bias=0.0)
+    x = (torch.randn(2, 256) * magnitude).bfloat16()
+    x[0, 7] = 100 * magnitude
+    prepared = prepare(x, 8, 1, 128, 8)
+    (out,) = multiply_uniform(prepared, 8, weight, Tile(128, 1, 4, 3), torch.float32)
+    assert error(out, routed_linear(x, weight_WNK, bias_WN, torch.tensor([8, 8]))) < 1e-4
+
+
+def test_as_many_slices_as_are_there() -> None:
+    code = torch.full((3, 256), 0b10_11_00_00, dtype=torch.uint8)
+    one = pack_pair(torch.ones(3, 2), torch.zeros(3, 2))
+    weight = pack_digits(code, one, pack_pair(torch.ones(3, 3), torch.zeros(3, 3)), 2)
+    x = torch.zeros(20, 256).half()
+    x[:, 100] = 2.0
+    for bits, value in ((2, 2.5), (3, 2.75), (4, 2.875)):
+        prepared = prepare(x, bits, 1, 128, 4)
+        (out,) = multiply_uniform(prepared, bits, weight, Tile(128, 1, 4, 2), torch.float32)
+        assert torch.equal(out, torch.full((20, 3), 2 * value))
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6, 8])
+def test_assembly_puts_codes_together(bits: int) -> None:
+    rng = np.random.default_rng(bits)
+    slices, fields = slices_of(bits), field_bits(bits)
+    words = rng.integers(0, 2**32, (slices, 4096), dtype=np.uint32)
+    first = fields // 2
+    held = emulate(combining(bits), {f"${first + e}": word for e, word in enumerate(words)})
+    for position in range(8):
+        word = held[f"${position % first}"]
+        made = emulate(extracting(position, bits), {"$1": word})["$0"].view(np.float16)
+        code = np.zeros(2 * 4096, np.uint16)
+        for e, original in enumerate(words):
+            digit = (original.view(np.uint16) >> np.uint16(2 * position)) & np.uint16(3)
+            code |= digit << np.uint16(CODE_BITS - 2 * (e + 1))
+        field = code >> np.uint16(CODE_BITS - bits) << np.uint16(fields - bits)
+        assert np.array_equal(made.astype(np.float64), bias(bits) + field.astype(np.float64))
