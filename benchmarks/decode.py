@@ -142,12 +142,12 @@ def check(n: int, k: int) -> float:
         bits_T = torch.tensor(list(itertools.islice(itertools.cycle(widths), m)), device="cuda")
         asked = bits_T[None] if len(widths) > 1 else widths[0]
         prepared = prepare(x, asked, 1, GROUP, CODE_BITS)
-        tile = dispatch.tile(n, k, m, x.device, prepared.mixed)
+        known = asked if isinstance(asked, int) else None
+        tile = dispatch.tile(n, k, m, x.device, dispatch.kind_of(prepared.mixed, known))
         # What is allocated next lies where this was: an element that is not written stays NaN.
         poison = torch.full((m, n), math.nan, dtype=torch.bfloat16, device="cuda")
         del poison
         # A width that the host knows, and the same again as one that it does not.
-        known = asked if isinstance(asked, int) else None
         outs = multiply(prepared, known, weight, tile) + multiply(prepared, None, weight, tile)
         some = torch.randperm(m, device="cuda")[:8]
         expected = routed_linear(x[some].double(), weight_WNK, bias_WN, bits_T[some])
@@ -160,7 +160,7 @@ def check(n: int, k: int) -> float:
 def repeatable(n: int, k: int) -> bool:
     """Whether two runs give the same bits."""
     weight, prepared = random_digits(n, k), tokens_at(5, k, 6)
-    tile = dispatch.tile(n, k, 5, weight.digits_SBN32.device, prepared.mixed)
+    tile = dispatch.tile(n, k, 5, weight.digits_SBN32.device, dispatch.kind_of(False, 6))
     outs = [multiply(prepared, 6, weight, tile)[0] for _ in range(3)]
     return all(torch.equal(out, outs[0]) for out in outs)
 
@@ -208,7 +208,10 @@ def time_shape(n: int, k: int, ceilings: dict[str, float]) -> list[Point]:
     for bits in WIDTHS:
         weights = rotation(n, k, bits)
         for m in TOKENS:
-            tile = dispatch.tile(n, k, m, torch.device("cuda"), mixed=False)
+            device = torch.device("cuda")
+            tile, any_tile = (
+                dispatch.tile(n, k, m, device, dispatch.kind_of(False, b)) for b in (bits, None)
+            )
             prepared = tokens_at(m, k, bits)
             seconds, spread = decode_times(weights, prepared, bits, tile)
             moved = n * k * (bits + 32 / GROUP) / 8 + 2 * m * (n + k)
@@ -225,7 +228,7 @@ def time_shape(n: int, k: int, ceilings: dict[str, float]) -> list[Point]:
                     "tile": [tile.rows, tile.split, tile.warps, tile.stages],
                     "seconds": seconds,
                     "spread_seconds": spread,
-                    "unknown_seconds": decode_times(weights, prepared, None, tile)[0],
+                    "unknown_seconds": decode_times(weights, prepared, None, any_tile)[0],
                     "bound_seconds": bound,
                     "of_bound": bound / seconds,
                     "of_bound_and_empty": (bound + ceilings["empty_seconds"]) / seconds,
@@ -242,7 +245,8 @@ def time_mixed(n: int, k: int) -> list[Point]:
     for m in (1, 4, 16, 64):
         for bits, hungry in itertools.product((2, 3), sorted({0, math.ceil(m / 10)})):
             prepared = hungry_tokens(m, k, bits, hungry)
-            tile = dispatch.tile(n, k, m, torch.device("cuda"), prepared.mixed)
+            kind = dispatch.kind_of(prepared.mixed, None)
+            tile = dispatch.tile(n, k, m, torch.device("cuda"), kind)
             points.append(
                 {
                     "n": n,

@@ -2,7 +2,9 @@
 
 Cuts that were measured ship as `tiles_<architecture>.json`, made by `benchmarks/decode.py --tune`:
 
-    {"uniform" or "mixed": {"<N'> x <K'>": {"<tokens of a program>": [rows, split, warps, stages]}}}
+    {"<kind>": {"<N'> x <K'>": {"<tokens of a program>": [rows, split, warps, stages]}}}
+
+where the kind is "mixed", or the bits of a field for tokens of one width (`triton_uniform.py`).
 
 Other shapes take a rule of thumb: enough programs to fill the device a few times.
 """
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from mbq.kernels.digits import BLOCK_INPUTS, GROUP_SIZES, ROW_MULTIPLE, Digits
 from mbq.kernels.router import Gates
+from mbq.kernels.widths import CODE_BITS
 
 try:
     from mbq.kernels import (
@@ -31,6 +34,7 @@ except ImportError:
 else:
     _TRITON = True
 
+MIXED = "mixed"
 _Measured = dict[str, dict[str, dict[str, list[int]]]]
 
 # Programs to aim at: about four for each of a large GPU's multiprocessors.
@@ -80,12 +84,12 @@ def decode(
     """
     linears, rows, inputs = len(weight.out_features), weight.starts[-1], weight.in_features
     prepared = triton_prepare.prepare(x_TK, widths, linears, weight.group_size, max_bits, tally)
-    cut = tile(rows, inputs, len(x_TK), x_TK.device, prepared.mixed)
+    bits = widths if isinstance(widths, int) else None
+    cut = tile(rows, inputs, len(x_TK), x_TK.device, kind_of(prepared.mixed, bits))
     if any(start % cut.rows for start in weight.starts):
         cut = dataclasses.replace(cut, rows=ROW_MULTIPLE)
     if prepared.mixed:
         return triton_mixed.multiply_mixed(prepared, weight, cut, x_TK.dtype)
-    bits = widths if isinstance(widths, int) else None
     return triton_uniform.multiply_uniform(prepared, bits, weight, cut, x_TK.dtype)
 
 
@@ -94,33 +98,40 @@ def dequantize(weight: Digits, bits: int, dtype: torch.dtype) -> Tensor:
     return triton_dequantize.dequantize_digits(weight, bits, dtype)
 
 
+def kind_of(mixed: bool, bits: int | None) -> str:
+    """The kind of a product; where only the device knows the width it is that of the largest."""
+    if mixed:
+        return MIXED
+    return str(triton_uniform.field_bits(CODE_BITS if bits is None else bits))
+
+
 def tile(
-    out_features: int, in_features: int, tokens: int, device: torch.device, mixed: bool
+    out_features: int, in_features: int, tokens: int, device: torch.device, kind: str
 ) -> "triton_tiles.Tile":
     """How to cut a multiplication on a device."""
     rows = -(-out_features // ROW_MULTIPLE) * ROW_MULTIPLE
     blocks = -(-in_features // BLOCK_INPUTS)
-    width = token_tile(tokens, mixed)
+    width = token_tile(tokens, kind)
     measured = _measured(torch.cuda.get_device_capability(device)) if device.type == "cuda" else {}
-    by_shape = measured.get("mixed" if mixed else "uniform", {})
-    found = by_shape.get(f"{rows} x {blocks * BLOCK_INPUTS}", {}).get(str(width))
-    return triton_tiles.Tile(*found) if found else default_tile(rows, blocks, width, mixed)
+    found = measured.get(kind, {}).get(f"{rows} x {blocks * BLOCK_INPUTS}", {}).get(str(width))
+    return triton_tiles.Tile(*found) if found else default_tile(rows, blocks, width, kind)
 
 
-def token_tile(tokens: int, mixed: bool) -> int:
+def token_tile(tokens: int, kind: str) -> int:
     """Tokens of a program."""
-    if mixed:
+    if kind == MIXED:
         return triton_prepare.token_tile(tokens)
     return triton_uniform.uniform_token_tile(tokens)
 
 
-def default_tile(rows: int, blocks: int, width: int, mixed: bool) -> "triton_tiles.Tile":
+def default_tile(rows: int, blocks: int, width: int, kind: str) -> "triton_tiles.Tile":
     """The rule of thumb, for shapes that were not measured."""
     split = 1
     while split < 16 and split * 2 <= blocks and rows // ROW_MULTIPLE * split < _PROGRAMS:
         split *= 2
-    if mixed:
-        return triton_tiles.Tile(ROW_MULTIPLE, split, warps=2 if width <= 8 else 4, stages=4)
+    few = width <= 8 and kind != str(CODE_BITS)
+    if kind == MIXED or few:
+        return triton_tiles.Tile(ROW_MULTIPLE, split, warps=2 if few else 4, stages=4)
     wide = width > 32
     return triton_tiles.Tile(ROW_MULTIPLE, split, warps=8 if wide else 4, stages=2 if wide else 3)
 

@@ -82,11 +82,12 @@ def paired(registers: str, cut: str) -> str:
 @triton.constexpr_function
 def extracting(i: int, bits: int) -> str:
     """PTX that makes float16 of the fields at position i ($0), of a word that holds them ($1)."""
-    if bits > 4:
-        return "prmt.b32 $0, $1, 0x64646464, " + ("0x4240;" if i < 4 else "0x4341;")
-    by = 4 - 4 * (i // 2)
-    moved = "shl.b32 t, $1, " + str(by) if by >= 0 else "shr.u32 t, $1, " + str(-by)
-    return "{ .reg .b32 t; " + moved + "; lop3.b32 $0, t, 0x00F000F0, 0x54005400, 0xEA; }"
+    by = 4 - 4 * (i // 2) if bits <= 4 else -8 * (i // 4)
+    ends = "0x00F000F0, 0x54005400" if bits <= 4 else "0x00FF00FF, 0x64006400"
+    if by == 0:
+        return "lop3.b32 $0, $1, " + ends + ", 0xEA;"
+    moved = "shl.b32 t, $1, " + str(by) if by > 0 else "shr.u32 t, $1, " + str(-by)
+    return "{ .reg .b32 t; " + moved + "; lop3.b32 $0, t, " + ends + ", 0xEA; }"
 
 
 @triton.jit

@@ -17,11 +17,11 @@ FOLDER = Path(dispatch.__file__).parent
 
 @pytest.mark.parametrize(("rows", "blocks"), [(128, 1), (4096, 16), (11008, 43), (128256, 16)])
 @pytest.mark.parametrize("tokens", [1, 16, 33, 64])
-@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("kind", ["mixed", "2", "4", "8"])
 def test_the_rule_of_thumb_leaves_work_for_every_program(
-    rows: int, blocks: int, tokens: int, mixed: bool
+    rows: int, blocks: int, tokens: int, kind: str
 ) -> None:
-    tile = dispatch.default_tile(rows, blocks, dispatch.token_tile(tokens, mixed), mixed)
+    tile = dispatch.default_tile(rows, blocks, dispatch.token_tile(tokens, kind), kind)
     assert rows % tile.rows == 0
     assert 1 <= tile.split <= blocks
 
@@ -31,7 +31,7 @@ def test_shipped_tiles_fit_their_shapes() -> None:
     assert files
     for file in files:
         by_kind = json.loads(file.read_text(encoding="utf-8"))
-        assert set(by_kind) <= {"uniform", "mixed"}
+        assert set(by_kind) <= {"mixed", "2", "4", "8"}
         for shape, by_width in [item for kind in by_kind.values() for item in kind.items()]:
             rows, inputs = map(int, shape.split(" x "))
             assert rows % ROW_MULTIPLE == 0
@@ -53,6 +53,14 @@ def test_few_enough_tokens_on_a_gpu_are_decoded() -> None:
     assert dispatch.decodes(x, 64, 128)
     assert not dispatch.decodes(x, 65, 128)
     assert not dispatch.decodes(x, 64, 96)
+
+
+@pytest.mark.parametrize(
+    ("mixed", "bits", "kind"),
+    [(True, None, "mixed"), (False, 2, "2"), (False, 3, "4"), (False, 6, "8"), (False, None, "8")],
+)
+def test_kinds_of_products(mixed: bool, bits: int | None, kind: str) -> None:
+    assert dispatch.kind_of(mixed, bits) == kind
 
 
 @pytest.mark.parametrize("widths", [4, 8, [[3], [6]], [[2, 8, 3], [4, 4, 4]]])

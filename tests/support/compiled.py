@@ -54,9 +54,9 @@ _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(.*?);", re.MULTILINE)
 def main() -> None:
     mixed, uniform, dequantizing, preparing = {}, {}, {}, {}
     for architecture in (80, 90):
-        for tokens in (8, 16, 32, 64):
+        for tokens in (8, 16, 64):
             name = f"sm_{architecture}, {tokens} tokens"
-            if tokens <= 32:
+            if tokens < 64:
                 mixed[name] = build_mixed(architecture, tokens)
             for bits in (2, 4, 8, 0):
                 uniform[f"{name}, {bits or 'any'} bits"] = build_uniform(architecture, tokens, bits)
@@ -77,7 +77,7 @@ def main() -> None:
 
 def build_mixed(architecture: int, tokens: int) -> dict[str, Any]:
     """The default tile of LLaMA-2-7B's gate and up; `instructions` are those per digit."""
-    tile = dispatch.default_tile(22016, 16, tokens, mixed=True)
+    tile = dispatch.default_tile(22016, 16, tokens, dispatch.MIXED)
     constants = {
         "ROWS": tile.rows,
         "TOKENS": tokens,
@@ -91,7 +91,8 @@ def build_mixed(architecture: int, tokens: int) -> dict[str, Any]:
 
 def build_uniform(architecture: int, tokens: int, bits: int) -> dict[str, Any]:
     """The same at one width; 0 for one that only the device knows, `instructions` per weight."""
-    tile = dispatch.default_tile(22016, 16, tokens, mixed=False)
+    kind = dispatch.kind_of(False, bits or None)
+    tile = dispatch.default_tile(22016, 16, tokens, kind)
     constants = {
         "ROWS": tile.rows,
         "TOKENS": tokens,

@@ -7,7 +7,7 @@ Register = NDArray[np.uint32]
 
 
 def emulate(body: str, registers: dict[str, Register]) -> dict[str, Register]:
-    """What an assembly string leaves in registers: shl, shr, mov, and, prmt and lop3, no more."""
+    """What an assembly string leaves in registers: shl, shr, mov, and and lop3, no more."""
     held = dict(registers)
     shape = next(iter(registers.values()))
 
@@ -28,22 +28,11 @@ def emulate(body: str, registers: dict[str, Register]) -> dict[str, Register]:
             held[target] = value(operands[0])
         elif operation == "and.b32":
             held[target] = value(operands[0]) & value(operands[1])
-        elif operation == "prmt.b32":
-            held[target] = _prmt(value(operands[0]), value(operands[1]), int(operands[2], 0))
         else:
             assert operation == "lop3.b32"
             *sources, table = operands
             held[target] = _lop3(*map(value, sources), table=int(table, 0))
     return held
-
-
-def _prmt(a: Register, b: Register, selector: int) -> Register:
-    """Four bytes, each picked from the eight of two registers."""
-    sources = [(r >> np.uint32(8 * k)) & np.uint32(0xFF) for r in (a, b) for k in range(4)]
-    out = np.zeros_like(a)
-    for k in range(4):
-        out |= sources[selector >> (4 * k) & 7] << np.uint32(8 * k)
-    return out
 
 
 def _lop3(a: Register, b: Register, c: Register, table: int) -> Register:
