@@ -39,7 +39,9 @@ types: $(STAMP)
 	for folder in $(FOLDERS); do ln -sfn ../../../$$folder build/types/mbq/$$folder; done
 	$(BIN)/mypy
 
+# Setuptools would put modules that are gone in the wheel.
 wheel: $(STAMP)
+	rm -rf build/lib
 	$(BIN)/python -m build --wheel --outdir dist .
 
 clean:
