@@ -201,8 +201,7 @@ class Router(nn.Module):
 
     def refresh(self) -> None:
         """Let launches that were captured in a graph see the width that is set now."""
-        if self._threshold_EL is not None:
-            self._thresholds()
+        self._thresholds()
 
     @torch.no_grad()
     def scores(self, x: Tensor) -> Tensor:

@@ -92,8 +92,11 @@ class SharedInput:
     def _widths_of_all(self, x: Tensor) -> int | Tensor | Gates:
         """Widths as the kernel takes them; those of a router stay on the device."""
         uniform = self.linears[0].precision.bits
-        if isinstance(self.router, Router) and (uniform is None or dispatch.capturing(x)):
-            return self.router.on_device()
+        if isinstance(self.router, Router):
+            # Also where it is not needed: a capture must find it made, not record how it is made.
+            on_device = self.router.on_device()
+            if uniform is None or dispatch.capturing(x):
+                return on_device
         if uniform is not None:
             return uniform
         tokens = x.numel() // x.shape[-1]
