@@ -20,19 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mbq.kernels.digits import BLOCK_INPUTS, Digits
+from mbq.kernels.digits import Digits
 from mbq.kernels.triton_prepare import Prepared, token_tile
-from mbq.kernels.triton_tiles import (
-    INTERPRETED,
-    Tile,
-    cuts,
-    digit,
-    finish,
-    halves,
-    outputs,
-    row_of,
-    scratch,
-)
+from mbq.kernels.triton_tiles import Tile, digit, finish, halves, launch, row_of
 
 
 # Fewer variants to compile: these need no alignment.
@@ -100,18 +90,6 @@ def multiply_mixed(
     Raises:
         ValueError: a tile would reach from one linear into the next.
     """
-    _, blocks, rows, _ = weight.digits_SBN32.shape
-    padded_tokens = len(prepared.x_TK)
+    pointers = prepared.bits_LT, prepared.steps_L2
     width = token_tile(prepared.tokens)
-    second, third = cuts(weight, tile)
-    out = weight.digits_SBN32.new_empty(prepared.tokens, rows, dtype=dtype)
-    grid = (rows // tile.rows, tile.split, padded_tokens // width)
-    _mixed_kernel[grid](
-        prepared.x_TK, weight.digits_SBN32, weight.scale_zero_GN, weight.gain_bias_WN,
-        prepared.sum_GT, prepared.bias_sum_GT, prepared.unscale_T, prepared.bits_LT,
-        prepared.steps_L2, *scratch(grid, padded_tokens, out), out,
-        rows, blocks, padded_tokens, prepared.tokens, second, third,
-        ROWS=tile.rows, TOKENS=width, SPLIT=tile.split, STAGES=tile.stages,
-        BLOCK_GROUPS=BLOCK_INPUTS // weight.group_size, ASM=not INTERPRETED, num_warps=tile.warps,
-    )  # fmt: skip
-    return outputs(out, weight)
+    return launch(_mixed_kernel, prepared, pointers, weight, tile, width, dtype)

@@ -16,16 +16,17 @@ Legend: N out_features, T tokens.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mbq.kernels.digits import MOST_LINEARS, Digits
-from mbq.kernels.triton_prepare import zeros
+from mbq.kernels.digits import BLOCK_INPUTS, Digits
+from mbq.kernels.triton_prepare import Prepared, zeros
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+_INTERPRETED = bool(triton.knobs.runtime.interpret)
 # Bit at which each of a word's 8 digits lies after its shift; the bias of digit i is 2^(10 - bit).
 DIGIT_BITS = (4, 6, 4, 6, 8, 4, 6, 8)
 # So that the counters seldom grow.
@@ -123,28 +124,44 @@ def finish(
         tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=t[None, :] < tokens)
 
 
-def cuts(weight: Digits, tile: Tile) -> tuple[int, int]:
-    """The tiles at which the second and the third linear start, or more than there are.
+def launch(
+    kernel: Any,
+    prepared: Prepared,
+    pointers: tuple[Tensor, ...],
+    weight: Digits,
+    tile: Tile,
+    width: int,
+    dtype: torch.dtype,
+    **constants: int,
+) -> tuple[Tensor, ...]:
+    """Multiply by a kernel.
+
+    Args:
+        pointers: what it reads beside all that every kernel does.
+        width: tokens of a program.
+
+    Returns [T, N] for each linear, side by side in one tensor.
 
     Raises:
         ValueError: a tile would reach from one linear into the next.
     """
+    _, blocks, rows, _ = weight.digits_SBN32.shape
     if any(start % tile.rows for start in weight.starts):
         raise ValueError(f"tiles of {tile.rows} rows do not divide linears of {weight.starts} rows")
-    starts = [start // tile.rows for start in weight.starts[1:]]
-    starts += [starts[-1]] * MOST_LINEARS
-    return starts[0], starts[1]
-
-
-def scratch(grid: tuple[int, int, int], padded_tokens: int, out: Tensor) -> tuple[Tensor, Tensor]:
-    """For `finish`: room for the parts of sums that are split, and counters."""
-    tiles, split, token_tiles = grid
-    parts = (split if split > 1 else 0, padded_tokens, out.shape[1])
-    counters = max(tiles * token_tiles, _COUNTERS)
-    return out.new_empty(parts, dtype=torch.float32), zeros(out.device, "decode", counters)
-
-
-def outputs(out: Tensor, weight: Digits) -> tuple[Tensor, ...]:
-    """The columns of each linear."""
+    # The tiles at which the second and the third linear start, or more than there are.
+    second, third = [*(start // tile.rows for start in weight.starts[1:]), rows][:2]
+    padded_tokens = len(prepared.x_TK)
+    grid = (rows // tile.rows, tile.split, padded_tokens // width)
+    out = weight.digits_SBN32.new_empty(prepared.tokens, rows, dtype=dtype)
+    parts = prepared.sum_GT.new_empty(tile.split if tile.split > 1 else 0, padded_tokens, rows)
+    counters = zeros(out.device, "tiles", max(grid[0] * grid[2], _COUNTERS))
+    kernel[grid](
+        prepared.x_TK, weight.digits_SBN32, weight.scale_zero_GN, weight.gain_bias_WN,
+        prepared.sum_GT, prepared.bias_sum_GT, prepared.unscale_T, *pointers,
+        parts, counters, out, rows, blocks, padded_tokens, prepared.tokens, second, third,
+        ROWS=tile.rows, TOKENS=width, SPLIT=tile.split, STAGES=tile.stages,
+        BLOCK_GROUPS=BLOCK_INPUTS // weight.group_size, ASM=not _INTERPRETED,
+        num_warps=tile.warps, **constants,
+    )  # fmt: skip
     starts = zip(weight.starts, weight.out_features, strict=False)
     return tuple(out[:, start : start + features] for start, features in starts)

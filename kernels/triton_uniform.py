@@ -22,19 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mbq.kernels.digits import BLOCK_INPUTS, Digits
+from mbq.kernels.digits import Digits
 from mbq.kernels.triton_prepare import Prepared
-from mbq.kernels.triton_tiles import (
-    INTERPRETED,
-    Tile,
-    cuts,
-    digit,
-    finish,
-    halves,
-    outputs,
-    row_of,
-    scratch,
-)
+from mbq.kernels.triton_tiles import Tile, digit, finish, halves, launch, row_of
 
 # Triton runs these at compile time; it reads them, too, hence their plainness.
 
@@ -237,22 +227,17 @@ def multiply_uniform(
     Raises:
         ValueError: a tile would reach from one linear into the next.
     """
-    slices, blocks, rows, _ = weight.digits_SBN32.shape
-    padded_tokens = len(prepared.x_TK)
-    width = uniform_token_tile(prepared.tokens)
-    second, third = cuts(weight, tile)
-    out = weight.digits_SBN32.new_empty(prepared.tokens, rows, dtype=dtype)
-    grid = (rows // tile.rows, tile.split, padded_tokens // width)
-    _uniform_kernel[grid](
-        prepared.x_TK, weight.digits_SBN32, weight.scale_zero_GN, weight.gain_bias_WN,
-        prepared.sum_GT, prepared.bias_sum_GT, prepared.unscale_T, prepared.bits_LT,
-        *scratch(grid, padded_tokens, out), out,
-        rows, blocks, padded_tokens, prepared.tokens, second, third,
-        ROWS=tile.rows, TOKENS=width, SPLIT=tile.split, STAGES=tile.stages,
-        BLOCK_GROUPS=BLOCK_INPUTS // weight.group_size, BITS=bits or 0, MOST_SLICES=slices,
-        ASM=not INTERPRETED, num_warps=tile.warps,
-    )  # fmt: skip
-    return outputs(out, weight)
+    return launch(
+        _uniform_kernel,
+        prepared,
+        (prepared.bits_LT,),
+        weight,
+        tile,
+        uniform_token_tile(prepared.tokens),
+        dtype,
+        BITS=bits or 0,
+        MOST_SLICES=len(weight.digits_SBN32),
+    )
 
 
 def uniform_token_tile(tokens: int) -> int:
