@@ -280,6 +280,7 @@ def _start_over(model: nn.Module) -> None:
             module.refresh()
         elif isinstance(module, ElasticLinear):
             module.reset_tally()
+            module.shared.release()
 
 
 def _elastic(model: nn.Module, name: str) -> ElasticLinear:

@@ -148,7 +148,9 @@ def check(n: int, k: int) -> float:
         poison = torch.full((m, n), math.nan, dtype=torch.bfloat16, device="cuda")
         del poison
         # A width that the host knows, and the same again as one that it does not.
-        outs = multiply(prepared, known, weight, tile) + multiply(prepared, None, weight, tile)
+        any_tile = dispatch.tile(n, k, m, x.device, dispatch.kind_of(prepared.mixed, None))
+        outs = multiply(prepared, known, weight, tile)
+        outs += multiply(prepared, None, weight, any_tile)
         some = torch.randperm(m, device="cuda")[:8]
         expected = routed_linear(x[some].double(), weight_WNK, bias_WN, bits_T[some])
         for out in outs:

@@ -111,14 +111,15 @@ def route_to_four_bits(model: LlamaForCausalLM, precision: Precision) -> None:
     """Add routers whose scores are constants: above the threshold up to 4 bits, below it beyond."""
     names = [n for n, m in model.named_modules() if isinstance(m, ElasticLinear)]
     add_routers(model, names, INPUTS, 8, RouterShape(width=8, knots=2), precision)
+    floats: Any = {"dtype": torch.float32, "device": "cuda"}
     for router in model.modules():
         if isinstance(router, Router):
             router.get_buffer("trunk").random_(0, 2**10)
-            head = torch.zeros(router.get_buffer("head").shape, device="cuda")
-            head[..., -1] = torch.tensor([1.0, 1.0, -1.0, -1.0], device="cuda")[:, None]
+            head = torch.zeros(router.get_buffer("head").shape, **floats)
+            head[..., -1] = torch.tensor([1.0, 1.0, -1.0, -1.0], **floats)[:, None]
             router.get_buffer("head").copy_(head.view(torch.int32))
             knots = router.get_buffer("knots")
-            ends = torch.tensor([-1.0, 1.0], device="cuda").view(torch.int32)
+            ends = torch.tensor([-1.0, 1.0], **floats).view(torch.int32)
             knots.copy_(ends.expand(knots.shape))
     precision.bits, precision.log_threshold = None, 0.0
 

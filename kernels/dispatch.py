@@ -68,7 +68,8 @@ def decodes(x: Tensor, tokens: int, group_size: int) -> bool:
 
 def capturing(x: Tensor) -> bool:
     """Whether launches are being captured in a graph, to be replayed later."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device_of(x):
+        return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def decode(
@@ -82,20 +83,23 @@ def decode(
 
     Arguments as those of `triton_prepare.prepare`.
     """
-    linears, rows, inputs = len(weight.out_features), weight.starts[-1], weight.in_features
-    prepared = triton_prepare.prepare(x_TK, widths, linears, weight.group_size, max_bits, tally)
-    bits = widths if isinstance(widths, int) else None
-    cut = tile(rows, inputs, len(x_TK), x_TK.device, kind_of(prepared.mixed, bits))
-    if any(start % cut.rows for start in weight.starts):
-        cut = dataclasses.replace(cut, rows=ROW_MULTIPLE)
-    if prepared.mixed:
-        return triton_mixed.multiply_mixed(prepared, weight, cut, x_TK.dtype)
-    return triton_uniform.multiply_uniform(prepared, bits, weight, cut, x_TK.dtype)
+    # Triton launches on the current device, whatever the tensors' is.
+    with torch.cuda.device_of(x_TK):
+        linears, rows, inputs = len(weight.out_features), weight.starts[-1], weight.in_features
+        prepared = triton_prepare.prepare(x_TK, widths, linears, weight.group_size, max_bits, tally)
+        bits = widths if isinstance(widths, int) else None
+        cut = tile(rows, inputs, len(x_TK), x_TK.device, kind_of(prepared.mixed, bits))
+        if any(start % cut.rows for start in weight.starts):
+            cut = dataclasses.replace(cut, rows=ROW_MULTIPLE)
+        if prepared.mixed:
+            return triton_mixed.multiply_mixed(prepared, weight, cut, x_TK.dtype)
+        return triton_uniform.multiply_uniform(prepared, bits, weight, cut, x_TK.dtype)
 
 
 def dequantize(weight: Digits, bits: int, dtype: torch.dtype) -> Tensor:
     """A linear's weight, gain included, for tokens that `packs` accepts: [N, K] of `dtype`."""
-    return triton_dequantize.dequantize_digits(weight, bits, dtype)
+    with torch.cuda.device_of(weight.digits_SBN32):
+        return triton_dequantize.dequantize_digits(weight, bits, dtype)
 
 
 def kind_of(mixed: bool, bits: int | None) -> str:

@@ -263,8 +263,10 @@ class Router(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A weak reference cannot be pickled.
-        return self.__dict__ | {"_seen": None, "_widths_LT": None}
+        # A weak reference cannot be pickled, and what was made in a copy's inference mode would
+        # not change in place.
+        made = ("_threshold_EL", "_bits_L1", "_widths_LT", "_seen", "_set_to")
+        return self.__dict__ | dict.fromkeys(made)
 
     def _empty(self, name: str, *shape: int) -> None:
         self.register_buffer(name, torch.zeros(shape, dtype=torch.int32))

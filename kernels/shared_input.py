@@ -29,12 +29,21 @@ class SharedInput:
     """What the linears of one input share; `router` answers `router(x, number)` with widths."""
 
     def __init__(self, linears: Sequence["ElasticLinear"], router: nn.Module | None) -> None:
-        self.linears = tuple(linears)
+        # Each of them holds this: held weakly, a block goes as soon as nobody needs it.
+        self._linears = tuple(weakref.ref(linear) for linear in linears)
         self.router = router
         self._digits: Digits | None = None
         self._tally_2L: Tensor | None = None
         self._seen: weakref.ref[Tensor] | None = None
         self._waiting: dict[int, Tensor] = {}
+
+    @property
+    def linears(self) -> tuple["ElasticLinear", ...]:
+        """Those that share the input."""
+        found = tuple(linear for ref in self._linears if (linear := ref()) is not None)
+        if len(found) < len(self._linears):
+            raise RuntimeError("a linear was copied without those that share its input; copy both")
+        return found
 
     def widths(self, x: Tensor, number: int) -> Tensor | int:
         """Bits that each token of `x` [..., K] gets in one linear: int64 [T], or one for all."""
@@ -69,7 +78,10 @@ class SharedInput:
 
     def digits(self, number: int) -> Digits:
         """The run-time layout of one linear."""
-        return part_of(self._packed(), number)
+        if not self.linears[number].packed:
+            self._packed()
+        assert self._digits is not None
+        return part_of(self._digits, number)
 
     def tally(self, number: int) -> tuple[int, int]:
         """Tokens that one linear decoded, and the bits that they read."""
@@ -125,8 +137,13 @@ class SharedInput:
         return self._tally_2L
 
     def __getstate__(self) -> dict[str, Any]:
-        # A weak reference cannot be pickled.
-        return self.__dict__ | {"_seen": None, "_waiting": {}}
+        # Weak references cannot be pickled. A copy begins to count anew.
+        fresh: dict[str, Any] = {"_seen": None, "_waiting": {}, "_tally_2L": None}
+        return self.__dict__ | fresh | {"_linears": self.linears}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._linears = tuple(weakref.ref(linear) for linear in state["_linears"])
 
 
 def share_input(linears: Sequence["ElasticLinear"], router: nn.Module | None) -> None:

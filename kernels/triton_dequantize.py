@@ -27,7 +27,7 @@ _WARPS = 4
 @triton.jit
 def _dequantize_kernel(
     digits_ptr, scale_zero_ptr, gain_bias_ptr, out_ptr,
-    out_features, in_features, slice_stride, block_stride, group_stride,
+    out_features, in_features, slice_stride, block_stride, group_stride, gain_stride,
     BITS: tl.constexpr, SLICES: tl.constexpr, GAIN_ROW: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +41,7 @@ def _dequantize_kernel(
     second = tl.load(word_ptr + slice_words) if SLICES > 1 else first
     third = tl.load(word_ptr + 2 * slice_words) if SLICES > 2 else first
     fourth = tl.load(word_ptr + 3 * slice_words) if SLICES > 3 else first
-    gain, _ = halves(tl.load(gain_bias_ptr + GAIN_ROW * group_stride + n))
+    gain, _ = halves(tl.load(gain_bias_ptr + GAIN_ROW * gain_stride + n))
     for i in tl.static_range(8):
         code = (first >> (2 * i)) & 3
         if SLICES > 1:
@@ -79,7 +79,7 @@ def dequantize_digits(weight: Digits, bits: int, dtype: torch.dtype) -> Tensor:
     _dequantize_kernel[(blocks, rows // _ROWS)](
         weight.digits_SBN32, weight.scale_zero_GN, weight.gain_bias_WN, out,
         out_features, weight.in_features, *weight.digits_SBN32.stride()[:2],
-        weight.scale_zero_GN.stride(0),
+        weight.scale_zero_GN.stride(0), weight.gain_bias_WN.stride(0),
         BITS=bits, SLICES=slices_of(bits), GAIN_ROW=WIDTHS.index(bits),
         BLOCK_GROUPS=BLOCK_INPUTS // weight.group_size, ROWS=_ROWS, num_warps=_WARPS,
     )  # fmt: skip

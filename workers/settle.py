@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mbq.artifacts.loading import elastic_linears
 from mbq.artifacts.manifest import CurveRecord, RoutingRecord, SettledWidth
 from mbq.kernels.router import Precision, Router
 from mbq.workers.allocate import Earnings, budget_curve, realised_bits, thresholds
@@ -182,11 +183,16 @@ def run_settings(
     precision.bits = None
     for index, block in enumerate(routed.blocks()):
         routers = {name: m for name, m in block.named_modules() if isinstance(m, _SCORING)}
+        # Kernels do not call routers, but every input passes the first of its linears.
+        leaders = {m.shared.router: m for m in elastic_linears(block) if m.number == 0}
         for number, setting in enumerate(settings):
             precision.max_bits = setting.ceiling_bits
             precision.log_threshold = setting.log_threshold
             seen: dict[str, list[Tensor]] = {name: [] for name in routers}
-            hooks = [r.register_forward_pre_hook(_watch(seen[n])) for n, r in routers.items()]
+            hooks = [
+                leaders[router].register_forward_pre_hook(_watch(router, seen[name]))
+                for name, router in routers.items()
+            ]
             for part in hidden[number].split(microbatch):
                 part.copy_(model.run(block, index, part))
             for hook in hooks:
@@ -197,13 +203,10 @@ def run_settings(
     return earned, hidden
 
 
-def _watch(seen: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, int]], None]:
-    def note(router: nn.Module, arguments: tuple[Tensor, int]) -> None:
+def _watch(router: nn.Module, seen: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor]], None]:
+    def note(linear: nn.Module, arguments: tuple[Tensor]) -> None:
         assert isinstance(router, _SCORING)
-        x, linear = arguments
-        # The linears of an input ask one after the other for the same tokens.
-        if linear == 0:
-            seen.append(router.log_earnings(x).cpu())
+        seen.append(router.log_earnings(arguments[0]).cpu())
 
     return note
 

@@ -1,7 +1,9 @@
 """Linears of one input: run as one, tallied, and captured in a graph."""
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -192,6 +194,70 @@ def test_prompts_and_the_state_come_from_what_is_joined() -> None:
     assert _same([linear(few) for linear in linears], [linear(few.float()) for linear in linears])
     for linear, before in zip(linears, state, strict=True):
         assert all(torch.equal(v, before[k]) for k, v in linear.state_dict().items())
+
+
+@torch.no_grad()
+def test_packed_linears_are_moved_and_shared_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    linears, _ = _linears(8)
+    state = [copy.deepcopy(linear.state_dict()) for linear in linears]
+    x = torch.randn(2, COLUMNS).half()
+    linears[0].precision.set_bits(4)
+    expected = [linear(x) for linear in linears]
+    with monkeypatch.context() as moving:
+        # Planes again, one linear after the other: none is packed for another's sake.
+        moving.setattr(ElasticLinear, "pack", None)
+        for linear in linears:
+            linear.to(torch.float64)
+    for linear in linears:
+        linear(x)
+    share_input(linears, random_router(linears[0].precision, COLUMNS, len(ROWS), 4))
+    assert _same([linear(x) for linear in linears], expected)
+    for linear, before in zip(linears, state, strict=True):
+        assert all(torch.equal(v, before[k]) for k, v in linear.state_dict().items())
+
+
+@torch.no_grad()
+def test_what_waits_is_let_go() -> None:
+    linears, _ = _linears(8)
+    x = torch.randn(2, COLUMNS).half()
+    linears[0].precision.set_bits(2)
+    linears[0](x)
+    linears[0].precision.set_bits(8)
+    linears[0].shared.release()
+    assert _same([linears[1](x)], [linears[1](x.float())])
+
+
+def test_linears_that_share_an_input_go_as_soon_as_nobody_needs_them() -> None:
+    linears, router = _linears(8)
+    gone = [weakref.ref(linear) for linear in linears]
+    gc.disable()
+    try:
+        del linears, router
+        assert not any(ref() for ref in gone)
+    finally:
+        gc.enable()
+
+
+@torch.no_grad()
+def test_a_linear_copied_alone_says_what_it_lacks() -> None:
+    linears, _ = _linears(8)
+    with pytest.raises(RuntimeError, match="copied without those that share its input"):
+        copy.deepcopy(linears[0])(torch.randn(2, COLUMNS).half())
+
+
+def test_a_copy_made_in_inference_mode_still_changes_its_width() -> None:
+    linears, router = _linears(8)
+    x = torch.randn(3, COLUMNS).half()
+    with torch.inference_mode():
+        for linear in linears:
+            linear(x)
+        others = copy.deepcopy(torch.nn.ModuleList([*linears, router]))
+        others[0].precision.set_bits(2)
+        others[3].refresh()
+        out = others[0](x)
+    linears[0].precision.set_bits(2)
+    with torch.no_grad():
+        assert _same([out], [linears[0](x)])
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
         (70, 384, 32, torch.float16),
         (130, 768, 64, torch.bfloat16),
         (5, 512, 256, torch.float32),
+        (5, 256, 256, torch.float16),
     ],
 )
 def test_equals_the_definition(

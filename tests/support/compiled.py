@@ -47,6 +47,7 @@ ALIGNED = (
     "slice_stride",
     "block_stride",
     "group_stride",
+    "gain_stride",
 )
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(.*?);", re.MULTILINE)
 
