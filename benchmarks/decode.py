@@ -41,7 +41,7 @@ from weights import (
 )
 
 from mbq.kernels import dispatch
-from mbq.kernels.digits import pack_digits
+from mbq.kernels.digits import join_digits, pack_digits
 from mbq.kernels.quantize import dequantize, pack_pair, unpack_pair
 from mbq.kernels.reference import routed_linear
 from mbq.kernels.router import Gates, bits_taken, score
@@ -88,6 +88,7 @@ def main(out: Path, tune: Path | None, models: tuple[str, ...]) -> None:
         (tune / name).write_text(json.dumps(tiles, indent=1) + "\n", encoding="utf-8")
         (out / name).write_text(json.dumps(tiles, indent=1) + "\n", encoding="utf-8")
     errors = {f"{n} x {k}": check(n, k) for n, k in shapes}
+    errors |= {f"joined x {k}": check_joined(k) for k in sorted({k for _, k in shapes})}
     click.echo(f"largest error against float64: {max(errors.values()):.1e}")
     result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
@@ -156,6 +157,26 @@ def check(n: int, k: int) -> float:
         for out in outs:
             error = ((out[some].double() - expected).norm() / expected.norm()).item()
             worst = max(worst, error if math.isfinite(error) else math.inf)
+    return worst
+
+
+def check_joined(k: int) -> float:
+    """Largest relative error of three linears of one input, at widths that a router decides."""
+    made = [random_digits(n, k) for n in (1024, 256, 512)]
+    x = torch.randn(9, k, device="cuda", dtype=torch.bfloat16)
+    gates = random_gates(k)
+    bits_LT = prepare(x, gates, SHARING, GROUP, CODE_BITS).bits_LT[:, : len(x)]
+    worst = 0.0
+    outs = dispatch.decode(x, gates, CODE_BITS, join_digits(made))
+    for out, weight, bits_T in zip(outs, made, bits_LT, strict=True):
+        (n,) = weight.out_features
+        weight_WNK = torch.stack(
+            [dequantize_digits(weight, bits, torch.float32) for bits in WIDTHS]
+        )
+        _, bias_WN = unpack_pair(weight.gain_bias_WN)
+        expected = routed_linear(x, weight_WNK, bias_WN[:, :n], bits_T)
+        error = ((out.double() - expected).norm() / expected.norm()).item()
+        worst = max(worst, error if math.isfinite(error) else math.inf)
     return worst
 
 
