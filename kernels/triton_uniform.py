@@ -82,22 +82,25 @@ def extracting(i: int, bits: int) -> str:
 
 @triton.jit
 def _combined(first, second, third, fourth, BITS: tl.constexpr, SLICES: tl.constexpr):
-    """Words of fields: as many as a field has slices."""
+    """Words of fields: as many as a field has slices.
+
+    Some are written before all of what they are made of is read, hence `&`.
+    """
     body: tl.constexpr = combining(BITS)
     if SLICES == 2:
         even, odd = tl.inline_asm_elementwise(
-            body, "=r,=r,r,r", [first, second], dtype=(tl.int16, tl.int16), is_pure=True, pack=2
+            body, "=&r,=&r,r,r", [first, second], dtype=(tl.int16, tl.int16), is_pure=True, pack=2
         )
         return even, odd, even, odd
     if SLICES == 3:
         words = [first, second, third]
         return tl.inline_asm_elementwise(
-            body, "=r,=r,=r,=r,r,r,r", words,
+            body, "=&r,=&r,=&r,=&r,r,r,r", words,
             dtype=(tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2,
         )  # fmt: skip
     words = [first, second, third, fourth]
     return tl.inline_asm_elementwise(
-        body, "=r,=r,=r,=r,r,r,r,r", words,
+        body, "=&r,=&r,=&r,=&r,r,r,r,r", words,
         dtype=(tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2,
     )  # fmt: skip
 

@@ -47,10 +47,10 @@ Report = Callable[[float], None]
 class _Drawn(nn.Module):
     """Stands where a router does: every token has the width that was drawn for it."""
 
-    bits_T: Tensor
+    bits_LT: Tensor
 
     def forward(self, x: Tensor, linear: int) -> Tensor:
-        return self.bits_T
+        return self.bits_LT[linear]
 
 
 def tensor_files(checkpoint: PackedCheckpoint) -> dict[str, TensorFile]:
@@ -106,15 +106,20 @@ def validate_linear(
     # Never run, so that it keeps the published planes.
     published = copy.deepcopy(linear)
     cases = [*itertools.product(dtypes, _CHECKED_TOKENS, [*((b,) for b in widths), widths])]
+    # Twice, as linears that share an input are multiplied together.
+    linears = linear, copy.deepcopy(linear)
     drawn_widths = _Drawn()
-    share_input([linear], drawn_widths)
+    share_input(linears, drawn_widths)
     largest = 0.0
     for number, (dtype, tokens, drawn) in enumerate(cases):
         x = torch.randn(tokens, linear.in_features, generator=generator).to(device, dtype)
-        choice = torch.randint(len(drawn), (tokens,), generator=generator)
-        bits_T = drawn_widths.bits_T = torch.tensor(drawn)[choice].to(device)
+        choice = torch.randint(len(drawn), (len(linears), tokens), generator=generator)
+        drawn_widths.bits_LT = torch.tensor(drawn)[choice].to(device)
         linear.precision.bits = drawn[0] if len(drawn) == 1 else None
-        error = _error(linear, published, x, bits_T)
+        error = max(
+            _error(one, published, x, bits_T)
+            for one, bits_T in zip(linears, drawn_widths.bits_LT, strict=True)
+        )
         if not error <= TOLERANCES[dtype]:
             raise KernelError(
                 f"{name} is wrong on {hardware_kind(device)}: {tokens} tokens of {dtype} at "
