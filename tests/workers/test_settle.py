@@ -55,7 +55,8 @@ def test_the_routed_model_reads_what_was_asked(finished_run: Any, method: str) -
     assert sorted(record.curves) == [4, 6, 8]
     # A linear of the tiny model is up to a thirteenth of its weights: two bits of it, or half.
     step = 2 * 64 * 96 / 3 / (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96)
-    within = step / 2 + 1e-6 if method == "linear" else 0.02
+    # Of so few tokens of a random model, a single step of a map moves hundredths of a bit.
+    within = step / 2 + 1e-6 if method == "linear" else 0.05
     for width in record.settled:
         assert width.realised_bits == pytest.approx(width.average_bits, abs=within)
         assert width.divergence >= 0
