@@ -57,6 +57,8 @@ def main(name: str, spec: str, python: str, rows: tuple[str, ...]) -> None:
         entry["seconds_per_block"] = entry.pop("seconds") / blocks
         entry["cpu_seconds_per_block"] = entry.pop("cpu_seconds") / blocks
     result = provenance() | {
+        # Where the peer's environment lies says nothing.
+        "command": f"python benchmarks/cost.py {name} {spec} PEERS/auto-round/bin/python",
         "blocks": blocks,
         "seconds_per_block": statistics.fmean(seconds),
         "seconds": seconds,

@@ -123,9 +123,8 @@ def tile(
 
 def token_tile(tokens: int, kind: str) -> int:
     """Tokens of a program."""
-    if kind == MIXED:
-        return triton_prepare.token_tile(tokens)
-    return triton_uniform.uniform_token_tile(tokens)
+    padded = triton_prepare.padded_tokens(tokens)
+    return min(padded, triton_mixed.MOST_TILE_TOKENS) if kind == MIXED else padded
 
 
 def default_tile(rows: int, blocks: int, width: int, kind: str) -> "triton_tiles.Tile":
@@ -146,7 +145,5 @@ def _measured(capability: tuple[int, int]) -> _Measured:
     stored = files("mbq.kernels") / name
     if not stored.is_file():
         return {}
-    found: dict[str, dict[str, dict[str, list[int]]]] = json.loads(
-        stored.read_text(encoding="utf-8")
-    )
+    found: _Measured = json.loads(stored.read_text(encoding="utf-8"))
     return found

@@ -163,28 +163,23 @@ class Router(nn.Module):
         Returns int64 [T], or one number where it is the same for every token.
         """
         if self.width is None:
-            return self.bits_of_all()[linear]
+            self.refresh()
+            return self._bits[linear]
         # The first linear of a pass computes for all; the others are given the same tensor.
         if linear == 0 or self._seen is None or self._seen() is not x:
-            threshold_EL = self._thresholds()
+            threshold_EL = self.refresh()
             score_ELT = self.scores(x)[: len(threshold_EL)]
             self._widths_LT = bits_taken(score_ELT >= threshold_EL[..., None])
             self._seen = weakref.ref(x)
         assert self._widths_LT is not None
         return self._widths_LT[linear]
 
-    def bits_of_all(self) -> tuple[int, ...]:
-        """Bits of every linear, where they are the same for every token."""
-        assert self.width is None, "a router with features has a width for every token"
-        self._thresholds()
-        return self._bits
-
     def on_device(self) -> Gates | Tensor:
         """What kernels need to decide: gates, or int32 [L, 1] where all tokens are alike.
 
         All of it stays where it is when the width is changed.
         """
-        threshold_EL = self._thresholds()
+        threshold_EL = self.refresh()
         if self.width is None:
             assert self._bits_L1 is not None
             return self._bits_L1
@@ -198,10 +193,6 @@ class Router(nn.Module):
             )
         trunk_HK = self.get_buffer("trunk").view(torch.float16)
         return Gates(trunk_HK, _floats(self.get_buffer("offset")), head_ELF, threshold_EL)
-
-    def refresh(self) -> None:
-        """Let launches that were captured in a graph see the width that is set now."""
-        self._thresholds()
 
     @torch.no_grad()
     def scores(self, x: Tensor) -> Tensor:
@@ -224,8 +215,12 @@ class Router(nn.Module):
         return interpolate(knots[:, :, 0], knots[:, :, 1], self.scores(x))
 
     @torch.no_grad()
-    def _thresholds(self) -> Tensor:
-        """The model's threshold in terms of scores: [E', L] of the extra widths in use."""
+    def refresh(self) -> Tensor:
+        """Bring all that depends on the width that is set in line with it, in place.
+
+        Launches that were captured in a graph see it. Returns the model's threshold in terms of
+        scores: [E', L] of the extra widths in use.
+        """
         precision = self.precision
         state = precision.bits, precision.log_threshold, precision.max_bits
         extra = len(widths_up_to(precision.max_bits)) - 1

@@ -21,8 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from mbq.kernels.digits import Digits
-from mbq.kernels.triton_prepare import Prepared, token_tile
+from mbq.kernels.triton_prepare import Prepared
 from mbq.kernels.triton_tiles import Tile, digit, finish, halves, launch, row_of
+
+# Tokens of a program: 32 fill the registers.
+MOST_TILE_TOKENS = 32
 
 
 # Fewer variants to compile: these need no alignment.
@@ -91,5 +94,5 @@ def multiply_mixed(
         ValueError: a tile would reach from one linear into the next.
     """
     pointers = prepared.bits_LT, prepared.steps_L2
-    width = token_tile(prepared.tokens)
+    width = min(len(prepared.x_TK), MOST_TILE_TOKENS)
     return launch(_mixed_kernel, prepared, pointers, weight, tile, width, dtype)

@@ -35,6 +35,12 @@ _LANES = tl.constexpr(4)
 _WIDE_INPUTS = 16384
 
 
+@triton.constexpr_function
+def digit_bit(i: int) -> int:
+    """Bit of a float16 at which digit i of a word lies (`triton_tiles.digit`): bias 2^(10 - bit)."""
+    return (4, 6, 4, 6, 8, 4, 6, 8)[i]
+
+
 @dataclass(frozen=True)
 class Prepared:
     """Tokens as the multiplying kernels read them, for all linears that share an input.
@@ -109,10 +115,10 @@ def _prepare_kernel(
     x16 = (x * scale).to(tl.float16)
     tl.store(x16_ptr + token * padded_inputs + at, x16, mask=at < padded_inputs)
     chunk_sum = tl.sum(x16.to(tl.float32), axis=1)
-    digit = chunk % 8
-    bit = tl.where((digit == 0) | (digit == 2) | (digit == 5), 4, 6)
-    bit = tl.where((digit == 4) | (digit == 7), 8, bit)
-    biased = chunk_sum * (1 << (10 - bit)).to(tl.float32)
+    bias = tl.zeros((CHUNKS,), tl.float32)
+    for i in tl.static_range(8):
+        bias = tl.where(chunk % 8 == i, 1 << (10 - digit_bit(i)), bias)
+    biased = chunk_sum * bias
     GROUPS: tl.constexpr = CHUNKS // GROUP_CHUNKS
     group = tl.arange(0, GROUPS)
     sums = tl.sum(tl.reshape(chunk_sum, (GROUPS, GROUP_CHUNKS)), axis=1)
@@ -178,8 +184,7 @@ def prepare(
         raise ValueError(f"{tokens} tokens: the kernels take 1 to {MAX_TOKENS}")
     if not 1 <= linears <= MOST_LINEARS:
         raise ValueError(f"{linears} linears: the kernels take 1 to {MOST_LINEARS}")
-    width = token_tile(tokens)
-    padded_tokens = -(-tokens // width) * width
+    padded = padded_tokens(tokens)
     padded_inputs = -(-inputs // BLOCK_INPUTS) * BLOCK_INPUTS
     groups = padded_inputs // group_size
     if x_TK.stride(1) != 1:
@@ -188,11 +193,11 @@ def prepare(
     gates = widths if isinstance(widths, Gates) else None
     alike = isinstance(widths, int) or (given is not None and given.shape[1] == 1)
     made = Prepared(
-        x_TK.new_empty(padded_tokens, padded_inputs, dtype=torch.float16),
-        x_TK.new_empty(groups, padded_tokens, dtype=torch.float32),
-        x_TK.new_empty(groups, padded_tokens, dtype=torch.float32),
-        x_TK.new_empty(padded_tokens, dtype=torch.float32),
-        x_TK.new_empty(linears, padded_tokens, dtype=torch.int32),
+        x_TK.new_empty(padded, padded_inputs, dtype=torch.float16),
+        x_TK.new_empty(groups, padded, dtype=torch.float32),
+        x_TK.new_empty(groups, padded, dtype=torch.float32),
+        x_TK.new_empty(padded, dtype=torch.float32),
+        x_TK.new_empty(linears, padded, dtype=torch.int32),
         x_TK.new_empty(linears, 2, dtype=torch.int32),
         mixed=tokens > 1 and max_bits > SLICE_BITS and not alike,
         tokens=tokens,
@@ -204,7 +209,7 @@ def prepare(
         made.bits_LT, made.steps_L2, zeros(x_TK.device, "prepare", 1), tally,
         widths if isinstance(widths, int) else SLICE_BITS, x_TK.stride(0),
         0 if given is None else given.stride(0), 0 if given is None or alike else given.stride(1),
-        inputs, padded_inputs, groups, padded_tokens,
+        inputs, padded_inputs, groups, padded,
         CHUNKS=chunks, GROUP_CHUNKS=group_size // 32, LINEARS=linears, GIVEN=given is not None,
         EXTRA=0 if gates is None else len(gates.threshold_EL), HIDDEN=hidden,
         FEATURES=triton.next_power_of_2(hidden + 2), TALLIED=tally is not None,
@@ -213,9 +218,9 @@ def prepare(
     return made
 
 
-def token_tile(tokens: int) -> int:
-    """Tokens of a program: matrix instructions take 8 at least, and 32 fill the registers."""
-    return min(max(1 << (tokens - 1).bit_length(), 8), 32)
+def padded_tokens(tokens: int) -> int:
+    """T': a power of two, as tiles are; matrix instructions take 8 at least."""
+    return max(1 << (tokens - 1).bit_length(), 8)
 
 
 _ZEROS: dict[tuple[torch.device, str], Tensor] = {}

@@ -24,11 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from mbq.kernels.digits import BLOCK_INPUTS, Digits
-from mbq.kernels.triton_prepare import Prepared, zeros
+from mbq.kernels.triton_prepare import Prepared, digit_bit, zeros
 
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
-# Bit at which each of a word's 8 digits lies after its shift; the bias of digit i is 2^(10 - bit).
-DIGIT_BITS = (4, 6, 4, 6, 8, 4, 6, 8)
 # So that the counters seldom grow.
 _COUNTERS = 4096
 
@@ -49,23 +47,20 @@ def row_of(bits):
     return tl.where(bits <= 4, bits - 2, bits // 2)
 
 
-_KEEP = tl.constexpr("lop3.b32 $0, $1, $2, $3, 0xEA;")
-_LEFT = tl.constexpr("{ .reg .b32 t; shl.b32 t, $1, 4; lop3.b32 $0, t, $2, $3, 0xEA; }")
-_RIGHT = tl.constexpr("{ .reg .b32 t; shr.u32 t, $1, 6; lop3.b32 $0, t, $2, $3, 0xEA; }")
-
-
+@triton.constexpr_function
 def assembly(i: int) -> str:
     """PTX that makes digit i of two words ($1) with mask $2 and magic $3."""
-    body: str = (_LEFT if i < 2 else _KEEP if i < 5 else _RIGHT).value
-    return body
+    if i < 2:
+        return "{ .reg .b32 t; shl.b32 t, $1, 4; lop3.b32 $0, t, $2, $3, 0xEA; }"
+    if i < 5:
+        return "lop3.b32 $0, $1, $2, $3, 0xEA;"
+    return "{ .reg .b32 t; shr.u32 t, $1, 6; lop3.b32 $0, t, $2, $3, 0xEA; }"
 
 
 @triton.jit
 def digit(word, i: tl.constexpr, selector, ASM: tl.constexpr):
     """Digit i of int16 words under a mask of 3, 2 or 1, as float16: its value plus 2^(10 - bit)."""
-    bit: tl.constexpr = (
-        4 if (i == 0 or i == 2 or i == 5) else (6 if (i == 1 or i == 3 or i == 6) else 8)
-    )
+    bit: tl.constexpr = digit_bit(i)
     magic: tl.constexpr = (25 - bit) << 10
     # A choice of constants: a mask that is computed, and `elif` too, would keep the compiler from
     # bringing words, rather than digits, to the threads that need them.
@@ -75,10 +70,9 @@ def digit(word, i: tl.constexpr, selector, ASM: tl.constexpr):
     if selector == 1:
         mask = tl.full(word.shape, 1 << bit, tl.int16)
     if ASM:
-        body: tl.constexpr = _LEFT if i < 2 else (_KEEP if i < 5 else _RIGHT)
         g = tl.full(word.shape, magic, tl.int16)
         made = tl.inline_asm_elementwise(
-            body, "=r,r,r,r", [word, mask, g], dtype=tl.float16, is_pure=True, pack=2
+            assembly(i), "=r,r,r,r", [word, mask, g], dtype=tl.float16, is_pure=True, pack=2
         )
     else:
         shifted = (word << 4) if i < 2 else (word if i < 5 else (word >> 6))

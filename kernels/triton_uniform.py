@@ -236,13 +236,9 @@ def multiply_uniform(
         (prepared.bits_LT,),
         weight,
         tile,
-        uniform_token_tile(prepared.tokens),
+        # All tokens in one program, as codes are put together anew for each.
+        len(prepared.x_TK),
         dtype,
         BITS=bits or 0,
         MOST_SLICES=len(weight.digits_SBN32),
     )
-
-
-def uniform_token_tile(tokens: int) -> int:
-    """Tokens of a program: all of them, as codes are made anew for each program."""
-    return max(1 << (tokens - 1).bit_length(), 8)

@@ -12,8 +12,8 @@ from mbq.kernels.digits import join_digits, pack_digits
 from mbq.kernels.quantize import pack_pair
 from mbq.kernels.reference import routed_linear
 from mbq.kernels.triton_mixed import multiply_mixed
-from mbq.kernels.triton_prepare import prepare
-from mbq.kernels.triton_tiles import DIGIT_BITS, Tile, assembly
+from mbq.kernels.triton_prepare import digit_bit, prepare
+from mbq.kernels.triton_tiles import Tile, assembly
 from mbq.kernels.widths import WIDTHS
 from tests.support.ptx import emulate
 from tests.support.weights import error, random_weight
@@ -72,13 +72,6 @@ def test_linears_of_one_input(bits: list[list[int]], split: int) -> None:
         assert error(out, expected) < 1e-5
 
 
-def test_a_tile_does_not_reach_into_the_next_linear() -> None:
-    joined = join_digits([random_weight(rows, 256, 128)[0] for rows in (128, 384)])
-    prepared = prepare(torch.randn(2, 256).half(), torch.tensor([[2, 3]] * 2), 2, 128, 8)
-    with pytest.raises(ValueError, match=r"256 rows do not divide linears of \(0, 128, 512\) rows"):
-        multiply_mixed(prepared, joined, Tile(256, 1, 4, 3), torch.float16)
-
-
 def test_known_weights() -> None:
     """A code between its neighbours' at every width, picked out by one input of 1."""
     code = torch.zeros(64, 256, dtype=torch.uint8)
@@ -127,7 +120,7 @@ def test_strided_tokens() -> None:
 def test_assembly_makes_digits(position: int, selector: int) -> None:
     rng = np.random.default_rng(position)
     word = rng.integers(0, 2**32, 4096, dtype=np.uint32)
-    bit = DIGIT_BITS[position]
+    bit = digit_bit(position)
     body = assembly(position)
     mask, magic = (np.full_like(word, v * 0x10001) for v in (selector << bit, (25 - bit) << 10))
     made = emulate(body, {"$1": word, "$2": mask, "$3": magic})["$0"].view(np.float16)

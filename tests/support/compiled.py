@@ -79,37 +79,28 @@ def main() -> None:
 def build_mixed(architecture: int, tokens: int) -> dict[str, Any]:
     """The default tile of LLaMA-2-7B's gate and up; `instructions` are those per digit."""
     tile = dispatch.default_tile(22016, 16, tokens, dispatch.MIXED)
-    constants = {
-        "ROWS": tile.rows,
-        "TOKENS": tokens,
-        "SPLIT": tile.split,
-        "STAGES": tile.stages,
-        "BLOCK_GROUPS": 2,
-        "ASM": True,
-    }
-    return _multiplying(_mixed_kernel, constants, architecture, tile)
+    return _multiplying(_mixed_kernel, {}, architecture, tokens, tile)
 
 
 def build_uniform(architecture: int, tokens: int, bits: int) -> dict[str, Any]:
     """The same at one width; 0 for one that only the device knows, `instructions` per weight."""
     kind = dispatch.kind_of(False, bits or None)
     tile = dispatch.default_tile(22016, 16, tokens, kind)
-    constants = {
+    constants = {"BITS": bits, "MOST_SLICES": 4}
+    return _multiplying(_uniform_kernel, constants, architecture, tokens, tile)
+
+
+def _multiplying(
+    kernel: Any, constants: dict[str, Any], architecture: int, tokens: int, tile: Tile
+) -> dict[str, Any]:
+    constants = constants | {
         "ROWS": tile.rows,
         "TOKENS": tokens,
         "SPLIT": tile.split,
         "STAGES": tile.stages,
         "BLOCK_GROUPS": 2,
-        "BITS": bits,
-        "MOST_SLICES": 4,
         "ASM": True,
     }
-    return _multiplying(_uniform_kernel, constants, architecture, tile)
-
-
-def _multiplying(
-    kernel: Any, constants: dict[str, Any], architecture: int, tile: Tile
-) -> dict[str, Any]:
     made = _compile(kernel, constants, architecture, tile.warps)
     assembly = made.pop("assembly")
     weights = tile.rows * 256 / (32 * tile.warps)
