@@ -37,7 +37,7 @@ _WIDE_INPUTS = 16384
 
 @triton.constexpr_function
 def digit_bit(i: int) -> int:
-    """Bit of a float16 at which digit i of a word lies (`triton_tiles.digit`): bias 2^(10 - bit)."""
+    """Bit of a float16 at which digit i of a word lies (`triton_tiles.digit`)."""
     return (4, 6, 4, 6, 8, 4, 6, 8)[i]
 
 

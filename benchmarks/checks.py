@@ -1,0 +1,121 @@
+"""Are the kernels right on this GPU? Random data against float64, and equal bits from run to run."""
+
+import itertools
+import math
+
+import torch
+from weights import GROUP, multiply, random_digits, tokens_at
+
+from mbq.kernels import dispatch
+from mbq.kernels.digits import join_digits, pack_digits
+from mbq.kernels.quantize import dequantize, pack_pair, unpack_pair
+from mbq.kernels.reference import routed_linear
+from mbq.kernels.router import Gates, bits_taken, score
+from mbq.kernels.triton_dequantize import dequantize_digits
+from mbq.kernels.triton_prepare import prepare
+from mbq.kernels.widths import CODE_BITS, MAX_SLICES, WIDTHS
+
+# Numbers of tokens, and the widths that they are drawn from.
+CHECKS = (
+    *((1, (bits,)) for bits in WIDTHS),
+    (8, (3,)),
+    *((33, (bits,)) for bits in WIDTHS),
+    (3, (2, 8)),
+    (5, (2, 3)),
+    (16, (2, 4, 6, 8)),
+    (33, WIDTHS),
+    (64, WIDTHS),
+)
+# Linears that share an input, and rows of their router's trunk.
+SHARING, TRUNK = 3, 8
+
+
+def check(n: int, k: int) -> float:
+    """Largest relative error over `CHECKS`, against float64."""
+    code = torch.randint(0, 256, (n, k), dtype=torch.uint8, device="cuda")
+    scale = (0.5 + torch.rand(n, k // GROUP, device="cuda")).half().float()
+    zero = (1.5 + torch.rand(n, k // GROUP, device="cuda")).half().float()
+    gain = 0.9 + 0.2 * torch.rand(len(WIDTHS), n, device="cuda")
+    gain_bias = pack_pair(gain, torch.randn_like(gain))
+    gain_WN, bias_WN = unpack_pair(gain_bias)
+    weight = pack_digits(code, pack_pair(scale, zero), gain_bias, MAX_SLICES)
+    weight_WNK = torch.stack(
+        [
+            dequantize(code, scale, zero, bits) * gain_N[:, None]
+            for bits, gain_N in zip(WIDTHS, gain_WN, strict=True)
+        ]
+    )
+    worst = 0.0
+    for bits, weight_NK in zip(WIDTHS, weight_WNK, strict=True):
+        made_NK = dequantize_digits(weight, bits, torch.bfloat16).float()
+        worst = max(worst, ((made_NK - weight_NK).norm() / weight_NK.norm()).item())
+    for m, widths in CHECKS:
+        x = 10 * torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        # In turn, so that every width occurs wherever there are enough tokens.
+        bits_T = torch.tensor(list(itertools.islice(itertools.cycle(widths), m)), device="cuda")
+        asked = bits_T[None] if len(widths) > 1 else widths[0]
+        prepared = prepare(x, asked, 1, GROUP, CODE_BITS)
+        known = asked if isinstance(asked, int) else None
+        tile = dispatch.tile(n, k, m, x.device, dispatch.kind_of(prepared.mixed, known))
+        # What is allocated next lies where this was: an element that is not written stays NaN.
+        poison = torch.full((m, n), math.nan, dtype=torch.bfloat16, device="cuda")
+        del poison
+        # A width that the host knows, and the same again as one that it does not.
+        any_tile = dispatch.tile(n, k, m, x.device, dispatch.kind_of(prepared.mixed, None))
+        outs = multiply(prepared, known, weight, tile)
+        outs += multiply(prepared, None, weight, any_tile)
+        some = torch.randperm(m, device="cuda")[:8]
+        expected = routed_linear(x[some].double(), weight_WNK, bias_WN, bits_T[some])
+        for out in outs:
+            error = ((out[some].double() - expected).norm() / expected.norm()).item()
+            worst = max(worst, error if math.isfinite(error) else math.inf)
+    return worst
+
+
+def check_joined(k: int) -> float:
+    """Largest relative error of three linears of one input, at widths that a router decides."""
+    made = [random_digits(n, k) for n in (1024, 256, 512)]
+    x = torch.randn(9, k, device="cuda", dtype=torch.bfloat16)
+    gates = random_gates(k)
+    bits_LT = prepare(x, gates, SHARING, GROUP, CODE_BITS).bits_LT[:, : len(x)]
+    worst = 0.0
+    outs = dispatch.decode(x, gates, CODE_BITS, join_digits(made))
+    for out, weight, bits_T in zip(outs, made, bits_LT, strict=True):
+        (n,) = weight.out_features
+        weight_WNK = torch.stack(
+            [dequantize_digits(weight, bits, torch.float32) for bits in WIDTHS]
+        )
+        _, bias_WN = unpack_pair(weight.gain_bias_WN)
+        expected = routed_linear(x, weight_WNK, bias_WN[:, :n], bits_T)
+        error = ((out.double() - expected).norm() / expected.norm()).item()
+        worst = max(worst, error if math.isfinite(error) else math.inf)
+    return worst
+
+
+def repeatable(n: int, k: int) -> bool:
+    """Whether two runs give the same bits."""
+    weight, prepared = random_digits(n, k), tokens_at(5, k, 6)
+    tile = dispatch.tile(n, k, 5, weight.digits_SBN32.device, dispatch.kind_of(False, 6))
+    outs = [multiply(prepared, 6, weight, tile)[0] for _ in range(3)]
+    return all(torch.equal(out, outs[0]) for out in outs)
+
+
+def random_gates(k: int) -> Gates:
+    """A router of three linears whose gates are open for about half of all tokens."""
+    extra = len(WIDTHS) - 1
+    return Gates(
+        (torch.randn(TRUNK, k, device="cuda") / math.sqrt(k)).half(),
+        torch.randn(TRUNK, device="cuda"),
+        torch.randn(extra, SHARING, TRUNK + 2, device="cuda"),
+        torch.zeros(extra, SHARING, device="cuda"),
+    )
+
+
+def routed_differently(k: int) -> float:
+    """Share of widths that the kernel's router decides otherwise than torch's."""
+    gates = random_gates(k)
+    x = torch.randn(64, k, device="cuda", dtype=torch.bfloat16)
+    score_ELT = score(x.float(), gates.trunk_HK.float(), gates.offset_H, gates.head_ELF)
+    expected_LT = bits_taken(score_ELT >= gates.threshold_EL[..., None])
+    found_LT = prepare(x, gates, SHARING, GROUP, CODE_BITS).bits_LT
+    return (found_LT != expected_LT).double().mean().item()
