@@ -1,4 +1,4 @@
-"""Are the kernels right on this GPU? Random data against float64, and equal bits from run to run."""
+"""Are the kernels right on this GPU? Random data against float64, equal bits from run to run."""
 
 import itertools
 import math
