@@ -1,15 +1,16 @@
 """Decode kernels on a GPU: correctness first, then microseconds beside the bounds and peers.
 
     python benchmarks/decode.py --out benchmarks/results
-    python benchmarks/decode.py --tune kernels          # tiles for this GPU, then the same
+    python benchmarks/decode.py --out DIR --tune kernels        # tiles for this GPU, then the same
+    python benchmarks/decode.py --out DIR --any-precision any_precision.cubin
 
 For every shape, width and number of tokens: time of one launch in a captured graph of many, with
 weights that rotate through more memory than the L2 cache holds; median of replays, and the share
 that the middle half of them spreads over. Bounds: bytes (codes, scales, zeros, inputs, outputs) at
 the measured memory speed, operations at the measured bf16 speed. `empty` is a graph node of an
-empty kernel. Peers in the same run: cuBLAS in bf16 and torch's int4 kernel (tinygemm), at 4 bits.
-The bound of 3 bits counts 3, though the kernel reads two whole slices for them. `prompts` are many
-tokens times a weight that is dequantized each time, beside cuBLAS with a weight that is there.
+empty kernel. The bound of 3 bits counts 3, though the kernel reads two whole slices for them.
+`peers` are others in the same run (`peers.py`). `prompts` are many tokens times a weight that is
+dequantized each time, beside cuBLAS with a weight that is there.
 Data are random; outputs are held against float64 first. Needs torch, triton and click only.
 """
 
@@ -26,12 +27,11 @@ import torch
 import triton
 from ceilings import measure_ceilings
 from checks import SHARING, check, check_joined, random_gates, repeatable, routed_differently
-from torch import Tensor
+from peers import time_peers
 from tuning import tune_tiles
 from weights import (
     BLOCKS,
     GROUP,
-    ROTATED_BYTES,
     SHAPES,
     decode_times,
     hungry_tokens,
@@ -54,8 +54,9 @@ Point = dict[str, Any]
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for results.")
 @click.option("--tune", type=click.Path(path_type=Path), help="Folder for measured tiles.")
+@click.option("--any-precision", type=click.Path(path_type=Path, exists=True), help="Its cubin.")
 @click.option("--model", "models", multiple=True, type=click.Choice(list(SHAPES)))
-def main(out: Path, tune: Path | None, models: tuple[str, ...]) -> None:
+def main(out: Path, tune: Path | None, any_precision: Path | None, models: tuple[str, ...]) -> None:
     """Check and time the decode kernels on the shapes of LLaMA models."""
     torch.manual_seed(0)
     chosen = models or tuple(SHAPES)
@@ -87,12 +88,17 @@ def main(out: Path, tune: Path | None, models: tuple[str, ...]) -> None:
     result["mixed"] = [p for shape in shapes[-1:] for p in time_mixed(*shape)]
     result["prompts"] = [p for shape in shapes for p in time_prompts(*shape)]
     points: list[Point] = []
+    peers: list[Point] = []
     path = out / f"{result['date']}-decode.json"
     for shape in shapes:
         points += time_shape(*shape, ceilings)
-        document = result | {"points": points, "sums": model_sums(points, chosen)}
-        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    show(points, model_sums(points, chosen))
+        peers += [
+            {"n": shape[0], "k": shape[1], "tokens": m, **time_peers(*shape, m, any_precision)}
+            for m in TOKENS
+        ]
+        result |= {"points": points, "peers": peers, "sums": model_sums(points, peers, chosen)}
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    show(result)
     otherwise = max(result["routed_differently"].values())
     click.echo(f"widths routed otherwise than by torch: {otherwise:.2%}")
     if max(errors.values()) > TOLERANCE or otherwise > TOLERANCE or not result["repeatable"]:
@@ -115,9 +121,8 @@ def time_preparing(k: int) -> list[Point]:
 
 
 def time_shape(n: int, k: int, ceilings: dict[str, float]) -> list[Point]:
-    """All widths and numbers of tokens of one shape, with peers."""
+    """All widths and numbers of tokens of one shape."""
     points = []
-    peers = {m: time_peers(n, k, m) for m in TOKENS}
     for bits in WIDTHS:
         weights = rotation(n, k, bits)
         for m in TOKENS:
@@ -145,7 +150,6 @@ def time_shape(n: int, k: int, ceilings: dict[str, float]) -> list[Point]:
                     "bound_seconds": bound,
                     "of_bound": bound / seconds,
                     "of_bound_and_empty": (bound + ceilings["empty_seconds"]) / seconds,
-                    **peers[m],
                 }
             )
     return points
@@ -203,65 +207,65 @@ def time_prompts(n: int, k: int) -> list[Point]:
     return points
 
 
-def time_peers(n: int, k: int, m: int) -> dict[str, float]:
-    """Seconds of cuBLAS in bf16 and of torch's int4 kernel on the same shape."""
-    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    full = [
-        torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
-        for _ in range(max(math.ceil(ROTATED_BYTES / (2 * n * k)), 2))
-    ]
-    turn = itertools.cycle(full)
-    cublas = time_graph(lambda: torch.mm(x, next(turn).T), 24)[0]
-    count = math.ceil(ROTATED_BYTES / (n * k / 2))
-    codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
-    packed = [torch._convert_weight_to_int4pack(codes, 8) for _ in range(count)]
-    scales: Tensor = torch.rand(k // GROUP, n, 2, device="cuda").bfloat16()
-    quarter = itertools.cycle(packed)
-    tinygemm = time_graph(
-        lambda: torch._weight_int4pack_mm(x, next(quarter), GROUP, scales), max(count, 24)
-    )[0]
-    return {"cublas_seconds": cublas, "tinygemm_4bit_seconds": tinygemm}
-
-
-def model_sums(points: list[Point], models: tuple[str, ...]) -> list[Point]:
-    """All linears of a model, by width and tokens: seconds, shares of the bound, against peers."""
-    by_key = {(p["n"], p["k"], p["tokens"], p["bits"]): p for p in points}
+def model_sums(points: list[Point], peers: list[Point], models: tuple[str, ...]) -> list[Point]:
+    """All linears of a model, by tokens: seconds of each width, of its bound, and of each peer."""
     sums = []
-    for model, m, bits in itertools.product(models, TOKENS, WIDTHS):
-        found = [by_key.get((*shape, m, bits)) for shape in SHAPES[model].values()]
-        if None in found:
+    for model, m in itertools.product(models, TOKENS):
+        shapes = list(SHAPES[model].values())
+        ours = [p for p in points if p["tokens"] == m and (p["n"], p["k"]) in shapes]
+        theirs = [p for p in peers if p["tokens"] == m and (p["n"], p["k"]) in shapes]
+        if len(theirs) < len(shapes):
             continue
-        total = {
-            key: BLOCKS[model] * sum(p[key] for p in found if p)
-            for key in ("seconds", "bound_seconds", "cublas_seconds", "tinygemm_4bit_seconds")
-        }
-        shares = {
-            "of_bound": total["bound_seconds"] / total["seconds"],
-            "faster_than_cublas": total["cublas_seconds"] / total["seconds"],
-        }
-        sums.append({"model": model, "tokens": m, "bits": bits, **total, **shares})
+        total = {"model": model, "tokens": m}
+        for bits in WIDTHS:
+            found = [p for p in ours if p["bits"] == bits]
+            for key in ("seconds", "bound_seconds"):
+                total[f"{bits}_{key}"] = BLOCKS[model] * sum(p[key] for p in found)
+        # Those that serve every shape.
+        for name in sorted(set.intersection(*(set(p) for p in theirs)) - {"n", "k", "tokens"}):
+            total[name] = BLOCKS[model] * sum(p[name] for p in theirs)
+        sums.append(total)
     return sums
 
 
-def show(points: list[Point], sums: list[Point]) -> None:
+def show(result: Point) -> None:
     """Short tables, the sums last."""
-    click.echo(
-        "N x K | tokens | bits | us | unknown | bound | % | with empty | cuBLAS | int4 | tile"
-    )
-    for p in points:
-        kinds = ("unknown", "bound", "cublas", "tinygemm_4bit")
-        us = {kind: p[f"{kind}_seconds"] * 1e6 for kind in kinds}
+    peers = {(p["n"], p["k"], p["tokens"]): p for p in result["peers"]}
+    empty = result["ceilings"]["empty_seconds"] * 1e6
+    click.echo(f"an empty kernel: {empty:.1f} us")
+    click.echo("N x K | tokens | bits | us | unknown | bound | % | with empty | tile | peers")
+    for p in result["points"]:
+        us = {kind: p[f"{kind}_seconds"] * 1e6 for kind in ("unknown", "bound")}
+        others = peers[p["n"], p["k"], p["tokens"]]
+        beside = [
+            f"{name} {seconds * 1e6:.1f} ({seconds / p['seconds']:.2f}x)"
+            for name, seconds in others.items()
+            if name.endswith((f"_{p['bits']}", "_16"))
+        ]
         click.echo(
             f"{p['n']} x {p['k']} | {p['tokens']} | {p['bits']} | {p['seconds'] * 1e6:.1f} | "
             f"{us['unknown']:.1f} | {us['bound']:.1f} | {p['of_bound']:.0%} | "
-            f"{p['of_bound_and_empty']:.0%} | "
-            f"{us['cublas']:.1f} | {us['tinygemm_4bit']:.1f} | {p['tile']}"
+            f"{p['of_bound_and_empty']:.0%} | {p['tile']} | {', '.join(beside)}"
         )
-    for s in sums:
+    for p in result["mixed"]:
         click.echo(
-            f"{s['model']} | {s['tokens']} | {s['bits']} | {s['seconds'] * 1e3:.3f} ms | "
-            f"{s['of_bound']:.0%} of bound | {s['faster_than_cublas']:.2f}x cuBLAS"
+            f"{p['n']} x {p['k']} | {p['tokens']} tokens, {p['tokens_with_8_bits']} with 8 bits, "
+            f"others {p['bits_of_others']} | {p['steps']} steps | {p['seconds'] * 1e6:.1f} us"
         )
+    for p in result["prompts"]:
+        click.echo(
+            f"{p['n']} x {p['k']} | {p['tokens']} tokens | {p['bits']} | "
+            f"{p['seconds'] * 1e6:.1f} us | {p['cublas_seconds'] / p['seconds']:.2f}x cuBLAS"
+        )
+    for s in result["sums"]:
+        ours = [
+            f"{bits}: {s[f'{bits}_seconds'] * 1e3:.3f} ms "
+            f"({s[f'{bits}_bound_seconds'] / s[f'{bits}_seconds']:.0%} of bound, "
+            f"{s['cublas_16'] / s[f'{bits}_seconds']:.2f}x cuBLAS)"
+            for bits in WIDTHS
+        ]
+        theirs = [f"{name}: {s[name] * 1e3:.3f} ms" for name in s if name[-1].isdigit()]
+        click.echo(f"{s['model']} | {s['tokens']} | {', '.join(ours)} | {', '.join(theirs)}")
 
 
 if __name__ == "__main__":
