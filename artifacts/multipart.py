@@ -19,7 +19,7 @@ from typing import Protocol
 from mbq.artifacts.errors import StoreError
 from mbq.artifacts.spans import Span, md5_of, size_of
 
-# A store allows 10,000 parts: objects up to 160 GiB. Files of a checkpoint are 4 GiB at most.
+# A store allows 10,000 parts: objects up to 156 GiB. Files of a checkpoint are 4 GiB at most.
 PARTS_IN_FLIGHT = 4
 
 

@@ -1,4 +1,4 @@
-// The kernels of Any-Precision that `peers.py` launches, from a checkout of SNU-ARC/any-precision-llm:
+// The kernels of Any-Precision that `kernel_peers.py` launches, from a checkout of SNU-ARC/any-precision-llm:
 //
 //     nvcc -std=c++17 -arch=sm_90 -cubin -I CHECKOUT/any_precision/modules/kernels -o any_precision.cubin any_precision.cu
 

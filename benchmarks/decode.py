@@ -9,7 +9,7 @@ weights that rotate through more memory than the L2 cache holds; median of repla
 that the middle half of them spreads over. Bounds: bytes (codes, scales, zeros, inputs, outputs) at
 the measured memory speed, operations at the measured bf16 speed. `empty` is a graph node of an
 empty kernel. The bound of 3 bits counts 3, though the kernel reads two whole slices for them.
-`peers` are others in the same run (`peers.py`). `prompts` are many tokens times a weight that is
+`peers` are others in the same run (`kernel_peers.py`). `prompts` are many tokens times a weight that is
 dequantized each time, beside cuBLAS with a weight that is there.
 Data are random; outputs are held against float64 first. Needs torch, triton and click only.
 """
@@ -27,7 +27,7 @@ import torch
 import triton
 from ceilings import measure_ceilings
 from checks import SHARING, check, check_joined, random_gates, repeatable, routed_differently
-from peers import time_peers
+from kernel_peers import time_peers
 from tuning import tune_tiles
 from weights import (
     BLOCKS,

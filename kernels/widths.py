@@ -1,7 +1,7 @@
 """The widths at which an 8-bit code can be read: its slices, and half of the second one.
 
 A code is stored as four nested 2-bit slices. From 2 to 4 bits a model gains most of what it can
-gain, so there the first bit of the second slice can be read alone. Imports nothing.
+gain, so there the first bit of the second slice can be read alone. Imports nothing of ours.
 """
 
 from itertools import pairwise

@@ -14,7 +14,7 @@ def store_option(command: Command) -> Command:
         envvar="MBQ_STORE",
         show_envvar=True,
         help="Folder, file:// or s3://bucket/prefix that holds the runs "
-        "[default: ~/.mbq-cluster/store].",
+        "[default: $MBQ_HOME/store, else ~/.mbq-cluster/store].",
     )(command)
 
 

@@ -2,7 +2,7 @@
 
     capture 0 -> capture 1 -> ... -> capture n-1      the chain of hidden states
         |            |                   |
-    calibrate 0  calibrate 1    ...  calibrate n-1    in parallel; each needs its capture
+    calibrate 0  calibrate 1    ...  calibrate n-1    each needs its capture
         \\____________|___________________/    \\
            pack <file> ...                  settle <method> ...   these need sensitivity, too
                      |                             |
@@ -16,8 +16,9 @@
 `sensitivity` needs nothing. A checkpoint of one slice has nothing to share: no sensitivity, settle,
 route or sample.
 
-With sequential propagation capture i + 1 also needs calibrate i. Hidden states are bounded: the
-chain runs at most `workers + 2` blocks ahead of calibration.
+With sequential propagation, the default, capture i + 1 also needs calibrate i, so blocks are
+calibrated one after the other; with full precision they are in parallel. Hidden states are bounded:
+the chain runs at most `workers + 2` blocks ahead of calibration.
 """
 
 from collections.abc import Mapping, Set
