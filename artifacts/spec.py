@@ -1,7 +1,8 @@
 """What a user asks for: one frozen document, refused with one clear line when it cannot work.
 
-Fields before `store` in `RunSpec` decide the bytes of the checkpoint and therefore the run id, model
-and calibration text by what they contain; store, resources and evaluation do not. Imports neither torch nor ray.
+Fields before `store` in `RunSpec` decide the bytes of the checkpoint and therefore the run id,
+model and calibration text by what they contain; store, resources and evaluation do not. Imports
+neither torch nor ray.
 
     load_spec("demo.yaml", ["calibration.samples=64"])  ->  RunSpec
     run_id(spec, model_digest, tokens_sha256)           ->  "3f2a91c04b7d"

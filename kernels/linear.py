@@ -13,9 +13,9 @@ other linears that read them (`shared_input.py`), and by a weight that is made a
 they are many (`triton_dequantize.py`). For that the planes are exchanged, at first use, for the
 layout of `digits.py`; whoever asks for the state gets planes again.
 
-On a CPU, and on a GPU for other dtypes and group sizes or without Triton, torch dequantizes a weight.
-That costs more than multiplying by it, so it is kept in the dtype of its input: on a CPU for every
-width used so far, on a GPU, where memory is short, for the last one only.
+On a CPU, and on a GPU for other dtypes and group sizes or without Triton, torch dequantizes a
+weight. That costs more than multiplying by it, so it is kept in the dtype of its input: on a CPU
+for every width used so far, on a GPU, where memory is short, for the last one only.
 
 Legend: N out_features, K in_features, G groups, W words (K / 32), T tokens.
 """

@@ -1,8 +1,8 @@
 """The command line: parse, import what the command needs, call one function, print.
 
 Heavy imports are inside the commands, so that `--help` answers at once. Flags win over MBQ_*
-variables, which win over the spec, which wins over defaults. Exit codes: 0 done, 1 something failed, 2 wrong input, 3 not
-found.
+variables, which win over the spec, which wins over defaults. Exit codes: 0 done, 1 something
+failed, 2 wrong input, 3 not found.
 """
 
 import sys
