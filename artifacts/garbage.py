@@ -11,7 +11,7 @@ folder `runs/<run>`; its blobs become garbage.
 
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -43,9 +43,17 @@ def find_garbage(store: Store, grace_seconds: float = GRACE_SECONDS) -> Garbage:
     """Look, and remove nothing.
 
     Raises:
+        NotFoundError: it is no store of runs.
         CorruptError: a document is damaged, and what it names is not known.
         StoreError: the store cannot be read.
     """
+    found: Iterable[Iterator[object]] = (
+        store.walk(keys.RUNS),
+        store.walk(keys.BLOBS),
+        store.unfinished(),
+    )
+    if all(next(some, None) is None for some in found):
+        raise NotFoundError(f"{store.uri} holds no runs and no blobs; give the store of some runs")
     before = _now(store) - grace_seconds
     # Blobs first: what is named between the two steps is seen to be named.
     candidates = [s for folder in (keys.BLOBS, PROBES) for s in store.walk(folder)]

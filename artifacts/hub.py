@@ -40,10 +40,16 @@ def download(repository: str, commit: str, name: str) -> Path | None:
 
 
 def read_entries(repository: str, commit: str) -> dict[str, Entry]:
-    """Every tensor by name, from the headers of the weight files."""
+    """Every tensor by name, from the headers of the weight files.
+
+    Raises:
+        InputError: there are no weights that may be read.
+        StoreError: the Hub cannot be reached.
+    """
     from huggingface_hub import get_safetensors_metadata
 
-    with _errors(repository):
+    # Tasks ask, too.
+    with _errors(repository, unreachable=StoreError):
         metadata = get_safetensors_metadata(repository, revision=commit)
     return {
         name: Entry(name, info.dtype, tuple(info.shape))

@@ -12,8 +12,8 @@ import it would load such a checkpoint with random linears, which is why `load_m
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -54,10 +54,13 @@ def load_model(
     Raises:
         NotFoundError: the folder is not a packed checkpoint.
         CorruptError: a tensor is missing or of another kind, or the format is unknown.
-        InputError: the width is not stored, or two were given.
+        InputError: the width is not stored, two were given, or the path is a URI.
     """
     if bits is not None and average_bits is not None:
         raise InputError(f"bits {bits} and average_bits {average_bits}: give one of them")
+    if "://" in str(path):
+        raise InputError(f"{path} is no folder here; `mbq-cluster pull {path} DIR`, then load DIR")
+    path = Path(path).expanduser()
     if not (Path(path) / "config.json").is_file():
         raise NotFoundError(f"{path} holds no config.json; give the folder of a packed checkpoint")
     stored = stored_quantization((Path(path) / "config.json").read_bytes())
@@ -130,7 +133,8 @@ class MbqQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         for method in (set_bits, set_average_bits, set_policy, realised_bits):
-            setattr(model, method.__name__, MethodType(method, model))
+            # Not a bound method: that could not be unpickled, being looked up before it is there.
+            setattr(model, method.__name__, partial(method, model))
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:
@@ -230,6 +234,8 @@ def set_average_bits(model: PreTrainedModel, average_bits: float) -> None:
         precision.set_average_bits(average_bits, _curve(model, precision))
     except ValueError as error:
         raise InputError(str(error)) from error
+    except TypeError as error:
+        raise InputError(f"average bits {average_bits!r} must be a number") from error
     _start_over(model)
 
 
@@ -260,12 +266,8 @@ def set_policy(model: PreTrainedModel, policy: Callable[[], float] | None) -> No
     if policy is None:
         return
 
-    def with_policy(self: Any, *args: Any, **kwargs: Any) -> Any:
-        set_average_bits(self, policy())
-        return type(self).generate(self, *args, **kwargs)
-
-    # A method, so that a copy of the model asks for itself.
-    model.__dict__["generate"] = MethodType(with_policy, model)
+    # Of the model, so that a copy asks for itself.
+    model.__dict__["generate"] = partial(_generate_as_told, model, policy)
 
 
 def elastic_linears(model: nn.Module) -> list[ElasticLinear]:
@@ -281,6 +283,11 @@ def _start_over(model: nn.Module) -> None:
         elif isinstance(module, ElasticLinear):
             module.reset_tally()
             module.shared.release()
+
+
+def _generate_as_told(model: Any, policy: Callable[[], float], *args: Any, **kwargs: Any) -> Any:
+    set_average_bits(model, policy())
+    return type(model).generate(model, *args, **kwargs)
 
 
 def _elastic(model: nn.Module, name: str) -> ElasticLinear:

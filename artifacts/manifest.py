@@ -15,6 +15,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from mbq.artifacts import keys
+from mbq.artifacts.config import StoredCurve
 from mbq.artifacts.digests import Digest, Digester
 from mbq.artifacts.errors import CorruptError
 from mbq.artifacts.sealed import MAX_DOCUMENT_BYTES, find_document, get_document
@@ -150,13 +151,6 @@ class SensitivityRecord(Document):
     sensitivity: dict[str, float]
 
 
-class CurveRecord(Document):
-    """Thresholds of one ceiling: average widths ascending, log thresholds descending."""
-
-    average_bits: tuple[float, ...]
-    log_thresholds: tuple[float, ...]
-
-
 class SettledWidth(Document):
     """An average width under a ceiling as it came out on calibration text.
 
@@ -182,7 +176,7 @@ class RoutingRecord(Document):
     method: str
     blobs: tuple[str, ...]
     router_bits: float
-    curves: dict[int, CurveRecord]
+    curves: dict[int, StoredCurve]
     settled: tuple[SettledWidth, ...]
 
 

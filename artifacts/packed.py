@@ -25,6 +25,8 @@ from mbq.artifacts.tensors import open_tensors
 from mbq.kernels.widths import SLICE_BITS
 
 CONFIG_FILE = "config.json"
+# What transformers looks for before the index.
+_PREFERRED_FILES = ("model.safetensors", "adapter_config.json")
 READERS = 8
 
 # Called with the finished fraction.
@@ -148,7 +150,15 @@ def verify(checkpoint: PackedCheckpoint, report: Report) -> list[str]:
         index = make_index(store, files)
         if store.stat(INDEX_FILE) is None or store.read(INDEX_FILE, 0, 2 * len(index)) != index:
             faults[INDEX_FILE] = "it is not the index of the files that are there"
+    for name in foreign_files(store, manifest):
+        faults[name] = "it is not of this checkpoint, and transformers would load it; remove it"
     return [f"{name}: {fault}" for name, fault in faults.items()]
+
+
+def foreign_files(store: Store, manifest: Manifest) -> list[str]:
+    """Files beside a checkpoint that transformers would load in its place."""
+    strange = (name for name in _PREFERRED_FILES if name not in manifest.files)
+    return [name for name in strange if store.stat(name) is not None]
 
 
 def make_index(store: Store, files: Iterable[str]) -> bytes:

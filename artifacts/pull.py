@@ -30,13 +30,12 @@ from mbq.artifacts.packed import (
     PackedCheckpoint,
     Piece,
     Report,
+    foreign_files,
     make_index,
     pieces_of,
 )
 from mbq.artifacts.sealed import find_document, put_document
-from mbq.artifacts.store import LocalStore, Store, sync_folder
-
-_PARTIAL = ".partial-"
+from mbq.artifacts.store import PARTIAL, LocalStore, Store, sync_folder
 
 
 @dataclass(frozen=True)
@@ -62,12 +61,20 @@ def pull(
         CorruptError: the store holds other bytes than its manifest says.
         StoreError: the store or the disk failed; the next pull goes on from here.
     """
+    source = checkpoint.store
+    if isinstance(source, LocalStore) and source.root.resolve() == folder.resolve():
+        raise InputError(f"{folder} is where the checkpoint lies; pull into another folder")
     max_bits = checkpoint.manifest.max_bits if max_bits is None else max_bits
     files = checkpoint.files(max_bits)
     original = checkpoint.config(checkpoint.manifest.max_bits)
     with _errors(folder), _locked(folder):
         _check_folder(checkpoint, original, folder, max_bits)
         local = LocalStore(folder)
+        for name in foreign_files(local, checkpoint.manifest):
+            raise InputError(
+                f"{folder} holds {name}, which transformers would load instead of the checkpoint; "
+                "remove it, or pull into another folder"
+            )
         with ThreadPoolExecutor(READERS) as pool:
             # Before anything is laid out: a manifest may promise whatever it likes.
             _check_room(
@@ -85,7 +92,7 @@ def pull(
         for name in files:
             _settle(folder, name)
         # Of pulls that were killed, and of more bits than these.
-        for leftover in folder.glob(f"{_PARTIAL}*"):
+        for leftover in folder.glob(f"{PARTIAL}*"):
             leftover.unlink()
         local.put(INDEX_FILE, [make_index(local, files)])
         local.put(CONFIG_FILE, [cut_config(original, max_bits)])
@@ -194,7 +201,7 @@ def _check_room(folder: Path, needed_bytes: int) -> None:
 
 
 def _partial(folder: Path, name: str) -> Path:
-    return folder / f"{_PARTIAL}{name}"
+    return folder / f"{PARTIAL}{name}"
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from mbq.artifacts.errors import NotFoundError
 from mbq.artifacts.multipart import Part, SentPart, StoredPart, UploadLost, write_parts
 from mbq.artifacts.s3_client import STALL_SECONDS, Passing, Refused, client, persist
 from mbq.artifacts.spans import Span, SpanFile, cut, md5_of
-from mbq.artifacts.store import Stat, Unfinished, check_key, is_name
+from mbq.artifacts.store import Stat, Unfinished, check_key, is_key, is_name
 
 T = TypeVar("T")
 
@@ -115,8 +115,9 @@ class S3Store:
         folder = f"{self._key(prefix)}/"
         for page in self._pages("list_objects_v2", prefix, Prefix=folder):
             for entry in page.get("Contents", ()):
-                modified = entry["LastModified"].timestamp()
-                yield Stat(self._own(entry["Key"]), entry["Size"], modified)
+                # Consoles and mounts leave markers of folders, which are no keys.
+                if is_key(own := self._own(entry["Key"])):
+                    yield Stat(own, entry["Size"], entry["LastModified"].timestamp())
 
     def delete(self, key: str) -> None:
         self._call("delete", key, lambda: self._client.delete_object(**self._at(key)))
@@ -202,7 +203,7 @@ class S3Store:
     def _uploads(self, prefix: str) -> Iterator[dict[str, Any]]:
         # rclone says so of a bucket without uploads.
         with contextlib.suppress(UploadLost):
-            for page in self._pages("list_multipart_uploads", prefix, Prefix=prefix):
+            for page in self._pages("list_multipart_uploads", self._own(prefix), Prefix=prefix):
                 # Not every server filters by the prefix.
                 yield from (u for u in page.get("Uploads", ()) if u["Key"].startswith(prefix))
 

@@ -23,9 +23,17 @@ _SEAL = b',\n "seal": "%s"\n}\n'
 
 
 def put_document(store: Store, key: str, document: Document) -> None:
-    """Write a document with its seal: the sha256 of everything before it, as its last member."""
+    """Write a document with its seal: the sha256 of everything before it, as its last member.
+
+    Raises:
+        CorruptError: it is larger than any that would be read.
+    """
     body = document.model_dump_json(indent=1).encode()[:-2]
-    store.put(key, [body + _SEAL % hashlib.sha256(body).hexdigest().encode()])
+    sealed = body + _SEAL % hashlib.sha256(body).hexdigest().encode()
+    if len(sealed) > MAX_DOCUMENT_BYTES:
+        raise CorruptError(f"{key} has {len(sealed):,} bytes; no document may have that many")
+    _check_members(key, sealed)
+    store.put(key, [sealed])
 
 
 def get_document(store: Store, key: str, kind: type[DocumentT]) -> DocumentT:
@@ -36,8 +44,7 @@ def get_document(store: Store, key: str, kind: type[DocumentT]) -> DocumentT:
         CorruptError: it is not a document of that kind, or not as it was written.
     """
     data = read_sealed(store, key)
-    if data.count(b",") > _MAX_MEMBERS:
-        raise CorruptError(f"{key} has more members than any document of mbq-cluster")
+    _check_members(key, data)
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
@@ -68,6 +75,11 @@ def read_sealed(store: Store, key: str) -> bytes:
         f"{store.uri}/{key} is not as it was written: it was damaged or edited, or is no document "
         "of mbq-cluster; restore it, or delete it and resume its run"
     )
+
+
+def _check_members(key: str, data: bytes) -> None:
+    if data.count(b",") > _MAX_MEMBERS:
+        raise CorruptError(f"{key} has more members than any document of mbq-cluster")
 
 
 def document_sha256(store: Store, key: str) -> str:

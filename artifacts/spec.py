@@ -27,6 +27,8 @@ from mbq.kernels.widths import SLICE_BITS, widths_up_to
 # Of documents and files, and of what a spec means: the same spec never stands for other bytes.
 FORMAT_VERSION = 8
 WORD_INPUTS = 32
+# What is kept of each fits into one document (`sealed.py`).
+MOST_SEQUENCES = 200_000
 
 # Names and rules in a message may come from a hostile document.
 _SHOWN_CHARACTERS = 500
@@ -145,6 +147,15 @@ class Evaluation(Text):
         return self
 
     @model_validator(mode="after")
+    def _is_no_book(self) -> Self:
+        if self.tokens // self.sequence_length > MOST_SEQUENCES:
+            raise ValueError(
+                f"tokens {self.tokens} are more than {MOST_SEQUENCES:,} sequences of "
+                f"{self.sequence_length}; the loss of each is kept: use fewer, or longer ones"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _holds_two_sequences(self) -> Self:
         if self.tokens < 2 * self.sequence_length:
             raise ValueError(
@@ -249,14 +260,14 @@ def parse_spec(document: Mapping[str, Any]) -> RunSpec:
     try:
         return RunSpec.model_validate(document)
     except ValidationError as error:
-        raise InputError(explain(error, suggest=True)) from error
+        raise InputError(explain(error, of_spec=True)) from error
 
 
-def explain(error: ValidationError, suggest: bool = False) -> str:
+def explain(error: ValidationError, of_spec: bool = False) -> str:
     """The first fault of a document in one line.
 
     Args:
-        suggest: say what an unknown key of a spec may be meant for.
+        of_spec: the document is a spec: say what to change in it.
     """
     faults = error.errors(include_url=False, include_context=False)
     fault = faults[0]
@@ -265,9 +276,10 @@ def explain(error: ValidationError, suggest: bool = False) -> str:
     field = ".".join(parts)[:_SHOWN_CHARACTERS]
     rest = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     if fault["type"] == "extra_forbidden":
-        return f"{field}: unknown key{_suggest(fault['loc']) if suggest else ''}{rest}"
+        return f"{field}: unknown key{_suggest(fault['loc']) if of_spec else ''}{rest}"
     if fault["type"] == "missing":
-        return f"{field}: missing; add it to the spec or pass --set {field}=...{rest}"
+        remedy = f"; add it to the spec or pass --set {field}=..." if of_spec else ""
+        return f"{field}: missing{remedy}{rest}"
     rule = fault["msg"].removeprefix("Value error, ").replace("Input should", "must")
     rule = rule[:_SHOWN_CHARACTERS]
     if not fault["loc"]:
@@ -275,7 +287,8 @@ def explain(error: ValidationError, suggest: bool = False) -> str:
         return f"{rule}{rest}"
     value = fault["input"]
     shown = "" if isinstance(value, dict | list | BaseModel) else f"{reprlib.repr(value)} "
-    return f"{field}: {shown}{rule}; change it in the spec or with --set {field}=...{rest}"
+    remedy = f"; change it in the spec or with --set {field}=..." if of_spec else ""
+    return f"{field}: {shown}{rule}{remedy}{rest}"
 
 
 def run_id(spec: RunSpec, model_digest: str, tokens_sha256: str) -> str:

@@ -17,6 +17,7 @@ object store has them.
 import contextlib
 import os
 import secrets
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ WORKING_SECONDS = 300.0
 # Where probes lie, so that those of killed processes are found again.
 PROBES = "probes"
 # A file being written; readers and listings skip hidden names.
-_PARTIAL = ".partial-"
+PARTIAL = ".partial-"
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,11 @@ class LocalStore:
 
     @property
     def uri(self) -> str:
-        return self.root.as_uri()
+        return self.root.absolute().as_uri()
 
     def put(self, key: str, chunks: Iterable[bytes]) -> None:
         path = self.path(key)
-        partial = path.with_name(f"{_PARTIAL}{secrets.token_hex(8)}")
+        partial = path.with_name(f"{PARTIAL}{secrets.token_hex(8)}")
         try:
             with _errors("write", path):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,9 +127,12 @@ class LocalStore:
 
     def stat(self, key: str) -> Stat | None:
         with _errors("read", self.path(key)) as path:
-            if not path.is_file():
+            try:
+                found = path.stat()
+            except (FileNotFoundError, NotADirectoryError):
                 return None
-            found = path.stat()
+            if not stat.S_ISREG(found.st_mode):
+                return None
             return Stat(key, found.st_size, found.st_mtime)
 
     def children(self, prefix: str) -> list[str]:
@@ -139,11 +143,11 @@ class LocalStore:
 
     def walk(self, prefix: str) -> Iterator[Stat]:
         with _errors("list", self.path(prefix)) as folder:
-            for path in sorted(folder.rglob("*")):
+            for path in _files_below(folder):
                 key = path.relative_to(self.root).as_posix()
                 # Files come and go while we look.
-                if is_key(key) and (stat := self.stat(key)) is not None:
-                    yield stat
+                if is_key(key) and (found := self.stat(key)) is not None:
+                    yield found
 
     def delete(self, key: str) -> None:
         with _errors("delete", self.path(key)) as path:
@@ -151,7 +155,9 @@ class LocalStore:
 
     def unfinished(self) -> Iterator[Unfinished]:
         with _errors("list", self.root) as root:
-            for path in sorted(root.rglob(f"{_PARTIAL}*")):
+            for path in _files_below(root):
+                if not path.name.startswith(PARTIAL):
+                    continue
                 with contextlib.suppress(FileNotFoundError):
                     found = path.stat()
                     name = path.relative_to(root).as_posix()
@@ -173,7 +179,7 @@ def open_store(uri: str, patience_seconds: float = ASKING_SECONDS) -> Store:
         patience_seconds: how long a call keeps trying while an object store does not answer.
 
     Raises:
-        InputError: the scheme is unknown, or there is no bucket.
+        InputError: the scheme is unknown, or there is no bucket or no such user's home.
     """
     parsed = urlparse(uri)
     if parsed.scheme == "s3":
@@ -184,13 +190,16 @@ def open_store(uri: str, patience_seconds: float = ASKING_SECONDS) -> Store:
             raise InputError(f"{uri}: write s3://bucket/prefix, with plain names joined by /")
         return S3Store(parsed.netloc, prefix, patience_seconds)
     if parsed.scheme == "file" and parsed.netloc in ("", "localhost"):
-        return LocalStore(Path(unquote(parsed.path)))
+        return LocalStore(Path(unquote(parsed.path) or "/"))
     if "://" in uri:
         raise InputError(
             f"store: {uri} has an unknown scheme {parsed.scheme}://; use a folder's path, "
             "file:// for a folder that every node of the cluster mounts, or s3://bucket/prefix"
         )
-    return LocalStore(Path(uri).expanduser().resolve())
+    try:
+        return LocalStore(Path(uri).expanduser().resolve())
+    except RuntimeError as error:
+        raise InputError(f"store: {uri} is the home of nobody; write the folder's path") from error
 
 
 def open_object(uri: str) -> tuple[Store, str]:
@@ -198,7 +207,7 @@ def open_object(uri: str) -> tuple[Store, str]:
     folder, _, name = uri.rpartition("/")
     if not is_key(name) or folder.endswith(":/"):
         raise InputError(f"{uri} names no object; write s3://bucket/prefix/name")
-    return open_store(folder), name
+    return open_store(folder if folder or not uri.startswith("/") else "/"), name
 
 
 def is_name(name: str) -> bool:
@@ -218,7 +227,7 @@ def check_key(key: str) -> str:
 
 
 def probe(store: Store) -> None:
-    """Write, read (whole and in part), list and delete a small object.
+    """Write, read (whole and in part), list and delete a small object, and list uploads.
 
     Raises:
         InputError: the store cannot be used.
@@ -232,7 +241,11 @@ def probe(store: Store) -> None:
         if name not in store.children(PROBES):
             raise StoreError("it does not list what it was given")
         store.delete(key)
-    except (StoreError, NotFoundError) as error:
+        # Every object of several parts asks for the uploads that there are; a folder has none, and
+        # would be searched whole.
+        if not isinstance(store, LocalStore):
+            next(store.unfinished(), None)
+    except (StoreError, NotFoundError, InputError) as error:
         raise InputError(
             f"store: {store.uri} cannot be used ({error}); give a folder or bucket that you may "
             "write, read, list and delete in"
@@ -246,6 +259,25 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """All files below a folder, those behind links, too, but none in hidden folders.
+
+    Raises:
+        OSError: a folder cannot be read, or a link leads nowhere: what is there is not known.
+    """
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise error
+
+    for place, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        folders[:] = sorted(filter(is_name, folders))
+        for path in (Path(place, name) for name in sorted(files)):
+            if path.is_symlink():
+                path.stat()
+            yield path
 
 
 @contextlib.contextmanager

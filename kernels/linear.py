@@ -169,13 +169,15 @@ class ElasticLinear(nn.Module):
             with torch.no_grad():
                 return dispatch.dequantize(self.shared.digits(self.number), bits, x.dtype)
         key = (bits, x.dtype)
-        if key not in self._weights:
+        found = self._weights.get(key)
+        if found is None:
             if x.is_cuda:
                 self._weights = {}
             # Made as an ordinary tensor, so that it also serves calls that record gradients.
             with torch.inference_mode(False), torch.no_grad():
-                self._weights[key] = self.weight(bits).to(x.dtype)
-        return self._weights[key]
+                found = self.weight(bits).to(x.dtype)
+            self._weights = {**self._weights, key: found}
+        return found
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Moving or loading the module makes every remembered weight wrong.

@@ -92,7 +92,7 @@ class Precision:
         widths = list(widths_up_to(self.max_bits))
         if bits not in widths:
             raise ValueError(f"bits {bits} must be one of {widths}, the widths that are loaded")
-        self.bits = bits
+        self.bits = int(bits)
 
     def set_average_bits(self, average_bits: float, curve: Curve) -> None:
         """Let the routers share `average_bits` bits per weight; at both ends all tokens are equal.
@@ -154,8 +154,8 @@ class Router(nn.Module):
         self._bits_L1: Tensor | None = None
         self._bits: tuple[int, ...] = ()
         self._set_to: tuple[int | None, float, int] | None = None
-        self._seen: weakref.ref[Tensor] | None = None
-        self._widths_LT: Tensor | None = None
+        # One object, so that threads never meet the tensor of one and the widths of another.
+        self._seen: tuple[weakref.ref[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor, linear: int) -> Tensor | int:
         """Bits that each token of `x` [..., K] gets in one of the linears.
@@ -166,13 +166,13 @@ class Router(nn.Module):
             self.refresh()
             return self._bits[linear]
         # The first linear of a pass computes for all; the others are given the same tensor.
-        if linear == 0 or self._seen is None or self._seen() is not x:
+        seen = self._seen
+        if linear == 0 or seen is None or seen[0]() is not x:
             threshold_EL = self.refresh()
             score_ELT = self.scores(x)[: len(threshold_EL)]
-            self._widths_LT = bits_taken(score_ELT >= threshold_EL[..., None])
-            self._seen = weakref.ref(x)
-        assert self._widths_LT is not None
-        return self._widths_LT[linear]
+            widths_LT = bits_taken(score_ELT >= threshold_EL[..., None])
+            seen = self._seen = weakref.ref(x), widths_LT
+        return seen[1][linear]
 
     def on_device(self) -> Gates | Tensor:
         """What kernels need to decide: gates, or int32 [L, 1] where all tokens are alike.
@@ -246,7 +246,7 @@ class Router(nn.Module):
         return invert(knots[:, :, 0], knots[:, :, 1], wanted).squeeze(2)
 
     def _forget(self) -> None:
-        self._threshold_EL = self._bits_L1 = self._widths_LT = self._seen = None
+        self._threshold_EL = self._bits_L1 = self._seen = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._forget()
@@ -260,7 +260,7 @@ class Router(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A weak reference cannot be pickled, and what was made in a copy's inference mode would
         # not change in place.
-        made = ("_threshold_EL", "_bits_L1", "_widths_LT", "_seen", "_set_to")
+        made = ("_threshold_EL", "_bits_L1", "_seen", "_set_to")
         return self.__dict__ | dict.fromkeys(made)
 
     def _empty(self, name: str, *shape: int) -> None:

@@ -34,8 +34,8 @@ class SharedInput:
         self.router = router
         self._digits: Digits | None = None
         self._tally_2L: Tensor | None = None
-        self._seen: weakref.ref[Tensor] | None = None
-        self._waiting: dict[int, Tensor] = {}
+        # One object, so that threads never meet the tensor of one and the products of another.
+        self._waiting: tuple[weakref.ref[Tensor], dict[int, Tensor]] | None = None
 
     @property
     def linears(self) -> tuple["ElasticLinear", ...]:
@@ -63,7 +63,8 @@ class SharedInput:
     @torch.no_grad()
     def decode(self, x: Tensor, number: int) -> Tensor:
         """Few tokens [..., K] times the codes of one linear: [T, N], gain and bias included."""
-        if self._seen is None or self._seen() is not x or number not in self._waiting:
+        waiting = self._waiting
+        if waiting is None or waiting[0]() is not x or number not in waiting[1]:
             first = self.linears[0]
             outs = dispatch.decode(
                 x.reshape(-1, first.in_features),
@@ -72,9 +73,8 @@ class SharedInput:
                 self._packed(),
                 self._tally(x.device),
             )
-            self._waiting = dict(enumerate(outs))
-            self._seen = weakref.ref(x)
-        return self._waiting.pop(number)
+            waiting = self._waiting = weakref.ref(x), dict(enumerate(outs))
+        return waiting[1].pop(number)
 
     def digits(self, number: int) -> Digits:
         """The run-time layout of one linear."""
@@ -97,7 +97,7 @@ class SharedInput:
 
     def release(self) -> None:
         """Let go of products nobody asked for, and of a layout that no linear needs any more."""
-        self._seen, self._waiting = None, {}
+        self._waiting = None
         if not any(linear.packed for linear in self.linears):
             self._digits = None
 
@@ -138,7 +138,7 @@ class SharedInput:
 
     def __getstate__(self) -> dict[str, Any]:
         # Weak references cannot be pickled. A copy begins to count anew.
-        fresh: dict[str, Any] = {"_seen": None, "_waiting": {}, "_tally_2L": None}
+        fresh: dict[str, Any] = {"_waiting": None, "_tally_2L": None}
         return self.__dict__ | fresh | {"_linears": self.linears}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

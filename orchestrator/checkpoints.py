@@ -1,6 +1,9 @@
 """Packed checkpoints by what users call them: a folder, a URI, or the run that made them."""
 
+import contextlib
 import dataclasses
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 from mbq.artifacts import keys
@@ -41,7 +44,21 @@ def pull_patiently(
 ) -> Pulled:
     """Pull as `artifacts.pull` does, with the patience of work: a transfer may take hours."""
     patient = open_store(checkpoint.store.uri, WORKING_SECONDS)
-    return pull(dataclasses.replace(checkpoint, store=patient), folder, max_bits, report)
+    with killable():
+        return pull(dataclasses.replace(checkpoint, store=patient), folder, max_bits, report)
+
+
+@contextlib.contextmanager
+def killable() -> Iterator[None]:
+    """Ctrl-C ends the process at once, for work that may be killed at any moment.
+
+    Otherwise it would wait for threads, and these for a store that does not answer.
+    """
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def local_folder(store: Store, report: Report) -> Path:

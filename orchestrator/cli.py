@@ -200,7 +200,7 @@ def resume(run: str, store: str | None, address: str | None, watching: bool) -> 
 
 
 @main.command("eval")
-@click.argument("target", metavar="RUN|DIR")
+@click.argument("target", metavar="RUN|URI|DIR")
 @click.option("--bits", help="Widths, as in 2,4 [default: all that are stored].")
 @click.option("--average-bits", help="Average widths, as in 2.5,3.2.")
 @click.option("--dataset", default=None, help="wikitext2, c4, ptb, text, jsonl or stdlib.")
@@ -245,7 +245,7 @@ def evaluate(
 
 
 @main.command()
-@click.argument("target", metavar="RUN|DIR")
+@click.argument("target", metavar="RUN|URI|DIR")
 @store_option
 @json_option
 def bench(target: str, store: str | None, as_json: bool) -> None:

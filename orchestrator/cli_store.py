@@ -33,17 +33,17 @@ def pull(source: str, folder: Path, max_bits: int | None, store: str | None) -> 
 
 
 @click.command()
-@click.argument("target", metavar="DIR|URI|RUN")
+@click.argument("target", metavar="RUN|URI|DIR")
 @store_option
 def verify(target: str, store: str | None) -> None:
     """Hold every byte of a packed checkpoint against its manifest."""
     from mbq.artifacts import packed
     from mbq.orchestrator import display
-    from mbq.orchestrator.checkpoints import find_checkpoint
+    from mbq.orchestrator.checkpoints import find_checkpoint, killable
 
     folder = target if not Path(target).is_dir() else str(Path(target).resolve())
     checkpoint = packed.open_checkpoint(find_checkpoint(folder, store_uri(store)))
-    with display.bar("verifying") as show:
+    with display.bar("verifying") as show, killable():
         faults = packed.verify(checkpoint, show)
     for fault in faults:
         say(fault)

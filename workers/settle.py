@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mbq.artifacts.config import StoredCurve
 from mbq.artifacts.loading import elastic_linears
-from mbq.artifacts.manifest import CurveRecord, RoutingRecord, SettledWidth
+from mbq.artifacts.manifest import RoutingRecord, SettledWidth
 from mbq.kernels.router import Precision, Router
 from mbq.workers.allocate import Earnings, budget_curve, realised_bits, thresholds
 from mbq.workers.evaluate import sequences_at_once
@@ -109,7 +110,7 @@ def settle(
             if setting.ceiling_bits == ceiling
         }
         curve = budget_curve(settled, ceiling)
-        curves[ceiling] = CurveRecord(
+        curves[ceiling] = StoredCurve(
             average_bits=curve.average_bits, log_thresholds=curve.log_thresholds
         )
     full_BTH = _full_hidden(routed.model, ids_BT, microbatch)

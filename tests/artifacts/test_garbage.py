@@ -8,7 +8,7 @@ import pytest
 
 from mbq.artifacts import keys
 from mbq.artifacts.digests import PART_BYTES, Digest
-from mbq.artifacts.errors import CorruptError
+from mbq.artifacts.errors import CorruptError, NotFoundError, StoreError
 from mbq.artifacts.garbage import GRACE_SECONDS, find_garbage, remove_garbage
 from mbq.artifacts.manifest import BlockRecord, put_blob
 from mbq.artifacts.multipart import UploadLost
@@ -82,6 +82,7 @@ def test_never_outside_the_prefix(s3_store: S3Store) -> None:
     beside = S3Store(s3_store.bucket, f"{s3_store.prefix}-beside", 20.0)
     blob = put_blob(beside, [b"of a neighbour"])
     _abandon(beside)
+    _name(s3_store, put_blob(s3_store, [b"of its own"]))
     garbage = find_garbage(s3_store, _AT_ONCE)
     assert (garbage.objects, garbage.unfinished) == ((), ())
     (upload,) = beside.unfinished()
@@ -98,6 +99,24 @@ def test_a_document_that_cannot_be_trusted_stops_it(any_store: Store) -> None:
     with pytest.raises(CorruptError, match="is not as it was written"):
         find_garbage(any_store, _AT_ONCE)
     assert any_store.read(keys.blob_key(blob.sha256)) == b"named"
+
+
+def test_a_run_behind_a_link_is_seen(store: LocalStore, tmp_path: Path) -> None:
+    kept = put_blob(store, [b"named"])
+    _name(store, kept)
+    elsewhere = tmp_path / "another disk"
+    (store.root / "runs/run").rename(elsewhere)
+    (store.root / "runs/run").symlink_to(elsewhere)
+    assert find_garbage(store, _AT_ONCE).objects == ()
+    elsewhere.rename(tmp_path / "not mounted")
+    with pytest.raises(StoreError, match="cannot list"):
+        find_garbage(store, _AT_ONCE)
+
+
+def test_where_nothing_is_nothing_is_made(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="holds no runs and no blobs"):
+        find_garbage(LocalStore(tmp_path / "typo"))
+    assert not (tmp_path / "typo").exists()
 
 
 def test_what_was_written_again_meanwhile_stays(store: LocalStore) -> None:

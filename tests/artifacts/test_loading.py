@@ -1,6 +1,7 @@
 """Packed checkpoints as transformers loads them."""
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -123,6 +124,21 @@ def test_saved_again_it_is_the_same_model(finished_run: Any, tmp_path: Path) -> 
     assert torch.equal(_logits(load_model(tmp_path / "again")), _logits(model))
 
 
+def test_a_model_survives_pickling_with_its_methods(finished_run: Any) -> None:
+    model: Any = load_model(finished_run.checkpoint, bits=4)
+    model.set_policy(_three_bits)
+    again: Any = pickle.loads(pickle.dumps(model))
+    assert torch.equal(_logits(again), _logits(model))
+    again.set_bits(2)
+    assert not torch.equal(_logits(again), _logits(model))
+    again.generate(IDS, max_new_tokens=1, do_sample=False)
+    assert torch.equal(_logits(again), _logits(load_model(finished_run.checkpoint, average_bits=3)))
+
+
+def _three_bits() -> float:
+    return 3.0
+
+
 def test_keeps_the_biases_of_the_source(
     finish_run: Callable[..., Any], make_model: Callable[..., Path], tiny_document: Any
 ) -> None:
@@ -146,6 +162,16 @@ def test_refuses_widths_that_are_not_stored(finished_run: Any, bits: int) -> Non
         model.set_bits(bits)
     _logits(model)
     assert model.realised_bits() == 3.0
+
+
+def test_refuses_what_is_no_width_and_no_folder(finished_run: Any) -> None:
+    model: Any = load_model(finished_run.checkpoint, bits=3)
+    with pytest.raises(InputError, match="average bits 'three' must be a number"):
+        model.set_average_bits("three")
+    model.set_bits(4.0)
+    assert torch.equal(_logits(model), _logits(load_model(finished_run.checkpoint, bits=4)))
+    with pytest.raises(InputError, match="`mbq-cluster pull s3://bucket/x DIR`"):
+        load_model("s3://bucket/x")
 
 
 def test_a_missing_plane_is_an_error(copy: Path) -> None:

@@ -154,6 +154,33 @@ def test_folders_that_would_be_spoilt(
     with pytest.raises(InputError, match="holds another checkpoint"):
         pull(other, tmp_path / "dir", None, _silent)
     assert verify(open_checkpoint(LocalStore(tmp_path / "dir")), _silent) == []
+    with pytest.raises(InputError, match="is where the checkpoint lies"):
+        pull(open_checkpoint(LocalStore(tmp_path / "dir")), tmp_path / "dir", None, _silent)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter_config.json"])
+def test_what_transformers_would_load_instead_is_noticed(
+    local: PackedCheckpoint, tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / "dir"
+    pull(local, folder, None, _silent)
+    (folder / name).write_bytes(b"of another model")
+    (fault,) = verify(open_checkpoint(LocalStore(folder)), _silent)
+    assert fault.startswith(f"{name}: ")
+    with pytest.raises(InputError, match=f"holds {name}, .* remove it"):
+        pull(local, folder, None, _silent)
+
+
+def test_a_damaged_manifest_is_mended_in_a_folder_that_is_named_as_users_do(
+    local: PackedCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("dir")
+    pull(local, folder, 4, _silent)
+    with (folder / "manifest.json").open("ab") as file:
+        file.write(b"damage")
+    assert pull(local, folder, 4, _silent).fetched_bytes == 0
+    assert verify(open_checkpoint(LocalStore(folder)), _silent) == []
 
 
 def test_damage_is_named_and_mended(

@@ -5,8 +5,10 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 
 from mbq.artifacts import s3_client
 from mbq.artifacts.digests import PART_BYTES
@@ -93,6 +95,23 @@ def test_a_bucket_that_is_not_there(
         with pytest.raises(InputError, match="create the bucket"):
             action()
     with pytest.raises(InputError, match="no-such-bucket-here"):
+        probe(store)
+
+
+def test_an_account_that_may_not_list_uploads_is_told_at_once(
+    start_server: Callable[[str], Server],
+    connect: Callable[..., S3Store],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = connect(start_server("rclone"))
+
+    def refuse(**arguments: Any) -> None:
+        answer = {"Error": {"Code": "AccessDenied", "Message": "s3:ListBucketMultipartUploads"}}
+        raise ClientError(answer, "ListMultipartUploads")
+
+    monkeypatch.setattr(s3_client.client(store.stall_seconds), "list_multipart_uploads", refuse)
+    place = f"s3://{store.bucket}/{store.prefix}"
+    with pytest.raises(InputError, match=f"cannot list {place}/: .*ListBucketMultipartUploads"):
         probe(store)
 
 

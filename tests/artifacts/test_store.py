@@ -164,6 +164,17 @@ def test_a_folder_that_cannot_be_written_is_wrong_input(tmp_path: Path) -> None:
         probe(store)
 
 
+@pytest.mark.parametrize("uri", ["/corpus.txt", "file:///corpus.txt"])
+def test_an_object_at_the_root_is_not_one_of_the_working_folder(uri: str) -> None:
+    store, key = open_object(uri)
+    assert (store, key) == (LocalStore(Path("/")), "corpus.txt")
+
+
+def test_the_home_of_nobody() -> None:
+    with pytest.raises(InputError, match="~nobody-here/x is the home of nobody"):
+        open_store("~nobody-here/x")
+
+
 def test_opens_paths_and_file_uris(tmp_path: Path) -> None:
     for uri in (str(tmp_path / "a b"), (tmp_path / "a b").as_uri()):
         assert open_store(uri) == LocalStore(tmp_path / "a b")

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -122,6 +124,26 @@ def test_linears_of_one_input_share_one_computation() -> None:
     assert not torch.equal(router(x, 0), expected[0])
     x.mul_(-2.0)
     assert torch.equal(router(x, 0), expected[0])
+
+
+def test_threads_do_not_get_each_others_widths() -> None:
+    router, precision = _router(WIDTH)
+    precision.log_threshold = 0.0
+    inputs = [torch.randn(3, K), torch.randn(7, K)]
+    expected = [_reference(router, x, 0.0) for x in inputs]
+
+    def ask(number: int) -> bool:
+        x = inputs[number % 2]
+        found = [router(x, linear) for linear in range(LINEARS)]
+        return torch.equal(torch.stack(found), expected[number % 2])
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(ask, range(400)))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_the_threshold_changes_in_place() -> None:
