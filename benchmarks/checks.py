@@ -4,7 +4,7 @@ import itertools
 import math
 
 import torch
-from weights import GROUP, multiply, random_digits, tokens_at
+from weights import GROUP, multiply, random_digits, tile_for, tokens_at
 
 from mbq.kernels import dispatch
 from mbq.kernels.digits import join_digits, pack_digits
@@ -56,12 +56,12 @@ def check(n: int, k: int) -> float:
         asked = bits_T[None] if len(widths) > 1 else widths[0]
         prepared = prepare(x, asked, 1, GROUP, CODE_BITS)
         known = asked if isinstance(asked, int) else None
-        tile = dispatch.tile(n, k, m, x.device, dispatch.kind_of(prepared.mixed, known))
+        tile = tile_for(n, k, m, known, prepared.mixed)
         # What is allocated next lies where this was: an element that is not written stays NaN.
         poison = torch.full((m, n), math.nan, dtype=torch.bfloat16, device="cuda")
         del poison
         # A width that the host knows, and the same again as one that it does not.
-        any_tile = dispatch.tile(n, k, m, x.device, dispatch.kind_of(prepared.mixed, None))
+        any_tile = tile_for(n, k, m, None, prepared.mixed)
         outs = multiply(prepared, known, weight, tile)
         outs += multiply(prepared, None, weight, any_tile)
         some = torch.randperm(m, device="cuda")[:8]
@@ -95,7 +95,7 @@ def check_joined(k: int) -> float:
 def repeatable(n: int, k: int) -> bool:
     """Whether two runs give the same bits."""
     weight, prepared = random_digits(n, k), tokens_at(5, k, 6)
-    tile = dispatch.tile(n, k, 5, weight.digits_SBN32.device, dispatch.kind_of(False, 6))
+    tile = tile_for(n, k, 5, 6)
     outs = [multiply(prepared, 6, weight, tile)[0] for _ in range(3)]
     return all(torch.equal(out, outs[0]) for out in outs)
 

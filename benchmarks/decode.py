@@ -1,7 +1,6 @@
 """Decode kernels on a GPU: correctness first, then microseconds beside the bounds and peers.
 
     python benchmarks/decode.py --out benchmarks/results
-    python benchmarks/decode.py --out DIR --tune kernels        # tiles for this GPU, then the same
     python benchmarks/decode.py --out DIR --any-precision any_precision.cubin
 
 For every shape, width and number of tokens: time of one launch in a captured graph of many, with
@@ -27,8 +26,8 @@ import torch
 import triton
 from ceilings import measure_ceilings
 from checks import SHARING, check, check_joined, random_gates, repeatable, routed_differently
-from kernel_peers import time_peers
-from tuning import tune_tiles
+from compiling import Product, compile_products
+from kernel_peers import cublas, time_peers
 from weights import (
     BLOCKS,
     GROUP,
@@ -36,14 +35,14 @@ from weights import (
     decode_times,
     hungry_tokens,
     rotation,
+    tile_for,
     tokens_at,
 )
 
-from mbq.kernels import dispatch
 from mbq.kernels.timing import time_graph
 from mbq.kernels.triton_dequantize import dequantize_digits
 from mbq.kernels.triton_prepare import prepare
-from mbq.kernels.widths import CODE_BITS, WIDTHS
+from mbq.kernels.widths import CODE_BITS, WIDTHS, slices_of
 
 TOKENS = (1, 4, 8, 16, 32, 64)
 PROMPTS = (256, 1024, 4096)
@@ -53,22 +52,16 @@ Point = dict[str, Any]
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for results.")
-@click.option("--tune", type=click.Path(path_type=Path), help="Folder for measured tiles.")
 @click.option("--any-precision", type=click.Path(path_type=Path, exists=True), help="Its cubin.")
 @click.option("--model", "models", multiple=True, type=click.Choice(list(SHAPES)))
-def main(out: Path, tune: Path | None, any_precision: Path | None, models: tuple[str, ...]) -> None:
+def main(out: Path, any_precision: Path | None, models: tuple[str, ...]) -> None:
     """Check and time the decode kernels on the shapes of LLaMA models."""
     torch.manual_seed(0)
     chosen = models or tuple(SHAPES)
     ceilings = measure_ceilings()
     click.echo(json.dumps(ceilings))
     shapes = sorted({shape for model in chosen for shape in SHAPES[model].values()})
-    if tune is not None:
-        tiles = tune_tiles(shapes)
-        major, minor = torch.cuda.get_device_capability()
-        name = f"tiles_sm{major}{minor}.json"
-        (tune / name).write_text(json.dumps(tiles, indent=1) + "\n", encoding="utf-8")
-        (out / name).write_text(json.dumps(tiles, indent=1) + "\n", encoding="utf-8")
+    compile_products(products(shapes))
     errors = {f"{n} x {k}": check(n, k) for n, k in shapes}
     errors |= {f"joined x {k}": check_joined(k) for k in sorted({k for _, k in shapes})}
     click.echo(f"largest error against float64: {max(errors.values()):.1e}")
@@ -96,13 +89,23 @@ def main(out: Path, tune: Path | None, any_precision: Path | None, models: tuple
             {"n": shape[0], "k": shape[1], "tokens": m, **time_peers(*shape, m, any_precision)}
             for m in TOKENS
         ]
-        result |= {"points": points, "peers": peers, "sums": model_sums(points, peers, chosen)}
+        result |= {"points": points, "peers": peers}
+        result["sums"] = model_sums(result, chosen)
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     show(result)
     otherwise = max(result["routed_differently"].values())
     click.echo(f"widths routed otherwise than by torch: {otherwise:.2%}")
     if max(errors.values()) > TOLERANCE or otherwise > TOLERANCE or not result["repeatable"]:
         raise click.ClickException("wrong or unrepeatable results")
+
+
+def products(shapes: list[tuple[int, int]]) -> list[Product]:
+    """All that `time_shape` and `time_mixed` will launch."""
+    return [
+        Product(bits, mixed, m, tile_for(n, k, m, bits, mixed))
+        for (n, k), m in itertools.product(shapes, TOKENS)
+        for bits, mixed in [*((bits, False) for bits in (*WIDTHS, None)), (None, True)]
+    ]
 
 
 def time_preparing(k: int) -> list[Point]:
@@ -126,10 +129,7 @@ def time_shape(n: int, k: int, ceilings: dict[str, float]) -> list[Point]:
     for bits in WIDTHS:
         weights = rotation(n, k, bits)
         for m in TOKENS:
-            device = torch.device("cuda")
-            tile, any_tile = (
-                dispatch.tile(n, k, m, device, dispatch.kind_of(False, b)) for b in (bits, None)
-            )
+            tile, any_tile = tile_for(n, k, m, bits), tile_for(n, k, m, None)
             prepared = tokens_at(m, k, bits)
             seconds, spread = decode_times(weights, prepared, bits, tile)
             moved = n * k * (bits + 32 / GROUP) / 8 + 2 * m * (n + k)
@@ -156,14 +156,15 @@ def time_shape(n: int, k: int, ceilings: dict[str, float]) -> list[Point]:
 
 
 def time_mixed(n: int, k: int) -> list[Point]:
-    """One token in ten has 8 bits, the others 2 or 3: a batch reads what its hungriest does."""
+    """One token in ten has 8 bits, the others fewer: a batch reads what its hungriest does.
+
+    Without such a token the same widths are timed in `points`, by the kernel for one width.
+    """
     weights = rotation(n, k, 2)
     points = []
     for m in (1, 4, 16, 64):
-        for bits, hungry in itertools.product((2, 3), sorted({0, math.ceil(m / 10)})):
+        for bits, hungry in itertools.product((2, 3, 4), sorted({0, math.ceil(m / 10)})):
             prepared = hungry_tokens(m, k, bits, hungry)
-            kind = dispatch.kind_of(prepared.mixed, None)
-            tile = dispatch.tile(n, k, m, torch.device("cuda"), kind)
             points.append(
                 {
                     "n": n,
@@ -171,8 +172,10 @@ def time_mixed(n: int, k: int) -> list[Point]:
                     "tokens": m,
                     "tokens_with_8_bits": hungry,
                     "bits_of_others": bits,
-                    "steps": int(prepared.steps_L2[0, 0]),
-                    "seconds": decode_times(weights, prepared, None, tile)[0],
+                    "slices_read": slices_of(CODE_BITS if hungry else bits),
+                    "seconds": decode_times(
+                        weights, prepared, None, tile_for(n, k, m, None, prepared.mixed)
+                    )[0],
                 }
             )
     return points
@@ -181,11 +184,11 @@ def time_mixed(n: int, k: int) -> list[Point]:
 def time_prompts(n: int, k: int) -> list[Point]:
     """Many tokens: dequantizing and multiplying, and multiplying alone."""
     digits = itertools.cycle(rotation(n, k, 8))
-    full_NK = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
     points = []
     for m in PROMPTS:
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-        cublas = time_graph(lambda x=x: torch.mm(x, full_NK.T), 8)[0]
+        launch, turns = cublas(n, k, m)
+        cublas_seconds = time_graph(launch, max(turns, 8))[0]
         for bits in WIDTHS:
             seconds, spread = time_graph(
                 lambda x=x, b=bits: torch.mm(
@@ -201,26 +204,35 @@ def time_prompts(n: int, k: int) -> list[Point]:
                     "bits": bits,
                     "seconds": seconds,
                     "spread_seconds": spread,
-                    "cublas_seconds": cublas,
+                    "cublas_seconds": cublas_seconds,
                 }
             )
     return points
 
 
-def model_sums(points: list[Point], peers: list[Point], models: tuple[str, ...]) -> list[Point]:
-    """All linears of a model, by tokens: seconds of each width, of its bound, and of each peer."""
+def model_sums(result: Point, models: tuple[str, ...]) -> list[Point]:
+    """All linears of a model, by tokens: seconds of each width, of its bound, and of each peer.
+
+    Ours with what prepares the tokens at one width, once for each input.
+    """
     sums = []
     for model, m in itertools.product(models, TOKENS):
         shapes = list(SHAPES[model].values())
-        ours = [p for p in points if p["tokens"] == m and (p["n"], p["k"]) in shapes]
-        theirs = [p for p in peers if p["tokens"] == m and (p["n"], p["k"]) in shapes]
+        ours, theirs = (
+            [p for p in result[kind] if p["tokens"] == m and (p["n"], p["k"]) in shapes]
+            for kind in ("points", "peers")
+        )
         if len(theirs) < len(shapes):
             continue
+        prepared = {p["k"]: p["alike_seconds"] for p in result["preparing"] if p["tokens"] == m}
         total = {"model": model, "tokens": m}
+        total["preparing_seconds"] = BLOCKS[model] * sum(prepared[k] for _, k in shapes)
         for bits in WIDTHS:
             found = [p for p in ours if p["bits"] == bits]
-            for key in ("seconds", "bound_seconds"):
-                total[f"{bits}_{key}"] = BLOCKS[model] * sum(p[key] for p in found)
+            total[f"{bits}_bound_seconds"] = BLOCKS[model] * sum(p["bound_seconds"] for p in found)
+            multiplying = BLOCKS[model] * sum(p["seconds"] for p in found)
+            total[f"{bits}_multiplying_seconds"] = multiplying
+            total[f"{bits}_seconds"] = multiplying + total["preparing_seconds"]
         # Those that serve every shape.
         for name in sorted(set.intersection(*(set(p) for p in theirs)) - {"n", "k", "tokens"}):
             total[name] = BLOCKS[model] * sum(p[name] for p in theirs)
@@ -250,7 +262,8 @@ def show(result: Point) -> None:
     for p in result["mixed"]:
         click.echo(
             f"{p['n']} x {p['k']} | {p['tokens']} tokens, {p['tokens_with_8_bits']} with 8 bits, "
-            f"others {p['bits_of_others']} | {p['steps']} steps | {p['seconds'] * 1e6:.1f} us"
+            f"others {p['bits_of_others']} | {p['slices_read']} slices | "
+            f"{p['seconds'] * 1e6:.1f} us"
         )
     for p in result["prompts"]:
         click.echo(

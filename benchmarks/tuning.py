@@ -1,29 +1,66 @@
-"""The fastest tiles of every shape on this GPU: `kernels/tiles_<architecture>.json`."""
+"""The fastest tiles of a model's shapes on this GPU: `tiles_<architecture>.json`.
+
+    python benchmarks/tuning.py --out kernels --model llama2-7b
+
+Adds to what the file holds, a shape at a time, so a run that is cut off leaves what it found. One
+model takes some minutes, most of them for the compiler.
+"""
 
 import contextlib
 import itertools
-import multiprocessing
-import os
+import json
+from pathlib import Path
 
 import click
 import torch
+from compiling import Product, compile_products, tokens_of
 from triton.runtime.errors import OutOfResources
-from weights import decode_times, hungry_tokens, multiply, random_digits, rotation, tokens_at
+from weights import SHAPES, decode_times, rotation
 
 from mbq.kernels import dispatch
 from mbq.kernels.digits import BLOCK_INPUTS
-from mbq.kernels.triton_prepare import Prepared
 from mbq.kernels.triton_tiles import Tile
 
 SPLITS = (1, 2, 4, 8, 16)
-STAGES = (2, 3, 4)
+STAGES = (2, 3)
 # Rows and warps.
-CUTS = ((64, 2), (64, 4), (128, 2), (128, 4), (128, 8), (256, 8))
+CUTS = ((64, 1), (64, 2), (64, 4), (128, 2), (128, 4), (128, 8), (256, 4), (256, 8))
 TOKENS = (1, 16, 32, 64)
 # What each kind of product is timed at; mixed tokens all take 4 bits, unknown to the host.
 BITS = {"2": 2, "4": 4, "8": 8, dispatch.MIXED: 4}
+REPLAYS = 5
 
 Tiles = dict[str, dict[str, dict[str, list[int]]]]
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the file.")
+@click.option("--model", type=click.Choice(list(SHAPES)), required=True)
+def main(out: Path, model: str) -> None:
+    """Time the tiles worth timing and keep the fastest."""
+    torch.manual_seed(0)
+    major, minor = torch.cuda.get_device_capability()
+    path = out / f"tiles_sm{major}{minor}.json"
+    tiles: Tiles = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    shapes = sorted(set(SHAPES[model].values()))
+    compile_products(
+        Product(BITS[kind], kind == dispatch.MIXED, m, tile)
+        for kind, (n, k) in itertools.product(BITS, shapes)
+        for m in tokens_for(kind)
+        for tile in candidates(n, k)
+    )
+    for (n, k), kind in itertools.product(shapes, BITS):
+        entry = {
+            str(dispatch.token_tile(m, kind)): fastest(n, k, m, kind) for m in tokens_for(kind)
+        }
+        tiles.setdefault(kind, {})[f"{n} x {k}"] = entry
+        path.write_text(json.dumps(tiles, indent=1) + "\n", encoding="utf-8")
+        click.echo(f"{kind} {n} x {k}: {entry}")
+
+
+def tokens_for(kind: str) -> list[int]:
+    """Numbers of tokens that are cut differently: of mixed widths, 64 are cut at 32."""
+    return [m for m in TOKENS if kind != dispatch.MIXED or dispatch.token_tile(m, kind) >= m]
 
 
 def candidates(n: int, k: int) -> list[Tile]:
@@ -31,57 +68,22 @@ def candidates(n: int, k: int) -> list[Tile]:
     found = []
     for (rows, warps), split, stages in itertools.product(CUTS, SPLITS, STAGES):
         programs = n // rows * split
-        if n % rows == 0 and 128 <= programs <= 2000 and split <= k // BLOCK_INPUTS:
+        if n % rows == 0 and 128 <= programs <= 1000 and split <= k // BLOCK_INPUTS:
             found.append(Tile(rows, split, warps, stages))
     return found
 
 
-def tune_tiles(shapes: list[tuple[int, int]]) -> Tiles:
-    """The fastest tile per kind of product, shape and token tile."""
-    compile_all()
-    best: Tiles = {}
-    for (kind, bits), (n, k) in itertools.product(BITS.items(), shapes):
-        weights = rotation(n, k, bits)
-        entry = best.setdefault(kind, {}).setdefault(f"{n} x {k}", {})
-        for m in TOKENS:
-            prepared = tokens_of(kind, m, k, bits)
-            seconds = {}
-            for tile in candidates(n, k):
-                with contextlib.suppress(OutOfResources):
-                    seconds[tile] = decode_times(weights, prepared, bits, tile, 5)[0]
-            tile = min(seconds, key=lambda t: seconds[t])
-            width = str(dispatch.token_tile(m, kind))
-            # Tokens of mixed widths are cut at 32.
-            entry.setdefault(width, [tile.rows, tile.split, tile.warps, tile.stages])
-        click.echo(f"{kind} {n} x {k}: {entry}")
-    return best
-
-
-def tokens_of(kind: str, m: int, k: int, bits: int) -> Prepared:
-    """Tokens for a kind of product; a single one cannot be mixed."""
-    if kind == dispatch.MIXED:
-        return hungry_tokens(max(m, 2), k, bits, 0)
-    return tokens_at(m, k, bits)
-
-
-def compile_all() -> None:
-    """Fill Triton's cache from many processes."""
-    tiles = {tile for n in (4096, 28672) for tile in candidates(n, 14336)}
-    jobs = [
-        (kind, m, t.rows, t.split, t.warps, t.stages)
-        for kind in BITS
-        for t in tiles
-        for m in TOKENS
-    ]
-    workers = max((os.cpu_count() or 2) - 2, 1)
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        pool.map(_compile, jobs, chunksize=4)
-
-
-def _compile(job: tuple[str, int, int, int, int, int]) -> None:
-    kind, m, *cut = job
+def fastest(n: int, k: int, m: int, kind: str) -> list[int]:
+    """Rows, split, warps and stages of the fastest tile."""
     bits = BITS[kind]
-    # A tile that needs more shared memory than there is.
-    with contextlib.suppress(OutOfResources):
-        multiply(tokens_of(kind, m, 4096, bits), bits, random_digits(256, 4096), Tile(*cut))
-        torch.cuda.synchronize()
+    weights, prepared = rotation(n, k, bits), tokens_of(kind == dispatch.MIXED, m, k, bits)
+    seconds = {}
+    for tile in candidates(n, k):
+        with contextlib.suppress(OutOfResources):
+            seconds[tile] = decode_times(weights, prepared, bits, tile, REPLAYS)[0]
+    tile = min(seconds, key=lambda t: seconds[t])
+    return [tile.rows, tile.split, tile.warps, tile.stages]
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@ import math
 
 import torch
 
+from mbq.kernels import dispatch
 from mbq.kernels.digits import BLOCK_INPUTS, Digits
 from mbq.kernels.quantize import pack_pair
 from mbq.kernels.timing import time_graph
@@ -63,6 +64,11 @@ def random_digits(n: int, k: int) -> Digits:
 def rotation(n: int, k: int, bits: int) -> list[Digits]:
     """As many weights as it takes to leave the cache between two uses of one."""
     return [random_digits(n, k) for _ in range(math.ceil(ROTATED_BYTES / (n * k * bits / 8)) + 1)]
+
+
+def tile_for(n: int, k: int, m: int, bits: int | None, mixed: bool = False) -> Tile:
+    """How the product of a shape is cut here; `bits` None where only the device knows."""
+    return dispatch.tile(n, k, GROUP, m, torch.device("cuda"), dispatch.kind_of(mixed, bits))
 
 
 def multiply(

@@ -37,20 +37,27 @@ else:
 MIXED = "mixed"
 _Measured = dict[str, dict[str, dict[str, list[int]]]]
 
-# Programs to aim at: about four for each of a large GPU's multiprocessors.
-_PROGRAMS = 528
+# Programs to aim at: three for each of a large GPU's multiprocessors.
+_PROGRAMS = 396
+# Tiles were measured for groups of this size; larger ones take no more registers.
+_MEASURED_GROUP = 128
+# The first architecture that copies to shared memory in the background and multiplies bfloat16.
+_CAPABILITY = (8, 0)
 
 
 def packs(x: Tensor, group_size: int) -> bool:
-    """Whether kernels serve these tokens from the run-time layout: 16-bit, on a GPU, with Triton.
+    """Whether kernels serve these tokens from the run-time layout.
 
-    All others are multiplied by weights that torch dequantizes.
+    16-bit ones do they serve, on a GPU of NVIDIA's from the A100 on, with Triton. All others are
+    multiplied by weights that torch dequantizes.
     """
     return (
         _TRITON
         and x.is_cuda
         and x.dtype in (torch.float16, torch.bfloat16)
         and group_size in GROUP_SIZES
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(x.device) >= _CAPABILITY
     )
 
 
@@ -88,7 +95,8 @@ def decode(
         linears, rows, inputs = len(weight.out_features), weight.starts[-1], weight.in_features
         prepared = triton_prepare.prepare(x_TK, widths, linears, weight.group_size, max_bits, tally)
         bits = widths if isinstance(widths, int) else None
-        cut = tile(rows, inputs, len(x_TK), x_TK.device, kind_of(prepared.mixed, bits))
+        kind = kind_of(prepared.mixed, bits)
+        cut = tile(rows, inputs, weight.group_size, len(x_TK), x_TK.device, kind)
         if any(start % cut.rows for start in weight.starts):
             cut = dataclasses.replace(cut, rows=ROW_MULTIPLE)
         if prepared.mixed:
@@ -110,15 +118,23 @@ def kind_of(mixed: bool, bits: int | None) -> str:
 
 
 def tile(
-    out_features: int, in_features: int, tokens: int, device: torch.device, kind: str
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    tokens: int,
+    device: torch.device,
+    kind: str,
 ) -> "triton_tiles.Tile":
     """How to cut a multiplication on a device."""
     rows = -(-out_features // ROW_MULTIPLE) * ROW_MULTIPLE
     blocks = -(-in_features // BLOCK_INPUTS)
     width = token_tile(tokens, kind)
-    measured = _measured(torch.cuda.get_device_capability(device)) if device.type == "cuda" else {}
+    small = group_size < _MEASURED_GROUP
+    measured: _Measured = {}
+    if device.type == "cuda" and not small:
+        measured = _measured(torch.cuda.get_device_capability(device))
     found = measured.get(kind, {}).get(f"{rows} x {blocks * BLOCK_INPUTS}", {}).get(str(width))
-    return triton_tiles.Tile(*found) if found else default_tile(rows, blocks, width, kind)
+    return triton_tiles.Tile(*found) if found else default_tile(rows, blocks, width, kind, small)
 
 
 def token_tile(tokens: int, kind: str) -> int:
@@ -127,16 +143,24 @@ def token_tile(tokens: int, kind: str) -> int:
     return min(padded, triton_mixed.MOST_TILE_TOKENS) if kind == MIXED else padded
 
 
-def default_tile(rows: int, blocks: int, width: int, kind: str) -> "triton_tiles.Tile":
-    """The rule of thumb, for shapes that were not measured."""
-    split = 1
-    while split < 16 and split * 2 <= blocks and rows // ROW_MULTIPLE * split < _PROGRAMS:
-        split *= 2
-    few = width <= 8 and kind != str(CODE_BITS)
-    if kind == MIXED or few:
-        return triton_tiles.Tile(ROW_MULTIPLE, split, warps=2 if few else 4, stages=4)
+def default_tile(
+    rows: int, blocks: int, width: int, kind: str, small_groups: bool
+) -> "triton_tiles.Tile":
+    """The rule of thumb, for shapes that were not measured: many warps, since they wait for loads.
+
+    16 or more on each multiprocessor, as in the fastest tiles that were measured (of the kernel for
+    mixed tokens, on an H200).
+    """
     wide = width > 32
-    return triton_tiles.Tile(ROW_MULTIPLE, split, warps=8 if wide else 4, stages=2 if wide else 3)
+    # Eight bits fill the registers, and so do sums that are restarted at every group.
+    full = kind == str(CODE_BITS) if width <= 8 else small_groups
+    cut = ROW_MULTIPLE // 2 if full else ROW_MULTIPLE
+    # Of 64 tokens one program fills a multiprocessor, and parts are as large as codes.
+    most = _PROGRAMS // 2 if wide else _PROGRAMS
+    split = 1
+    while split * 2 <= min(blocks, 16) and rows // cut * split * 2 <= most:
+        split *= 2
+    return triton_tiles.Tile(cut, split, warps=8 if wide else 4, stages=2 if wide else 3)
 
 
 @cache

@@ -63,7 +63,8 @@ def _mixed_kernel(
         word = tl.load(digits_ptr + word_at)
         weight_of_slice = tl.exp2((-2 * e).to(tl.float32))
         first = tl.where(e == 0, 1.0, 0.0)
-        x_at = x_ptr + t[None, :] * inputs + block * 256 + j[:, None]
+        # What is padded repeats the last token, and is thrown away.
+        x_at = x_ptr + tl.minimum(t, tokens - 1)[None, :] * inputs + block * 256 + j[:, None]
         for h in tl.static_range(BLOCK_GROUPS):
             group = block * BLOCK_GROUPS + h
             s, z = halves(tl.load(scale_zero_ptr + group * rows + n))
@@ -93,6 +94,7 @@ def multiply_mixed(
     Raises:
         ValueError: a tile would reach from one linear into the next.
     """
+    assert prepared.steps_L2 is not None
     pointers = prepared.bits_LT, prepared.steps_L2
     width = min(len(prepared.x_TK), MOST_TILE_TOKENS)
     return launch(_mixed_kernel, prepared, pointers, weight, tile, width, dtype)

@@ -6,12 +6,12 @@ What the multiplying kernels (`triton_uniform.py`, `triton_mixed.py`) read of th
     sums  per group of inputs: sum of x16, and sum weighted by the bias of each digit
           (`triton_tiles.py`)
 
-and of their widths: the bits of each token in each linear, and how many steps each linear takes
-through its slices. Widths are the same for all tokens, or given, or decided here by the router of
-the input (`router.py`; judged by `reference.route`), so that the host learns nothing of them: a
-launch captured in a graph follows whatever its thresholds are set to later.
+and of their widths: the bits of each token in each linear and, where tokens may differ, how many
+steps each linear takes through its slices. Widths are the same for all tokens, or given, or decided
+here by the router of the input (`router.py`; judged by `reference.route`), so that the host learns
+nothing of them: a launch captured in a graph follows whatever its thresholds are set to later.
 
-One program prepares one token. The last one to finish counts the steps.
+One program prepares one token. Where tokens may differ the last one to finish counts the steps.
 
 Legend: N out_features, K in_features, K' padded to a multiple of 256, T tokens, T' padded, G
 groups, L linears of one input, E extra widths, H rows of the trunk, F features (H + 2).
@@ -51,8 +51,8 @@ class Prepared:
         bias_sum_GT: float32 [G', T'].
         unscale_T: float32 [T'].
         bits_LT: int32 [L, T'].
-        steps_L2: int32 [L, 2], steps through the slices, and 1 if the second slice is halved.
-        mixed: whether tokens may differ in width.
+        steps_L2: int32 [L, 2], steps through the slices, and 1 if the second slice is halved; None
+            where tokens cannot differ in width.
     """
 
     x_TK: Tensor
@@ -60,9 +60,13 @@ class Prepared:
     bias_sum_GT: Tensor
     unscale_T: Tensor
     bits_LT: Tensor
-    steps_L2: Tensor
-    mixed: bool
+    steps_L2: Tensor | None
     tokens: int
+
+    @property
+    def mixed(self) -> bool:
+        """Whether tokens may differ in width."""
+        return self.steps_L2 is not None
 
 
 @triton.jit
@@ -102,6 +106,7 @@ def _prepare_kernel(
     in_features, padded_inputs, groups, padded_tokens,
     CHUNKS: tl.constexpr, GROUP_CHUNKS: tl.constexpr, LINEARS: tl.constexpr, GIVEN: tl.constexpr,
     EXTRA: tl.constexpr, HIDDEN: tl.constexpr, FEATURES: tl.constexpr, TALLIED: tl.constexpr,
+    MIXED: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     chunk = tl.arange(0, CHUNKS)
@@ -144,8 +149,10 @@ def _prepare_kernel(
         tl.atomic_add(tally_ptr + linear, 1, mask=there, sem="relaxed")
         tl.atomic_add(tally_ptr + LINEARS + linear, bits.to(tl.int64), mask=there, sem="relaxed")
 
-    tl.debug_barrier()
-    finished = tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1
+    finished = False
+    if MIXED:
+        tl.debug_barrier()
+        finished = tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1
     if finished:
         tokens = tl.num_programs(0)
         t = tl.arange(0, _MOST_TOKENS)
@@ -192,15 +199,15 @@ def prepare(
     given = widths if isinstance(widths, Tensor) else None
     gates = widths if isinstance(widths, Gates) else None
     alike = isinstance(widths, int) or (given is not None and given.shape[1] == 1)
+    mixed = tokens > 1 and max_bits > SLICE_BITS and not alike
     made = Prepared(
         x_TK.new_empty(padded, padded_inputs, dtype=torch.float16),
         x_TK.new_empty(groups, padded, dtype=torch.float32),
         x_TK.new_empty(groups, padded, dtype=torch.float32),
         x_TK.new_empty(padded, dtype=torch.float32),
         x_TK.new_empty(linears, padded, dtype=torch.int32),
-        x_TK.new_empty(linears, 2, dtype=torch.int32),
-        mixed=tokens > 1 and max_bits > SLICE_BITS and not alike,
-        tokens=tokens,
+        x_TK.new_empty(linears, 2, dtype=torch.int32) if mixed else None,
+        tokens,
     )
     hidden = 0 if gates is None else len(gates.trunk_HK)
     chunks = triton.next_power_of_2(padded_inputs // 32)
@@ -212,7 +219,7 @@ def prepare(
         inputs, padded_inputs, groups, padded,
         CHUNKS=chunks, GROUP_CHUNKS=group_size // 32, LINEARS=linears, GIVEN=given is not None,
         EXTRA=0 if gates is None else len(gates.threshold_EL), HIDDEN=hidden,
-        FEATURES=triton.next_power_of_2(hidden + 2), TALLIED=tally is not None,
+        FEATURES=triton.next_power_of_2(hidden + 2), TALLIED=tally is not None, MIXED=mixed,
         num_warps=8 if padded_inputs <= _WIDE_INPUTS else 16,
     )  # fmt: skip
     return made

@@ -102,14 +102,15 @@ def finish(
     if SPLIT > 1:
         parts = part_ptr + t[None, :] * rows + n[:, None]
         size = padded_tokens.to(tl.int64) * rows
-        tl.store(parts + tl.program_id(1) * size, total)
+        there = t[None, :] < tokens
+        tl.store(parts + tl.program_id(1) * size, total, mask=there)
         tl.debug_barrier()
         counter = arrived_ptr + tl.program_id(2) * tl.num_programs(0) + tile
         finished = tl.atomic_add(counter, 1, sem="acq_rel") == SPLIT - 1
         if finished:
             total = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
             for p in tl.range(0, SPLIT):
-                total += tl.load(parts + p * size, cache_modifier=".cg")
+                total += tl.load(parts + p * size, mask=there, other=0.0, cache_modifier=".cg")
             tl.store(counter, 0)
     if finished:
         gain, bias = halves(tl.load(gain_row + n[:, None]))

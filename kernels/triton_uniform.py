@@ -136,7 +136,8 @@ def _defined(
 
 @triton.jit
 def _summed(
-    x_ptr, digits_ptr, scale_zero_ptr, sum_ptr, bias_sum_ptr, n, t, rows, blocks, padded_tokens,
+    x_ptr, digits_ptr, scale_zero_ptr, sum_ptr, bias_sum_ptr, n, t,
+    rows, blocks, padded_tokens, tokens,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -162,7 +163,8 @@ def _summed(
         fourth = tl.load(word_ptr + 3 * slice_words) if SLICES > 3 else first
         if ASM and SLICES > 1:
             w0, w1, w2, w3 = _combined(first, second, third, fourth, BITS, SLICES)
-        x_at = x_ptr + t[None, :] * inputs + block * 256 + j[:, None]
+        # What is padded repeats the last token, and is thrown away.
+        x_at = x_ptr + tl.minimum(t, tokens - 1)[None, :] * inputs + block * 256 + j[:, None]
         for h in tl.static_range(BLOCK_GROUPS):
             group = block * BLOCK_GROUPS + h
             s, z = halves(tl.load(scale_zero_ptr + group * rows + n))
@@ -208,7 +210,7 @@ def _uniform_kernel(
                 if bits == width:
                     total = _summed(
                         x_ptr, digits_ptr, scale_zero_ptr, sum_ptr, bias_sum_ptr, n, t,
-                        rows, blocks, padded_tokens,
+                        rows, blocks, padded_tokens, tokens,
                         ROWS, TOKENS, SPLIT, STAGES, BLOCK_GROUPS, width, ASM,
                     )  # fmt: skip
                     finish(

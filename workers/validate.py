@@ -34,12 +34,14 @@ from mbq.workers.tensors import read_tensor
 
 # Largest error of an element over the root mean square of all: weights and outputs are rounded.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-_CHECKED_TOKENS = (1, 3, 17, 64)
+# The last are too many for the kernels that multiply by codes.
+_CHECKED_TOKENS = (1, 3, 17, 64, 65)
 _TIMED_TOKENS = (1, 8, 32)
 # Of a float64 weight at once.
 _CHECKED_ROWS = 4096
-# Weights rotate through this many times what the cache holds.
+# Weights rotate through this many times what the cache holds; tiny ones do not.
 _ROTATIONS = 3
+_MOST_COPIES = 256
 
 Report = Callable[[float], None]
 
@@ -184,7 +186,7 @@ def _timings(linear: ElasticLinear, device: torch.device) -> Iterable[KernelTimi
 
 
 def _copies(cache_bytes: int, weight_bytes: int) -> int:
-    return max(2, math.ceil(_ROTATIONS * cache_bytes / weight_bytes))
+    return min(max(2, math.ceil(_ROTATIONS * cache_bytes / weight_bytes)), _MOST_COPIES)
 
 
 @torch.inference_mode()

@@ -18,10 +18,11 @@ FOLDER = Path(dispatch.__file__).parent
 @pytest.mark.parametrize(("rows", "blocks"), [(128, 1), (4096, 16), (11008, 43), (128256, 16)])
 @pytest.mark.parametrize("tokens", [1, 16, 33, 64])
 @pytest.mark.parametrize("kind", ["mixed", "2", "4", "8"])
+@pytest.mark.parametrize("small", [False, True])
 def test_the_rule_of_thumb_leaves_work_for_every_program(
-    rows: int, blocks: int, tokens: int, kind: str
+    rows: int, blocks: int, tokens: int, kind: str, small: bool
 ) -> None:
-    tile = dispatch.default_tile(rows, blocks, dispatch.token_tile(tokens, kind), kind)
+    tile = dispatch.default_tile(rows, blocks, dispatch.token_tile(tokens, kind), kind, small)
     assert rows % tile.rows == 0
     assert 1 <= tile.split <= blocks
 
@@ -47,10 +48,16 @@ def test_on_a_cpu_weights_are_dequantized() -> None:
     assert not dispatch.decodes(x, 1, 128)
 
 
-def test_few_enough_tokens_on_a_gpu_are_decoded() -> None:
+@pytest.mark.parametrize(
+    ("capability", "served"), [((7, 5), False), ((8, 0), True), ((9, 0), True)]
+)
+def test_few_enough_tokens_on_a_gpu_are_decoded(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], served: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     with FakeTensorMode():
         x = torch.empty(1, 256, dtype=torch.bfloat16, device="cuda")
-    assert dispatch.decodes(x, 64, 128)
+    assert dispatch.decodes(x, 64, 128) == served
     assert not dispatch.decodes(x, 65, 128)
     assert not dispatch.decodes(x, 64, 96)
 

@@ -41,7 +41,7 @@ def test_each_token_has_its_own_width(
     x = torch.randn(len(widths), 512).bfloat16()
     bits_T = torch.tensor(widths)
     prepared = prepare(x, bits_T[None], 1, group_size, 8)
-    assert prepared.steps_L2.tolist() == [steps]
+    assert prepared.steps_L2 is not None and prepared.steps_L2.tolist() == [steps]
     (out,) = multiply_mixed(prepared, weight, Tile(128, split, 2, 3), torch.float32)
     assert error(out, routed_linear(x, weight_WNK, bias_WN, bits_T)) < 1e-5
 

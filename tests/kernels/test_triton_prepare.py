@@ -34,12 +34,14 @@ def test_the_router_equals_its_definition(
     prepared = prepare(x, gates, linears, 32, max_bits)
     expected = route(x, gates.trunk_HK.float(), gates.offset_H, gates.head_ELF, gates.threshold_EL)
     assert torch.equal(prepared.bits_LT[:, :tokens].long(), expected)
-    # What is padded asks for nothing.
-    assert (prepared.bits_LT[:, tokens:] == 2).all()
     most = expected.amax(1)
     halved = (expected == 3).any(1)
     steps = torch.stack([most // 2 + halved, halved], dim=1)
-    assert torch.equal(prepared.steps_L2.long(), steps)
+    assert prepared.mixed == (tokens > 1)
+    if prepared.steps_L2 is not None:
+        # What is padded asks for nothing.
+        assert (prepared.bits_LT[:, tokens:] == 2).all()
+        assert torch.equal(prepared.steps_L2.long(), steps)
 
 
 def test_a_token_of_zeros_is_routed_like_any_other() -> None:
@@ -54,7 +56,6 @@ def test_widths_for_all_tokens_of_each_linear() -> None:
     prepared = prepare(torch.randn(3, 64).half(), widths, 3, 32, 8)
     assert not prepared.mixed
     assert prepared.bits_LT[:, :3].tolist() == [[6] * 3, [3] * 3, [2] * 3]
-    assert prepared.steps_L2.tolist() == [[3, 0], [2, 1], [1, 0]]
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 from mbq.kernels import dispatch
 from mbq.kernels.triton_dequantize import _ROWS, _WARPS, _dequantize_kernel
-from mbq.kernels.triton_mixed import _mixed_kernel
+from mbq.kernels.triton_mixed import MOST_TILE_TOKENS, _mixed_kernel
 from mbq.kernels.triton_prepare import _prepare_kernel
 from mbq.kernels.triton_tiles import Tile
 from mbq.kernels.triton_uniform import _uniform_kernel
@@ -58,9 +58,18 @@ def main() -> None:
         for tokens in (8, 16, 64):
             name = f"sm_{architecture}, {tokens} tokens"
             if tokens < 64:
-                mixed[name] = build_mixed(architecture, tokens)
+                mixed[name] = build_mixed(architecture, tokens, 2)
             for bits in (2, 4, 8, 0):
-                uniform[f"{name}, {bits or 'any'} bits"] = build_uniform(architecture, tokens, bits)
+                made = build_uniform(architecture, tokens, 2, bits)
+                uniform[f"{name}, {bits or 'any'} bits"] = made
+        # The tightest of small groups.
+        name = f"sm_{architecture}, {MOST_TILE_TOKENS} tokens, groups of 32"
+        mixed[name] = build_mixed(architecture, MOST_TILE_TOKENS, 8)
+        for bits in (4, 8):
+            uniform[f"{name}, {bits} bits"] = build_uniform(architecture, MOST_TILE_TOKENS, 8, bits)
+            uniform[f"sm_{architecture}, 64 tokens, groups of 32, {bits} bits"] = build_uniform(
+                architecture, 64, 8, bits
+            )
         for bits in WIDTHS:
             name = f"sm_{architecture}, {bits} bits"
             dequantizing[name] = build_dequantizing(architecture, bits)
@@ -76,17 +85,17 @@ def main() -> None:
     print(json.dumps(document))
 
 
-def build_mixed(architecture: int, tokens: int) -> dict[str, Any]:
+def build_mixed(architecture: int, tokens: int, groups: int) -> dict[str, Any]:
     """The default tile of LLaMA-2-7B's gate and up; `instructions` are those per digit."""
-    tile = dispatch.default_tile(22016, 16, tokens, dispatch.MIXED)
-    return _multiplying(_mixed_kernel, {}, architecture, tokens, tile)
+    tile = dispatch.default_tile(22016, 16, tokens, dispatch.MIXED, groups > 2)
+    return _multiplying(_mixed_kernel, {"BLOCK_GROUPS": groups}, architecture, tokens, tile)
 
 
-def build_uniform(architecture: int, tokens: int, bits: int) -> dict[str, Any]:
+def build_uniform(architecture: int, tokens: int, groups: int, bits: int) -> dict[str, Any]:
     """The same at one width; 0 for one that only the device knows, `instructions` per weight."""
     kind = dispatch.kind_of(False, bits or None)
-    tile = dispatch.default_tile(22016, 16, tokens, kind)
-    constants = {"BITS": bits, "MOST_SLICES": 4}
+    tile = dispatch.default_tile(22016, 16, tokens, kind, groups > 2)
+    constants = {"BITS": bits, "MOST_SLICES": 4, "BLOCK_GROUPS": groups}
     return _multiplying(_uniform_kernel, constants, architecture, tokens, tile)
 
 
@@ -98,7 +107,6 @@ def _multiplying(
         "TOKENS": tokens,
         "SPLIT": tile.split,
         "STAGES": tile.stages,
-        "BLOCK_GROUPS": 2,
         "ASM": True,
     }
     made = _compile(kernel, constants, architecture, tile.warps)
@@ -139,6 +147,7 @@ def build_preparing(architecture: int, inputs: int) -> dict[str, Any]:
         "HIDDEN": 8,
         "FEATURES": 16,
         "TALLIED": True,
+        "MIXED": True,
     }
     made = _compile(_prepare_kernel, constants, architecture, 8)
     assembly = made.pop("assembly")

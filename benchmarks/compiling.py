@@ -1,0 +1,51 @@
+"""Fill Triton's cache from many processes, so that nothing is compiled while it is timed."""
+
+import contextlib
+import multiprocessing
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from triton.runtime.errors import OutOfResources
+from weights import hungry_tokens, multiply, random_digits, tokens_at
+
+from mbq.kernels.triton_prepare import Prepared
+from mbq.kernels.triton_tiles import Tile
+from mbq.kernels.widths import CODE_BITS
+
+# Any will do: kernels are the same for all shapes.
+_INPUTS = 4096
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product to be compiled; `bits` None where only the device knows."""
+
+    bits: int | None
+    mixed: bool
+    tokens: int
+    tile: Tile
+
+
+def compile_products(products: Iterable[Product]) -> None:
+    """Compile each of them once."""
+    workers = max((os.cpu_count() or 2) - 2, 1)
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        pool.map(_compile, sorted(set(products), key=repr), chunksize=4)
+
+
+def tokens_of(mixed: bool, m: int, k: int, bits: int) -> Prepared:
+    """Random tokens of one width, as the kernel for mixed ones takes them or not.
+
+    A single token cannot be mixed: there are two then.
+    """
+    return hungry_tokens(max(m, 2), k, bits, 0) if mixed else tokens_at(m, k, bits)
+
+
+def _compile(product: Product) -> None:
+    prepared = tokens_of(product.mixed, product.tokens, _INPUTS, product.bits or CODE_BITS)
+    # A tile may need more shared memory than there is.
+    with contextlib.suppress(OutOfResources):
+        multiply(prepared, product.bits, random_digits(256, _INPUTS), product.tile)
+        torch.cuda.synchronize()
