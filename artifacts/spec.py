@@ -25,7 +25,7 @@ from mbq.artifacts.errors import InputError, NotFoundError
 from mbq.kernels.widths import SLICE_BITS, widths_up_to
 
 # Of documents and files, and of what a spec means: the same spec never stands for other bytes.
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 WORD_INPUTS = 32
 # What is kept of each fits into one document (`sealed.py`).
 MOST_SEQUENCES = 200_000
@@ -209,6 +209,11 @@ class RunSpec(Document):
                 f"optimisation.widths {list(widths)} must be distinct bits out of {allowed}, those "
                 f"of {self.slices} slices; set one to fit the other"
             )
+        if self.optimisation.method == "clip" and SLICE_BITS not in widths:
+            raise ValueError(
+                f"optimisation.widths {list(widths)} must hold {SLICE_BITS} where the method is "
+                "clip: it trains ranges for the first slice alone to begin with"
+            )
         return self
 
     @property
@@ -233,7 +238,7 @@ def load_spec(path: Path, settings: Sequence[str] = ()) -> RunSpec:
         raise NotFoundError(
             f"there is no spec file {path}; give a YAML file or a preset"
         ) from error
-    except (yaml.YAMLError, ValueError, OSError) as error:
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} cannot be read as YAML: {reason}") from error
     if not isinstance(document, dict):
@@ -338,7 +343,7 @@ def _apply(document: dict[str, Any], setting: str) -> None:
         raise InputError(f"--set {setting}: write it as field=value, as in calibration.samples=64")
     try:
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"--set {setting}: the value is not YAML; quote it") from error
     *parents, last = name.split(".")
     for parent in parents:

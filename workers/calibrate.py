@@ -46,6 +46,9 @@ _FINAL_RATE = 0.05
 _RUNNING_MEAN_DECAY = 0.9
 # A block that outputs zeros is reproduced exactly; nothing is divided by its loss.
 _SMALLEST_LOSS = 1e-30
+# Of Adam: far below any gradient. Those of a large block are 1e-9 and less, and steps must not
+# depend on that.
+_EPSILON = 1e-20
 # Errors before and after are a report, not a decision: a few sequences are enough.
 _SHOWN_SEQUENCES = 16
 
@@ -108,10 +111,10 @@ def calibrate_block(
     Raises:
         FloatingPointError: a loss is not finite.
     """
-    target_BTH = _forward(block, run, target_inputs_BTH, microbatch)
+    target_BTH, output_rms = _target(block, run, target_inputs_BTH, microbatch)
     stages = _stages(settings)
     factors = _factors(block, run, inputs, target_inputs_BTH, stages, microbatch)
-    trainables = _replace_linears(block, group_size)
+    trainables = _replace_linears(block, group_size, output_rms)
     before = _token_errors(block, trainables, run, inputs, target_BTH, microbatch)
     _train(block, trainables, run, inputs, target_BTH, factors, settings, microbatch, seed, report)
     finished = {name: linear.finish() for name, linear in trainables.items()}
@@ -122,6 +125,23 @@ def calibrate_block(
         {bits: error.mean().item() for bits, error in after.items()},
         outlier_overlap(after),
     )
+
+
+def _target(
+    block: nn.Module, run: Run, inputs_BTH: Tensor, microbatch: int
+) -> tuple[Tensor, dict[str, float]]:
+    """What the block outputs, and the root mean square of what each of its linears does."""
+    squares: dict[str, list[Tensor]] = {name: [] for name in linears(block)}
+
+    def note(name: str, linear: nn.Module, arguments: object, out: Tensor) -> None:
+        squares[name].append(out.float().square().mean())
+
+    hooks = [m.register_forward_hook(partial(note, name)) for name, m in linears(block).items()]
+    target_BTH = _forward(block, run, inputs_BTH, microbatch)
+    for hook in hooks:
+        hook.remove()
+    rms = {name: torch.stack(found).mean().sqrt().item() for name, found in squares.items()}
+    return target_BTH, rms
 
 
 def _factors(
@@ -205,8 +225,13 @@ def _keep(bins: Mapping[TrainableLinear, tuple[Tensor, Tensor]]) -> None:
         linear.value.copy_(linear.value.maximum(low_NK).minimum(high_NK))
 
 
-def _replace_linears(block: nn.Module, group_size: int) -> dict[str, TrainableLinear]:
-    trainables = {name: TrainableLinear(m, group_size) for name, m in linears(block).items()}
+def _replace_linears(
+    block: nn.Module, group_size: int, output_rms: Mapping[str, float]
+) -> dict[str, TrainableLinear]:
+    trainables = {
+        name: TrainableLinear(linear, group_size, output_rms[name])
+        for name, linear in linears(block).items()
+    }
     for name, trainable in trainables.items():
         block.set_submodule(name, trainable)
     return trainables
@@ -243,7 +268,7 @@ def _optimiser(
     for module in modules:
         for parameter in module.parameters():
             parameter.requires_grad_(id(parameter) in trained)
-    return torch.optim.Adam(groups, betas=(0.9, 0.95))
+    return torch.optim.Adam(groups, betas=(0.9, 0.95), eps=_EPSILON)
 
 
 def _cosine(steps: int) -> Callable[[int], float]:

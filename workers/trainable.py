@@ -2,8 +2,9 @@
 
 Trainable are the weight in units of its initial 2-bit step, the two ends of every group's range
 (sigmoid of a logit times the smallest and largest weight, as in OmniQuant's learnable weight
-clipping, arXiv 2308.13137), and a gain and a bias per output channel and width. The module shows
-the weight that its present width would reconstruct.
+clipping, arXiv 2308.13137), and a gain and a bias per output channel and width, the bias in units
+of the linear's typical output: so one set of rates serves models of any scale. The module shows the
+weight that its present width would reconstruct.
 
 Legend: N out_features, K in_features, G groups, W widths.
 """
@@ -41,10 +42,14 @@ class CalibratedLinear:
 
 
 class TrainableLinear(nn.Module):
-    """Stands in for a linear during calibration; `bits` is the width it shows."""
+    """Stands in for a linear during calibration; `bits` is the width it shows.
 
-    def __init__(self, linear: nn.Linear, group_size: int) -> None:
+    `output_rms` is the root mean square of what the linear outputs at full precision.
+    """
+
+    def __init__(self, linear: nn.Linear, group_size: int, output_rms: float) -> None:
         super().__init__()
+        self.output_rms = output_rms
         weight_NK = linear.weight.detach().float()
         self.low_NG, self.high_NG = group_bounds(weight_NK, group_size)
         self.unit_NG, _ = scale_and_zero(self.low_NG, self.high_NG)
@@ -67,7 +72,7 @@ class TrainableLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scale_NG, zero_NG = self.grid()
         row = WIDTHS.index(self.bits)
-        bias_N = self.bias[row]
+        bias_N = self.output_rms * self.bias[row]
         if self.original_bias is not None:
             bias_N = bias_N + self.original_bias.float()
         return fake_linear(
@@ -95,7 +100,7 @@ class TrainableLinear(nn.Module):
         return CalibratedLinear(
             code_NK.cpu(),
             pack_pair(*grid).cpu(),
-            pack_pair(torch.stack([*self.gain]), torch.stack([*self.bias])).cpu(),
+            pack_pair(torch.stack([*self.gain]), self.output_rms * torch.stack([*self.bias])).cpu(),
         )
 
     @torch.no_grad()

@@ -181,13 +181,47 @@ def test_training_is_never_worse_than_its_start(seed: int, tails: float, passes:
         assert result.loss_after[bits] <= result.loss_before[bits]
 
 
+@pytest.mark.parametrize("scale", [2.0**-8, 2.0**4])
+def test_a_model_of_another_scale_is_calibrated_as_well(tiny_model: Path, scale: float) -> None:
+    """What a block adds to its input may be small or large, as it is from model to model."""
+    _assert_alike(_scaled(tiny_model, 1.0), _scaled(tiny_model, scale))
+
+
+def _assert_alike(one: Calibration, other: Calibration) -> None:
+    for bits in WIDTHS:
+        gains = [c.loss_after[bits] / c.loss_before[bits] for c in (one, other)]
+        assert gains[1] == pytest.approx(gains[0], rel=0.1)
+
+
+def _scaled(folder: Path, scale: float) -> Calibration:
+    """Calibrate the same block with hidden states, and all that it adds to them, times a scale."""
+    model = open_model(open_source(str(folder), "main"), torch.float32, torch.device("cpu"))
+    block: Any = model.block(0)
+    for norm in (block.input_layernorm, block.post_attention_layernorm):
+        norm.variance_epsilon *= scale**2
+    for linear in (block.self_attn.o_proj, block.mlp.down_proj):
+        linear.weight.mul_(scale)
+    hidden = scale * torch.randn(16, 24, 64, generator=torch.Generator().manual_seed(5))
+    return calibrate_block(
+        block,
+        lambda block, x: model.run(block, 0, x),
+        dict.fromkeys(WIDTHS, hidden),
+        hidden,
+        Optimisation(passes=6, batch_size=4),
+        group_size=32,
+        microbatch=4,
+        seed=3,
+        report=lambda fraction: None,
+    )
+
+
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**31), kept=st.sampled_from(WIDTHS[:-1]), moved=st.floats(0.0, 10.0))
 def test_weights_kept_in_their_bins_keep_their_first_bits(
     seed: int, kept: int, moved: float
 ) -> None:
     torch.manual_seed(seed)
-    linear = TrainableLinear(nn.Linear(64, 16), group_size=32)
+    linear = TrainableLinear(nn.Linear(64, 16), group_size=32, output_rms=1.0)
     unit_NK = linear.unit_NG.repeat_interleave(32, dim=1)
     before_NK = quantize(linear.value * unit_NK, *linear.grid())
     low_NK, high_NK = linear.bins(kept)
