@@ -7,7 +7,7 @@
     +-- CorruptError         bytes differ from what their digest, header or index promises
     +-- KernelError          a packed linear computes something wrong on this machine
     +-- RunError             a run ended without a checkpoint
-    +-- ClusterError         the cluster is unreachable or unfit
+    +-- ClusterError         the cluster stopped answering, or is unfit
 
 All of them take one message, so they survive pickling between processes.
 """

@@ -46,8 +46,12 @@ def routing_key(run: str, method: str) -> str:
     return f"{RUNS}/{run}/routing/{method}.json"
 
 
+def validations(run: str) -> str:
+    return f"{RUNS}/{run}/validations"
+
+
 def validation_key(run: str, shape: str) -> str:
-    return f"{RUNS}/{run}/validations/{shape}.json"
+    return f"{validations(run)}/{shape}.json"
 
 
 def sample_key(run: str) -> str:

@@ -27,7 +27,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mbq.artifacts.errors import ClusterError
+from mbq.artifacts.errors import ClusterError, InputError
 
 _START_SECONDS = 90.0
 _STOP_SECONDS = 40.0
@@ -58,15 +58,22 @@ def find_head(state_folder: Path) -> Head | None:
     return head if head is not None and _start_time(head.pid) == head.started else None
 
 
-def start_head(state_folder: Path, cpus: int | None = None) -> Head:
+def start_head(state_folder: Path) -> Head:
     """Start a head, or return the running one. Takes about ten seconds.
 
     Raises:
         ClusterError: it did not come up; the message names its log.
+        InputError: the folder cannot be written.
     """
-    state_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _locked(state_folder / "lock"):
-        return find_head(state_folder) or _start(state_folder, cpus)
+    try:
+        state_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _locked(state_folder / "lock"):
+            return find_head(state_folder) or _start(state_folder)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {state_folder} ({error.strerror or error}); set MBQ_HOME to a folder "
+            "that you may write in"
+        ) from error
 
 
 def stop_head(state_folder: Path, head: Head) -> None:
@@ -94,7 +101,7 @@ def _read(state_folder: Path) -> Head | None:
         return None
 
 
-def _start(state_folder: Path, cpus: int | None) -> Head:
+def _start(state_folder: Path) -> Head:
     killed = _read(state_folder)
     if killed is not None:
         shutil.rmtree(killed.session_folder, ignore_errors=True)
@@ -111,7 +118,6 @@ def _start(state_folder: Path, cpus: int | None) -> Head:
         *("--dashboard-host=127.0.0.1", f"--dashboard-port={port}"),
         f"--dashboard-agent-listen-port={agent_port}",
         *("--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={session_folder}"),
-        *([f"--num-cpus={cpus}"] if cpus else []),
     ]
     log = state_folder / "head.log"
     with log.open("wb") as output:

@@ -18,6 +18,10 @@ from typing import Any
 from mbq.artifacts.errors import ClusterError, InputError, NotFoundError
 
 _JOB = re.compile(r"mbq-([0-9a-f]{12})-a(\d+)")
+# ray would go to these rather than to the address that it is given.
+_OTHER_ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+# A dashboard that is busy may take its time; ray's client would wait for ever.
+_ANSWER_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,6 @@ class JobInfo:
     attempt: int
     state: str
     message: str
-    metadata: Mapping[str, str]
     store: str
 
     @property
@@ -37,29 +40,41 @@ class JobInfo:
 
 
 class Jobs:
-    """The Jobs API of one cluster."""
+    """The Jobs API of one cluster; `ours` says that it is the head we started on this machine."""
 
     def __init__(self, address: str, environment: Mapping[str, str] | None = None) -> None:
         """Connect.
 
         Args:
-            environment: set before ray is imported; ray reads its authentication there.
+            environment: of the head we started, set before ray is imported, which reads its
+                authentication there; None for any other cluster.
 
         Raises:
             InputError: nothing answers at the address, or it refuses us.
         """
+        self.ours = environment is not None
         os.environ.update(environment or {})
+        for variable in _OTHER_ADDRESSES:
+            os.environ.pop(variable, None)
         from ray.job_submission import JobSubmissionClient
+
+        class Client(JobSubmissionClient):
+            def _do_request(self, *args: Any, **kwargs: Any) -> Any:
+                return super()._do_request(*args, **{"timeout": _ANSWER_SECONDS, **kwargs})
 
         # The log follower announces the normal end of every stream.
         logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
         self.address = address
         try:
-            self._client = JobSubmissionClient(address)
+            self._client = Client(address)
         except Exception as error:  # ray raises RuntimeError, ConnectionError and its own kinds
+            remedy = (
+                "`mbq-cluster head stop`, then again"
+                if self.ours
+                else "check --address, or leave it out to use a local Ray"
+            )
             raise InputError(
-                f"cluster: cannot reach {address} ({_reason(error)}); check --address, or leave it "
-                "out to use a local Ray"
+                f"cluster: cannot reach {address} ({_reason(error)}); {remedy}"
             ) from error
 
     def submit(
@@ -124,14 +139,12 @@ def _info(job: Any) -> JobInfo | None:
     match = _JOB.fullmatch(job.submission_id or "")
     if match is None:
         return None
-    metadata = dict(job.metadata or {})
     return JobInfo(
         run=match[1],
         attempt=int(match[2]),
         state=str(job.status.value),
         message=str(job.message or ""),
-        metadata=metadata,
-        store=metadata.get("store", ""),
+        store=(job.metadata or {}).get("store", ""),
     )
 
 

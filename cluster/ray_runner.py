@@ -8,6 +8,7 @@ GPU tasks get a fresh process each (Ray's default), which is the only sure way t
 memory back.
 """
 
+import re
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ _CRASHED = (
     exceptions.RuntimeEnvSetupError,
 )
 _NODE_TIMEOUT_SECONDS = 120.0
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,21 +114,28 @@ class RayRunner:
         return self._submit(call, options)
 
     def on_every_node(self, call: Call) -> list[Any]:
-        handles = []
+        asked = {}
         for node in ray.nodes():
             if node["Alive"]:
                 where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
                 options = {"name": call.name, "num_cpus": 0, "scheduling_strategy": where}
-                handles.append(self._submit(call, options))
-        try:
-            return list(ray.get([h.value for h in handles], timeout=_NODE_TIMEOUT_SECONDS))
-        except exceptions.GetTimeoutError as error:
+                asked[self._submit(call, options).value] = node["NodeManagerAddress"]
+        _, late = ray.wait(list(asked), num_returns=len(asked), timeout=_NODE_TIMEOUT_SECONDS)
+        for value in late:
             raise ClusterError(
-                f"{call.name}: a node did not answer within {_NODE_TIMEOUT_SECONDS:.0f} s; check "
-                "the nodes in the Ray dashboard"
-            ) from error
-        except exceptions.RayError as error:
-            raise ClusterError(f"{call.name} failed on a node: {_first_line(error)}") from error
+                f"{call.name}: node {asked[value]} did not answer within "
+                f"{_NODE_TIMEOUT_SECONDS:.0f} s; look at it in the Ray dashboard"
+            )
+        answers = []
+        for value, address in asked.items():
+            try:
+                answers.append(_get(value))
+            except Exception as error:  # whatever its Python raises, or ray of what it cannot read
+                raise ClusterError(
+                    f"{call.name} failed on node {address}: {_last_line(error)}; install the same "
+                    "version of mbq-cluster everywhere"
+                ) from error
+        return answers
 
     def wait(self, handles: Sequence[Handle], timeout_seconds: float) -> list[Handle]:
         marks = {handle.mark: handle for handle in handles if isinstance(handle, RayHandle)}
@@ -186,3 +195,9 @@ def _get(reference: Any) -> Any:
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _last_line(error: BaseException) -> str:
+    """What a traceback in a message ends with."""
+    lines = _COLOURS.sub("", str(error)).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__

@@ -28,7 +28,7 @@ def find_checkpoint(target: str, uri: str) -> Store:
         NotFoundError: there is no such run, or it has no checkpoint yet.
         InputError: several runs match, or the scheme is unknown.
     """
-    if not names_run(target):
+    if not names_run(target) or Path(target).is_dir():
         return open_store(target)
     store, document = locate(target, uri)
     if store.stat(keys.manifest_key(document.run)) is None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mbq.artifacts.errors import MbqError, RunError
+from mbq.artifacts.errors import InputError, MbqError, RunError
 from mbq.orchestrator.cli_head import head
 from mbq.orchestrator.cli_store import gc, pull, verify
 from mbq.orchestrator.options import (
@@ -66,6 +66,9 @@ def submit(
     chosen = submitting.choose_store(store or parsed.store, address, prepared.document.source)
     jobs = submitting.submit(prepared, chosen, address, say)
     click.echo(prepared.document.run)
+    if store is None and parsed.store is not None:
+        where = f"{chosen.uri}/runs/{prepared.document.run}"
+        say(f"it is in the spec's store: `mbq-cluster watch {where}` follows it")
     if watching:
         _watch(chosen, prepared.document, jobs, as_json=False, to_stderr=True)
 
@@ -177,6 +180,10 @@ def stop(run: str, store: str | None, address: str | None) -> None:
     job = jobs.latest(document.run, chosen.uri) if jobs else None
     if jobs is None or job is None or not job.alive:
         state = status.state_of(chosen, document, job).state
+        if state == "running":
+            raise InputError(
+                f"run {document.run} seems to be driven on another cluster; give its --address"
+            )
         raise NotFoundError(f"run {document.run} is {state}: there is nothing to stop")
     jobs.stop(job)
     say(f"run {document.run} is stopping; `mbq-cluster resume {document.run}` continues it")
@@ -205,7 +212,7 @@ def resume(run: str, store: str | None, address: str | None, watching: bool) -> 
 @click.option("--average-bits", help="Average widths, as in 2.5,3.2.")
 @click.option("--dataset", default=None, help="wikitext2, c4, ptb, text, jsonl or stdlib.")
 @click.option("--file", "files", multiple=True, help="A text file (or jsonl); repeatable.")
-@click.option("--tokens", default=131_072, show_default=True, help="How many tokens at most.")
+@click.option("--tokens", type=int, help="How many tokens of the text at most [default: 131072].")
 @click.option(
     "--sequence-length", type=int, help="Tokens per sequence [default: 2048, or all positions]."
 )
@@ -217,7 +224,7 @@ def evaluate(
     average_bits: str | None,
     dataset: str | None,
     files: tuple[str, ...],
-    tokens: int,
+    tokens: int | None,
     sequence_length: int | None,
     store: str | None,
     as_json: bool,
@@ -226,13 +233,17 @@ def evaluate(
     from mbq.orchestrator import display
     from mbq.orchestrator import evaluate as evaluating
 
-    asked = dataset or files
-    text = {"dataset": dataset or "text", "files": list(files), "tokens": tokens}
-    if sequence_length is not None:
-        text["sequence_length"] = sequence_length
-    rows = evaluating.evaluate(
-        target, store_uri(store), bits, average_bits, text if asked else None, say
-    )
+    cut = {"tokens": tokens, "sequence_length": sequence_length}
+    cut = {name: value for name, value in cut.items() if value is not None}
+    text = None
+    if dataset or files:
+        text = {"dataset": dataset or "text", "files": list(files), **cut}
+    elif cut:
+        raise InputError(
+            "--tokens and --sequence-length are of a text; give --dataset or --file, or neither: "
+            "then a run is measured on its own text"
+        )
+    rows = evaluating.evaluate(target, store_uri(store), bits, average_bits, text, say)
     if as_json:
         click.echo(display.to_json(rows))
         return
@@ -271,7 +282,6 @@ def report(run: str, out: str | None, store: str | None) -> None:
     """Write one self-contained HTML file about a run: quality, where bits go, provenance."""
     from pathlib import Path
 
-    from mbq.artifacts.errors import InputError
     from mbq.orchestrator import report as reporting
     from mbq.orchestrator import status
 

@@ -41,8 +41,7 @@ def verify(target: str, store: str | None) -> None:
     from mbq.orchestrator import display
     from mbq.orchestrator.checkpoints import find_checkpoint, killable
 
-    folder = target if not Path(target).is_dir() else str(Path(target).resolve())
-    checkpoint = packed.open_checkpoint(find_checkpoint(folder, store_uri(store)))
+    checkpoint = packed.open_checkpoint(find_checkpoint(target, store_uri(store)))
     with display.bar("verifying") as show, killable():
         faults = packed.verify(checkpoint, show)
     for fault in faults:

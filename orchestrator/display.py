@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -24,6 +25,9 @@ from mbq.workers.variants import PACKED, ROUTED, parse
 
 # Without a terminal rich assumes 80 columns and breaks the lines of a table.
 _PIPE_COLUMNS = 120
+_RUN_DIGITS = 12
+# Between lines in a file or a pipe, where the live line is not drawn.
+_QUIET_SECONDS = 10.0
 STDERR = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _PIPE_COLUMNS)
 STDOUT = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
 
@@ -32,7 +36,10 @@ STDOUT = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_C
 def bar(what: str) -> Iterator[Callable[[float], None]]:
     """A live bar for something with a known end; yields what is called with the fraction done."""
     columns = TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn()
-    with Progress(*columns, TimeRemainingColumn(), console=STDERR, transient=True) as progress:
+    quiet = not STDERR.is_terminal
+    with Progress(
+        *columns, TimeRemainingColumn(), console=STDERR, transient=True, disable=quiet
+    ) as progress:
         line = progress.add_task(what, total=1.0)
         yield lambda fraction: progress.update(line, completed=fraction)
 
@@ -47,10 +54,12 @@ class Watch:
             TextColumn("{task.percentage:>3.0f}%"),
             TextColumn("{task.fields[what]}", markup=False),
             console=STDERR,
+            disable=not STDERR.is_terminal,
         )
         self._line = self._progress.add_task("", total=1.0, run="", what="waiting for the cluster")
         self._failures = 0
-        self._blocks = 0
+        self._tasks: set[str] = set()
+        self._said = -_QUIET_SECONDS
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -77,10 +86,10 @@ class Watch:
                 markup=False,
             )
         self._failures = len(status.failures)
-        if status.blocks_done > self._blocks and not self._progress.console.is_terminal:
-            # The live line is not drawn into a file or a pipe.
+        tasks, now = {running.task for running in status.running}, time.monotonic()
+        if self._progress.disable and tasks != self._tasks and now - self._said >= _QUIET_SECONDS:
             self._progress.console.print(_activity(state), markup=False)
-        self._blocks = status.blocks_done
+            self._tasks, self._said = tasks, now
         done = status.fraction if state.state != "done" else 1.0
         self._progress.update(
             self._line, completed=done, run=state.document.run, what=_activity(state)
@@ -90,7 +99,8 @@ class Watch:
 def run_table(states: Sequence[RunState]) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in ("RUN", "MODEL", "STATE", "BLOCKS", "DONE", "LEFT"):
-        table.add_column(column)
+        # What is cut off there could not be typed again.
+        table.add_column(column, no_wrap=True, min_width=_RUN_DIGITS if column == "RUN" else None)
     for state in states:
         status = state.status
         table.add_row(

@@ -169,6 +169,11 @@ def adopt_measurements(driver: Driver) -> None:
         driver.done |= {*driver.plan.samples}
 
 
+def packs(task: Task) -> bool:
+    """Whether a task only moves bytes."""
+    return task.kind in ("pack", "route")
+
+
 def call_of(driver: Driver, task: Task) -> tuple[Call, TaskResources]:
     """How a task of the plan is run."""
     name = f"{driver.document.name}: {task.name}"
@@ -208,8 +213,9 @@ def _choose_resources(
     asked = spec.resources.memory_gib
     memory = int(asked * 1024**3) if asked else task_memory_bytes(plan, spec, hidden_size)
     on_cpu = TaskResources(cpus=spec.threads, memory_bytes=memory)
-    # On a GPU the block lives in the GPU's memory; the host holds its hidden states.
-    on_gpu = TaskResources(cpus=spec.threads, gpus=1)
+    # On a GPU the block lives in the GPU's memory; the host holds its hidden states, and what it
+    # has room for is the user's to say.
+    on_gpu = TaskResources(cpus=spec.threads, gpus=1, memory_bytes=memory if asked else None)
     chosen = {"cpu": [on_cpu], "cuda": [on_gpu], "auto": [on_gpu, on_cpu]}[spec.resources.device]
     for resources in chosen:
         slots = runner.slots(resources)

@@ -1,11 +1,15 @@
 """What the commands share: options and their defaults, and a word beside the results."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import click
 
+from mbq.artifacts.errors import InputError
+
 Command = Callable[..., Any]
+_ADDRESS = re.compile(r"https?://[^/\s]+(/\S*)?")
 
 
 def store_option(command: Command) -> Command:
@@ -23,8 +27,17 @@ def address_option(command: Command) -> Command:
         "--address",
         envvar="MBQ_ADDRESS",
         show_envvar=True,
+        callback=_checked_address,
         help="Ray dashboard of the cluster, as http://host:8265 [default: a local Ray].",
     )(command)
+
+
+def _checked_address(context: object, option: object, address: str | None) -> str | None:
+    if address is not None and not _ADDRESS.fullmatch(address):
+        raise InputError(
+            f"--address {address}: write the address of the Ray dashboard, as in http://host:8265"
+        )
+    return address
 
 
 def json_option(command: Command) -> Command:

@@ -24,7 +24,7 @@ from mbq.artifacts.manifest import Failure, RunDocument, Running, Status, find_r
 from mbq.artifacts.sealed import find_document, put_document
 from mbq.artifacts.store import PROBES, WORKING_SECONDS, Store, open_store, probe
 from mbq.cluster.runner import Call, Handle, InputLost, Runner, TaskCrashed
-from mbq.orchestrator.driver import Driver, begin, call_of
+from mbq.orchestrator.driver import Driver, begin, call_of, packs
 from mbq.orchestrator.plan import Task, ready, releasable, remaining_flops
 from mbq.orchestrator.publish import publish, write_results
 from mbq.workers import tasks
@@ -70,16 +70,15 @@ def drive(
         raise
     except Exception as error:
         state = "stopped" if isinstance(error, Stopped) else "failed"
-        if state == "failed" and not isinstance(error, RunError):
-            failure = Failure(task="driver", attempt=attempt, error=_reason(error), final=True)
-            if driver is None:
-                _say_unbegun(store, document, attempt, failure)
-            else:
-                driver.failures.append(failure)
-        if driver is not None:
-            # The error at hand matters more than one of writing it down.
-            with contextlib.suppress(StoreError):
+        failure = Failure(task="driver", attempt=attempt, error=_reason(error), final=True)
+        if driver is not None and state == "failed" and not isinstance(error, RunError):
+            driver.failures.append(failure)
+        # The error at hand matters more than one of writing it down.
+        with contextlib.suppress(StoreError, Superseded):
+            if driver is not None:
                 _say(driver, state)
+            else:
+                _say_unbegun(store, document.run, failure)
         raise
 
 
@@ -145,10 +144,11 @@ def _submit(driver: Driver) -> None:
     now = time.monotonic()
     driver.waiting = {task: due for task, due in driver.waiting.items() if due > now}
     for task in ready(driver.plan, driver.progress, driver.workers):
-        if len(driver.running) >= driver.workers:
-            return
-        call, resources = call_of(driver, task)
-        driver.running[driver.runner.submit(call, resources)] = task
+        # Packing waits for nobody's GPU, and nobody for packing.
+        alike = [other for other in driver.running.values() if packs(other) == packs(task)]
+        if len(alike) < driver.workers:
+            call, resources = call_of(driver, task)
+            driver.running[driver.runner.submit(call, resources)] = task
 
 
 def _collect(driver: Driver, handle: Handle, retry_seconds: float) -> None:
@@ -201,10 +201,7 @@ def _note_failure(
 
 def _say(driver: Driver, state: str) -> None:
     """Write the status, unless a newer attempt has taken over."""
-    key = keys.status_key(driver.document.run)
-    latest = find_document(driver.store, key, Status)
-    if latest is not None and latest.attempt > driver.attempt:
-        raise Superseded(f"attempt {latest.attempt} drives run {driver.document.run} now")
+    _give_way(driver.store, driver.document.run, driver.attempt)
     reported = driver.runner.progress()
     fractions = {task: reported.get(handle.name, 0.0) for handle, task in driver.running.items()}
     now = time.time()
@@ -227,8 +224,16 @@ def _say(driver: Driver, state: str) -> None:
             "updated_at": now,
         }
     )
-    put_document(driver.store, key, status)
+    put_document(driver.store, keys.status_key(driver.document.run), status)
     _publish_metrics(driver)
+
+
+def _give_way(store: Store, run: str, attempt: int) -> Status | None:
+    """What was said last. Raises Superseded if a newer attempt said it."""
+    latest = find_document(store, keys.status_key(run), Status)
+    if latest is not None and latest.attempt > attempt:
+        raise Superseded(f"attempt {latest.attempt} drives run {run} now")
+    return latest
 
 
 def _seconds_left(driver: Driver, now: float, remaining: float) -> float | None:
@@ -240,23 +245,24 @@ def _seconds_left(driver: Driver, now: float, remaining: float) -> float | None:
     return (now - since) * remaining / finished if finished > 0 else None
 
 
-def _say_unbegun(store: Store, document: RunDocument, attempt: int, failure: Failure) -> None:
-    """The status of an attempt that could not begin."""
+def _say_unbegun(store: Store, run: str, failure: Failure) -> None:
+    """The status of an attempt that could not begin; what is done is what was."""
+    before = _give_way(store, run, failure.attempt)
     now = time.time()
     status = Status(
-        run=document.run,
-        attempt=attempt,
+        run=run,
+        attempt=failure.attempt,
         state="failed",
-        blocks_done=0,
-        blocks_total=document.source.config["num_hidden_layers"],
-        fraction=0.0,
+        blocks_done=before.blocks_done if before else 0,
+        blocks_total=before.blocks_total if before else 0,
+        fraction=before.fraction if before else 0.0,
         seconds_left=None,
         running=(),
         failures=(failure,),
         started_at=now,
         updated_at=now,
     )
-    put_document(store, keys.status_key(document.run), status)
+    put_document(store, keys.status_key(run), status)
 
 
 def _publish_metrics(driver: Driver) -> None:

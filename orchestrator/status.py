@@ -4,6 +4,7 @@ A driver that was killed leaves the status `running` behind. Only the cluster ca
 is gone, the run is `interrupted` and can be resumed.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,11 +17,12 @@ from mbq.artifacts.sealed import find_document
 from mbq.artifacts.spec import is_path
 from mbq.artifacts.store import Store, open_store
 from mbq.cluster.jobs import JobInfo, Jobs
-from mbq.orchestrator.plan import shapes_of
 
 # A driver says something every second; a store may be slow.
 _SILENCE_SECONDS = 30.0
 _POLL_SECONDS = 0.5
+# Of the cluster, which then lists all its jobs.
+_ASK_SECONDS = 2.0
 TERMINAL = ("done", "failed", "stopped", "interrupted")
 
 
@@ -80,10 +82,12 @@ def state_of(store: Store, document: RunDocument, job: JobInfo | None) -> RunSta
     if current is not None and current.alive:
         newer = status is None or current.attempt > status.attempt
         return RunState(document, "pending" if newer else "running", status, current.message)
+    if current is not None and (status is None or current.attempt > status.attempt):
+        # It ended before it said anything.
+        ended = "stopped" if current.state == "STOPPED" else "failed"
+        return RunState(document, ended, status, _last_line(current.message))
     if status is None:
-        if current is None:
-            return RunState(document, "interrupted", None, "no driver has started")
-        return RunState(document, "failed", None, _last_line(current.message))
+        return RunState(document, "interrupted", None, "no driver has started")
     if status.state == "running":
         if current is None and time.time() - status.updated_at < _SILENCE_SECONDS:
             return RunState(document, "running", status, "the cluster was not asked")
@@ -111,12 +115,17 @@ def follow(
     store: Store, document: RunDocument, jobs: Jobs | None, show: Callable[[RunState], None]
 ) -> RunState:
     """Show a run's state until it is final, and return that."""
+    job, answered, asked = None, time.monotonic(), -math.inf
     while True:
-        try:
-            job = jobs.latest(document.run, store.uri) if jobs else None
-        except ClusterError:
-            # The cluster is gone while we watch; the store says what became of the run.
-            jobs = job = None
+        now = time.monotonic()
+        if jobs is not None and now - asked >= _ASK_SECONDS:
+            asked = now
+            try:
+                job, answered = jobs.latest(document.run, store.uri), now
+            except ClusterError:
+                # A while without an answer: it is gone, and the store says what became of the run.
+                if now - answered > _SILENCE_SECONDS:
+                    jobs = job = None
         state = state_of(store, document, job)
         show(state)
         if state.state in TERMINAL:
@@ -130,9 +139,10 @@ def results_of(store: Store, document: RunDocument) -> Results | None:
 
 def validations_of(store: Store, document: RunDocument) -> list[ValidationRecord]:
     """What was found of the packed linears, a record for each shape."""
+    shapes = (name.removesuffix(".json") for name in store.children(keys.validations(document.run)))
     found = [
         find_document(store, keys.validation_key(document.run, shape), ValidationRecord)
-        for shape in shapes_of(document)
+        for shape in shapes
     ]
     return [record for record in found if record is not None]
 

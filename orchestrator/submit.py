@@ -6,8 +6,8 @@ one line. Resolving fixes what names stand for: the model's commit or digest, an
 
 import ipaddress
 import os
-import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,7 +19,14 @@ import numpy as np
 from mbq.artifacts import keys
 from mbq.artifacts.digests import digest_of
 from mbq.artifacts.errors import InputError
-from mbq.artifacts.manifest import Manifest, Results, RunDocument, Status, put_blob
+from mbq.artifacts.manifest import (
+    Manifest,
+    Results,
+    RunDocument,
+    Status,
+    find_run,
+    put_blob,
+)
 from mbq.artifacts.sealed import find_document, put_document
 from mbq.artifacts.source import Source, open_source
 from mbq.artifacts.spec import RunSpec, apply_settings, load_spec, run_id
@@ -42,7 +49,8 @@ _LOCAL_VARIABLES = (
     "AWS_PROFILE",
     "AWS_SHARED_CREDENTIALS_FILE",
 )
-_ADDRESS = re.compile(r"https?://[^/:]+(:\d+)?/?")
+# A driver writes its status every second, to a store that may be slow.
+_SECOND_LOOK_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -107,10 +115,6 @@ def choose_store(uri: str | None, address: str | None, source: Source) -> Store:
         InputError: an unknown scheme, or a path of this machine with a remote cluster.
     """
     store = open_store(uri or str(home() / "store"))
-    if address is not None and not _ADDRESS.fullmatch(address):
-        raise InputError(
-            f"--address {address}: write the address of the Ray dashboard, as in http://host:8265"
-        )
     if address is not None and not _is_loopback(address):
         if uri is None or "://" not in uri:
             raise InputError(
@@ -136,7 +140,10 @@ def submit(prepared: Prepared, store: Store, address: str | None, say: Say) -> J
         return jobs
     jobs = jobs or local_jobs(say)
     # A running driver keeps the document it was started with.
-    if not _is_running(prepared.document.run, store, jobs, say):
+    if _is_running(prepared.document.run, store, jobs, say):
+        if find_run(store, prepared.document.run) != prepared.document:
+            say("it keeps its evaluation and resources; submit again when it has finished")
+    else:
         for chunks in prepared.blobs:
             put_blob(store, chunks)
         put_document(store, keys.spec_key(prepared.document.run), prepared.document)
@@ -155,23 +162,34 @@ def resume(document: RunDocument, store: Store, address: str | None, say: Say) -
 
 
 def _is_running(run: str, store: Store, jobs: Jobs, say: Say) -> bool:
+    """Whether this cluster drives a run. Raises InputError if another one does."""
     latest = jobs.latest(run, store.uri)
-    if latest is None or not latest.alive:
-        return False
-    say(f"run {run} is already running (attempt {latest.attempt})")
-    return True
+    if latest is not None and latest.alive:
+        say(f"run {run} is already running (attempt {latest.attempt})")
+        return True
+    before = find_document(store, keys.status_key(run), Status)
+    if before is not None and before.state == "running":
+        # Killed, or on another cluster: then it writes again, whatever its clock says.
+        time.sleep(_SECOND_LOOK_SECONDS)
+        after = find_document(store, keys.status_key(run), Status)
+        if after is not None and after.updated_at != before.updated_at:
+            raise InputError(
+                f"run {run} is driven on another cluster (attempt {after.attempt}); give its "
+                "--address, or stop it there first"
+            )
+    return False
 
 
 def _start(document: RunDocument, store: Store, jobs: Jobs) -> None:
     run = document.run
     status = find_document(store, keys.status_key(run), Status)
     attempt = 1 + max(jobs.attempts(run), status.attempt if status else 0)
-    python = sys.executable if _is_loopback(jobs.address) else "python"
+    python = sys.executable if jobs.ours else "python"
     jobs.submit(
         run,
         attempt,
         [python, "-m", "mbq.orchestrator.run", store.uri, run, str(attempt)],
-        ENVIRONMENT | _store_environment(jobs.address),
+        ENVIRONMENT | _store_environment(jobs.ours),
         {"model": document.name, "store": store.uri, "version": document.code_version},
     )
 
@@ -220,10 +238,10 @@ def _token_file(tokens: Tokens) -> list[bytes]:
     return list(encode([entry], [np.ascontiguousarray(tokens, dtype="<i4").tobytes()]))
 
 
-def _store_environment(address: str) -> dict[str, str]:
+def _store_environment(here: bool) -> dict[str, str]:
     """Where the object store is, for the processes of a run. Never its credentials: a job's
     environment can be read by everyone who may use the cluster."""
-    names = _STORE_VARIABLES + (_LOCAL_VARIABLES if _is_loopback(address) else ())
+    names = _STORE_VARIABLES + (_LOCAL_VARIABLES if here else ())
     return {name: os.environ[name] for name in names if os.environ.get(name)}
 
 

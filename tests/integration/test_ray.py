@@ -31,7 +31,7 @@ from mbq.artifacts.sealed import get_document
 from mbq.artifacts.store import LocalStore, Store, open_store
 from tests.support.servers import BUCKET, NAMES, Server
 
-_PATIENCE_SECONDS = 60.0
+_PATIENCE_SECONDS = 180.0
 BLOCKS = 5
 _PROGRAM = str(Path(sys.executable).with_name("mbq-cluster"))
 
