@@ -53,8 +53,9 @@ def main(**options: Any) -> None:
     device = torch.device(options["device"])
     with TemporaryDirectory() as folder:
         write_model(Path(folder), options)
-        model = open_model(Source(folder), getattr(torch, options["dtype"]), device)
-        runs = [calibrate(model, options) for _ in range(2)]
+        source = Source(folder)
+        model = open_model(source, getattr(torch, options["dtype"]), device)
+        runs = [calibrate(model, source, options) for _ in range(2)]
     result = {
         "date": datetime.date.today().isoformat(),
         "hardware": hardware_kind(device),
@@ -95,7 +96,7 @@ def write_model(folder: Path, options: dict[str, Any]) -> None:
     config.save_pretrained(folder)
 
 
-def calibrate(model: Model, options: dict[str, Any]) -> dict[str, Any]:
+def calibrate(model: Model, source: Source, options: dict[str, Any]) -> dict[str, Any]:
     """One calibration with fresh random hidden states of the same seed."""
     generator = torch.Generator().manual_seed(1)
     shape = (options["samples"], options["length"], options["hidden"])
@@ -120,7 +121,7 @@ def calibrate(model: Model, options: dict[str, Any]) -> dict[str, Any]:
         routers = fit_routers(
             model.block(0),
             lambda block, x: model.run(block, 0, x),
-            find_routers(find_linears(model.source.tensors)),
+            find_routers(find_linears(source.tensors)),
             done.linears,
             hidden,
             Routing(),

@@ -16,6 +16,7 @@ from mbq.kernels.widths import SLICE_BITS, slices_of
 from mbq.workers.allocate import thresholds
 from mbq.workers.determinism import seed_of
 from mbq.workers.evaluate import rounded_block
+from mbq.workers.model import Model
 from mbq.workers.opened import Opened
 from mbq.workers.rivals import OracleRouter, RandomRouter, ShuffledRouter
 from mbq.workers.settle import RoutedModel, Setting, run_settings
@@ -30,10 +31,12 @@ class VariantBlocks:
     """Blocks in order, each to be used once.
 
     Attributes:
+        model: whose embeddings and head belong to them.
         linear_bits: filled while they are used: code bits that each elastic linear read on average,
             by its name in the model.
     """
 
+    model: Model
     blocks: Iterator[nn.Module]
     linear_bits: dict[str, float] = field(default_factory=dict)
 
@@ -46,23 +49,23 @@ def variant_blocks(opened: Opened, variant: str, ids_BT: Tensor) -> VariantBlock
     """
     kind, bits = parse(variant)
     if kind == FULL:
-        return _counted(opened, opened.model.block)
+        return _counted(opened.model, opened.model.block)
     assert bits is not None
     if kind == ROUNDED:
         group_size = opened.spec.group_size
         return _counted(
-            opened, lambda b: rounded_block(opened.model.block(b), int(bits), group_size)
+            opened.model, lambda b: rounded_block(opened.model.block(b), int(bits), group_size)
         )
     if kind == PACKED:
         uniform = Precision(SLICE_BITS * slices_of(int(bits)))
         uniform.set_bits(int(bits))
-        return _counted(opened, lambda b: opened.packed_block(b, uniform))
+        return _counted(opened.packed_model, lambda b: opened.packed_block(b, uniform))
     precision = Precision(opened.spec.max_bits)
     if kind == ROUTED:
         method, curve = _stored_routing(opened)
         precision.set_average_bits(bits, curve)
-        return _counted(opened, lambda b: opened.packed_block(b, precision, method))
-    return _counted(opened, _rival(opened, kind, bits, precision, ids_BT))
+        return _counted(opened.packed_model, lambda b: opened.packed_block(b, precision, method))
+    return _counted(opened.model, _rival(opened, kind, bits, precision, ids_BT))
 
 
 def _rival(
@@ -85,11 +88,11 @@ def _rival(
     return lambda b: opened.elastic_block(b, precision, method)
 
 
-def _counted(opened: Opened, make: Callable[[int], nn.Module]) -> VariantBlocks:
+def _counted(model: Model, make: Callable[[int], nn.Module]) -> VariantBlocks:
     linear_bits: dict[str, float] = {}
 
     def blocks() -> Iterator[nn.Module]:
-        for index in range(opened.model.block_count):
+        for index in range(model.block_count):
             block = make(index)
             yield block
             names = {module: name for name, module in block.named_modules()}
@@ -97,7 +100,7 @@ def _counted(opened: Opened, make: Callable[[int], nn.Module]) -> VariantBlocks:
                 read = linear.bits_read / linear.tokens
                 linear_bits[f"model.layers.{index}.{names[linear]}"] = read
 
-    return VariantBlocks(blocks(), linear_bits)
+    return VariantBlocks(model, blocks(), linear_bits)
 
 
 def _stored_routing(opened: Opened) -> tuple[str, Curve]:

@@ -11,7 +11,9 @@
 
 import contextlib
 import hashlib
+import platform
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -43,10 +45,19 @@ def seed_of(seed: int, block: int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
+def _maker() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith(("vendor_id", "CPU implementer")):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
 def hardware_kind(device: torch.device) -> str:
     """Kind of machine whose results are equal bit for bit: processor and torch build."""
     if device.type == "cuda":
         chip = torch.cuda.get_device_name(device)
     else:
-        chip = f"cpu {torch.backends.cpu.get_cpu_capability()}"
+        # Of one capability, libraries choose other ways on other makers' processors.
+        chip = f"cpu {_maker()} {torch.backends.cpu.get_cpu_capability()}"
     return f"{chip}, torch {torch.__version__}"

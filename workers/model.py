@@ -7,8 +7,9 @@ Legend: B sequences, T tokens, H hidden_size, V vocabulary.
 """
 
 import copy
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,18 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from mbq.artifacts.source import Source
+from mbq.artifacts.tensors import TensorFile
 from mbq.workers.tensors import read_tensor
+
+
+class Weights(Protocol):
+    """Where tensors lie: a source, or a packed checkpoint."""
+
+    @property
+    def weight_map(self) -> Mapping[str, str]:
+        """The file of every tensor."""
+
+    def open(self, file: str) -> TensorFile: ...
 
 
 @dataclass(frozen=True)
@@ -30,7 +42,7 @@ class Model:
         device: where blocks run.
     """
 
-    source: Source
+    weights: Weights
     config: PretrainedConfig
     skeleton: Any
     dtype: torch.dtype
@@ -47,20 +59,25 @@ class Model:
 
     def block(self, index: int) -> nn.Module:
         """Block `index` with its weights, in evaluation mode and without gradients."""
+        block = self.empty_block(index)
+        block.load_state_dict(self.block_tensors(index), strict=True, assign=True)
+        return block.requires_grad_(False)
+
+    def empty_block(self, index: int) -> nn.Module:
+        """Block `index` without weights, on the meta device, in evaluation mode."""
         block: nn.Module = copy.deepcopy(self.skeleton.model.layers[index])
-        state = self.read(f"model.layers.{index}.")
-        state = {name: tensor.to(self.device, self.dtype) for name, tensor in state.items()}
-        block.load_state_dict(state, strict=True, assign=True)
-        return block.eval().requires_grad_(False)
+        return block.eval()
+
+    def block_tensors(self, index: int, without: Container[str] = ()) -> dict[str, Tensor]:
+        """Tensors of block `index` by name inside it, those left out that are named."""
+        return self._placed(f"model.layers.{index}.", without)
 
     def run(self, block: nn.Module, index: int, hidden_BTH: Tensor) -> Tensor:
         """Hidden states [B, T, H] that leave block `index`, given those that enter it."""
         position_1T = torch.arange(hidden_BTH.shape[1], device=hidden_BTH.device)[None]
         kind = _layer_type(self.config, index)
         make_mask = (
-            create_sliding_window_causal_mask
-            if kind == "sliding_attention"
-            else (create_causal_mask)
+            create_sliding_window_causal_mask if kind == "sliding_attention" else create_causal_mask
         )
         mask = make_mask(
             config=self.config,
@@ -87,32 +104,34 @@ class Model:
         norm = copy.deepcopy(self.skeleton.model.norm)
         norm.load_state_dict(self._placed("model.norm."), strict=True, assign=True)
         head = copy.deepcopy(self.skeleton.lm_head)
-        tied = "lm_head.weight" not in self.source.weight_map
+        tied = "lm_head.weight" not in self.weights.weight_map
         state = self._placed("model.embed_tokens." if tied else "lm_head.")
         head.load_state_dict(state, strict=True, assign=True)
         return nn.Sequential(norm, head).eval().requires_grad_(False)
 
-    def read(self, prefix: str) -> dict[str, Tensor]:
-        """Tensors under a prefix as the checkpoint stores them, by the rest of their names."""
+    def read(self, prefix: str, without: Container[str] = ()) -> dict[str, Tensor]:
+        """Tensors under a prefix as they are stored, by the rest of their names."""
         by_file: dict[str, list[str]] = {}
-        for name, file in self.source.weight_map.items():
-            if name.startswith(prefix):
+        for name, file in self.weights.weight_map.items():
+            if name.startswith(prefix) and name.removeprefix(prefix) not in without:
                 by_file.setdefault(file, []).append(name)
         tensors = {}
         for file, names in by_file.items():
-            opened = self.source.open(file)
+            opened = self.weights.open(file)
             # In the order they lie in, so that each part of the file is read once.
             for name in sorted(names, key=lambda name: opened.starts.get(name, 0)):
                 tensors[name.removeprefix(prefix)] = read_tensor(opened, name)
         return tensors
 
-    def _placed(self, prefix: str) -> dict[str, Tensor]:
-        return {name: t.to(self.device, self.dtype) for name, t in self.read(prefix).items()}
+    def _placed(self, prefix: str, without: Container[str] = ()) -> dict[str, Tensor]:
+        found = self.read(prefix, without)
+        return {name: tensor.to(self.device, self.dtype) for name, tensor in found.items()}
 
 
 def open_model(source: Source, dtype: torch.dtype, device: torch.device) -> Model:
     """Build the modules without weights. Nothing but config.json is read."""
-    config = CONFIG_MAPPING[source.config["model_type"]].from_dict(dict(source.config))
+    # Transformers writes into what it is given.
+    config = CONFIG_MAPPING[source.config["model_type"]].from_dict(copy.deepcopy(source.config))
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

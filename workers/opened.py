@@ -2,12 +2,13 @@
 
     source       the block as it is
     elastic      with the calibrated codes, from the block's blob
-    packed       with the planes of the packed checkpoint, read back from the store
+    packed       of the packed checkpoint, read back from the store; so are embeddings and head
 
 Elastic and packed blocks may have routers; then one `Precision` holds the threshold of the model.
 """
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -62,6 +63,14 @@ class Job:
     device: Literal["cpu", "cuda"]
 
 
+@dataclass(frozen=True)
+class _Packed:
+    """Tensors of the packed checkpoint as those of a model (`model.Weights`)."""
+
+    weight_map: Mapping[str, str]
+    open: Callable[[str], TensorFile]
+
+
 class Opened:
     """A job with its documents read; opened once per task."""
 
@@ -75,6 +84,13 @@ class Opened:
     @cached_property
     def model(self) -> Model:
         return open_model(self.document.source, getattr(torch, self.spec.dtype), self.device)
+
+    @cached_property
+    def packed_model(self) -> Model:
+        """The model with all that is not quantized from the packed checkpoint."""
+        stored = self.document.source.weight_map
+        files = {e.name: s.file for s in self.shards for e in s.entries if e.name in stored}
+        return dataclasses.replace(self.model, weights=_Packed(files, self.packed_file))
 
     @cached_property
     def linears(self) -> dict[str, Linear]:
@@ -172,7 +188,7 @@ class Opened:
         for linear in self.linears.values():
             if linear.block == block:
                 name = linear.local_name
-                tensors |= elastic_tensors(name, read_linear(file, name))
+                tensors |= elastic_tensors(name, read_linear(file, name), self.device)
         routing = None
         if method is not None:
             tensors |= self.router_tensors(block, method)
@@ -191,12 +207,13 @@ class Opened:
             shape = self.shape(method)
             routing = BlockRouting(self.routers, self.spec.max_bits, shape)
             shards.append(routing_shard([*self.linears.values()], self.spec.max_bits, shape))
-        elastic = [name for name in self.routers] if routing else []
+        elastic = list(self.routers) if routing else []
         elastic += [linear.local_name for linear in self.linears.values() if linear.block == block]
         tensors = self._packed_tensors(
             block, shards, {f"model.layers.{block}.{n}" for n in elastic}
         )
-        return elastic_block(self.model, block, tensors, self.spec.group_size, precision, routing)
+        model, group_size = self.packed_model, self.spec.group_size
+        return elastic_block(model, block, tensors, group_size, precision, routing)
 
     def _packed_tensors(
         self, block: int, shards: list[Shard], modules: set[str]

@@ -130,22 +130,31 @@ def elastic_block(
     Args:
         tensors: the buffers of elastic linears and routers by their name inside the block.
     """
-    block = model.block(index)
+    block = model.empty_block(index)
     names = replace_linears(block, list(linears(block)), group_size, precision)
+    replaced = {f"{name}.weight" for name in names}
     if routing is not None:
         names += add_routers(
             block, names, routing.routers, routing.max_bits, routing.shape, precision
         )
-    for name in names:
-        for buffer, empty in block.get_submodule(name).named_buffers():
-            empty.copy_(tensors[f"{name}.{buffer}"])
-    return block
+    state = {
+        f"{name}.{buffer}": tensors[f"{name}.{buffer}"].to(model.device)
+        for name in names
+        for buffer, _ in block.get_submodule(name).named_buffers()
+    }
+    state |= model.block_tensors(index, replaced)
+    block.load_state_dict(state, strict=True, assign=True)
+    return block.requires_grad_(False)
 
 
-def elastic_tensors(name: str, linear: CalibratedLinear) -> dict[str, Tensor]:
-    """A calibrated linear as the buffers of an elastic one, by name inside the block."""
+def elastic_tensors(name: str, linear: CalibratedLinear, device: torch.device) -> dict[str, Tensor]:
+    """A calibrated linear as the buffers of an elastic one, by name inside the block.
+
+    Args:
+        device: where planes are packed.
+    """
     tensors = {f"{name}.scale_zero": linear.scale_zero_NG}
-    for p, plane in enumerate(pack_planes(linear.code_NK)):
+    for p, plane in enumerate(pack_planes(linear.code_NK.to(device))):
         tensors[f"{name}.plane_{p}"] = plane
     for bits, row in zip(WIDTHS, linear.gain_bias_WN, strict=True):
         tensors[f"{name}.gain_bias_{bits}"] = row

@@ -113,8 +113,7 @@ def settle(
         curves[ceiling] = StoredCurve(
             average_bits=curve.average_bits, log_thresholds=curve.log_thresholds
         )
-    full_BTH = _full_hidden(routed.model, ids_BT, microbatch)
-    costs = [_divergence(routed.model, full_BTH, h) for h in hidden]
+    costs = _divergences(routed.model, _full_hidden(routed.model, ids_BT, microbatch), hidden)
     return RoutingRecord(
         method=method,
         blobs=blobs,
@@ -178,7 +177,8 @@ def run_settings(
     last block.
     """
     model, precision = routed.model, routed.precision
-    hidden = [model.embed(ids_BT) for _ in settings]
+    embedded = model.embed(ids_BT)
+    hidden = [embedded.clone() for _ in settings]
     earned: list[list[Earnings]] = [[] for _ in settings]
     loaded = precision.max_bits
     precision.bits = None
@@ -228,13 +228,14 @@ def _full_hidden(model: Model, ids_BT: Tensor, microbatch: int) -> Tensor:
 
 
 @torch.no_grad()
-def _divergence(model: Model, full_BTH: Tensor, hidden_BTH: Tensor) -> float:
-    """Mean divergence (nats) of the next token's distribution from the full-precision model's."""
+def _divergences(model: Model, full_BTH: Tensor, hidden: Sequence[Tensor]) -> list[float]:
+    """Mean divergences (nats) of the next token's distribution from the full-precision model's."""
     head = model.head()
     size = sequences_at_once(full_BTH.shape[1], int(model.config.vocab_size))
-    total = 0.0
-    for full, hidden in zip(full_BTH.split(size), hidden_BTH.split(size), strict=True):
+    totals = [0.0 for _ in hidden]
+    for full, *parts in zip(full_BTH.split(size), *(h.split(size) for h in hidden), strict=True):
         expected = F.log_softmax(head(full).float(), dim=-1)
-        found = F.log_softmax(head(hidden).float(), dim=-1)
-        total += F.kl_div(found, expected, reduction="sum", log_target=True).item()
-    return total / (full_BTH.shape[0] * full_BTH.shape[1])
+        for number, part in enumerate(parts):
+            found = F.log_softmax(head(part).float(), dim=-1)
+            totals[number] += F.kl_div(found, expected, reduction="sum", log_target=True).item()
+    return [total / (full_BTH.shape[0] * full_BTH.shape[1]) for total in totals]

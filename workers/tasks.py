@@ -104,20 +104,21 @@ def sensitivity(job: Job, report: Report) -> SensitivityRecord:
 def calibrate(job: Job, block: int, attempt: int, hidden: Hidden, report: Report) -> BlockRecord:
     """Calibrate one block and fit its routers, unless its record is there already."""
     opened = Opened(job)
-    key = keys.block_key(job.run, block)
-    done = find_document(opened.store, key, BlockRecord)
+    record_key = keys.block_key(job.run, block)
+    done = find_document(opened.store, record_key, BlockRecord)
     if done is not None and is_stored(opened.store, done.blob):
         return done
     started = time.monotonic()
     spec, model = opened.spec, opened.model
-    full = capturing.from_array(hidden[capturing.FULL], model.dtype).to(model.device)
-    widths = opened.streams or widths_up_to(spec.max_bits)
-    inputs = {
-        bits: capturing.from_array(hidden[str(bits)], model.dtype).to(model.device)
-        if str(bits) in hidden
-        else full
-        for bits in widths
+    # One tensor for equal streams, as before block 0.
+    arrays = {id(array): array for array in hidden.values()}
+    placed = {
+        key: capturing.from_array(array, model.dtype).to(model.device)
+        for key, array in arrays.items()
     }
+    full = placed[id(hidden[capturing.FULL])]
+    widths = opened.streams or widths_up_to(spec.max_bits)
+    inputs = {bits: placed[id(hidden.get(str(bits), hidden[capturing.FULL]))] for bits in widths}
     seed = seed_of(spec.calibration.seed, block)
     with attention():
         calibration = calibrate_block(
@@ -154,7 +155,7 @@ def calibrate(job: Job, block: int, attempt: int, hidden: Hidden, report: Report
         attempt=attempt,
         seconds=time.monotonic() - started,
     )
-    put_document(opened.store, key, record)
+    put_document(opened.store, record_key, record)
     return record
 
 
@@ -214,7 +215,7 @@ def evaluate(job: Job, variant: str, text: Digest, report: Report) -> VariantLos
     ids = opened.tokens(text)
     with attention():
         made = variant_blocks(opened, variant, ids)
-        losses = sequence_losses(opened.model, made.blocks, ids, opened.spec.microbatch, report)
+        losses = sequence_losses(made.model, made.blocks, ids, opened.spec.microbatch, report)
     document = VariantLosses(
         variant=variant,
         manifest_sha256=None if of_source(variant) else _manifest(opened),
@@ -250,7 +251,7 @@ def sample(job: Job, text: Digest, average_bits: Iterable[float], report: Report
     with attention():
         for average in average_bits:
             made = variant_blocks(opened, f"{ROUTED}-{average:g}", ids)
-            bits[f"{average:g}"] = tuple(token_bits(opened.model, made.blocks, ids))
+            bits[f"{average:g}"] = tuple(token_bits(made.model, made.blocks, ids))
     document = TokenBits(manifest_sha256=_manifest(opened), ids=tuple(ids[0].tolist()), bits=bits)
     put_document(opened.store, keys.sample_key(job.run), document)
     report(1.0)

@@ -13,12 +13,13 @@ from mbq.artifacts.source import open_source
 from mbq.artifacts.spec import Optimisation
 from mbq.kernels.quantize import dequantize, quantize, unpack_pair
 from mbq.kernels.widths import WIDTHS
-from mbq.workers.calibrate import Calibration, calibrate_block
+from mbq.workers.calibrate import Calibration, _factors, _stages, calibrate_block
+from mbq.workers.gptq import factor
 from mbq.workers.model import open_model
 from mbq.workers.trainable import TrainableLinear
 
 
-def _calibrate(folder: Path, microbatch: int = 4, **options: Any) -> Calibration:
+def _calibrate(folder: Path, microbatch: int = 4, seed: int = 3, **options: Any) -> Calibration:
     model = open_model(open_source(str(folder), "main"), torch.float32, torch.device("cpu"))
     generator = torch.Generator().manual_seed(5)
     hidden = torch.randn(16, 24, 64, generator=generator)
@@ -31,7 +32,7 @@ def _calibrate(folder: Path, microbatch: int = 4, **options: Any) -> Calibration
         Optimisation(**({"passes": 6, "batch_size": 4} | options)),
         group_size=32,
         microbatch=microbatch,
-        seed=3,
+        seed=seed,
         report=fractions.append,
     )
     assert fractions == sorted(fractions)
@@ -77,7 +78,7 @@ def test_reduces_the_error_at_two_bits_and_keeps_the_order_of_widths(
 def test_same_seed_same_bytes_other_seed_others(tiny_model: Path) -> None:
     first = _calibrate(tiny_model)
     assert _equal(first, _calibrate(tiny_model))
-    assert not _equal(first, _calibrate(tiny_model, passes=7))
+    assert not _equal(first, _calibrate(tiny_model, seed=4))
 
 
 def test_clip_freezes_weights_and_has_no_gains(tiny_model: Path) -> None:
@@ -179,6 +180,67 @@ def test_training_is_never_worse_than_its_start(seed: int, tails: float, passes:
     )
     for bits in Optimisation().widths:
         assert result.loss_after[bits] <= result.loss_before[bits]
+
+
+def test_every_width_learns_from_its_own_inputs_what_full_precision_outputs() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 48, bias=False)
+    linear.weight.requires_grad_(False)
+    weight_NK = linear.weight.clone()
+    x = torch.randn(32, 4, 64)
+    # As if the blocks before had left each width with hidden states of another size.
+    inputs = {2: 0.5 * x, 3: 2.0 * x, 4: 0.25 * x}
+    result = calibrate_block(
+        nn.Sequential(linear),
+        lambda module, x: module(x),
+        inputs,
+        x,
+        Optimisation(passes=60, batch_size=4, gain_rate=0.05),
+        group_size=64,
+        microbatch=4,
+        seed=3,
+        report=lambda fraction: None,
+    )
+    found = result.linears["0"]
+    gain_WN, bias_WN = unpack_pair(found.gain_bias_WN)
+    for bits, own in inputs.items():
+        row = WIDTHS.index(bits)
+        made_NK = dequantize(found.code_NK, *unpack_pair(found.scale_zero_NG), bits)
+        out = own @ (gain_WN[row][:, None] * made_NK).T + bias_WN[row]
+        target = x @ weight_NK.T
+        assert (out - target).norm() / target.norm() < {2: 0.45, 3: 0.35, 4: 0.3}[bits]
+
+
+def test_bits_are_chosen_by_the_inputs_of_their_width() -> None:
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(32, 16, bias=False))
+    full, two, four = (torch.randn(8, 4, 32) * torch.rand(32) for _ in range(3))
+    stages = _stages(Optimisation(widths=(2, 4)))
+    inputs = {2: two, 4: four}
+    factors = _factors(block, lambda module, x: module(x), inputs, full, stages, 4)
+    for bits, own in {2: two, 4: four, 8: full}.items():
+        x_TK = own.flatten(0, 1)
+        expected_KK = factor(x_TK.T @ x_TK, len(x_TK))
+        assert torch.allclose(factors[bits]["0"], expected_KK, rtol=1e-4, atol=1e-5)
+
+
+def test_refining_changes_no_bit_that_is_kept(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: dict[int, list[Tensor]] = {}
+    real = TrainableLinear.compensate
+
+    def note(linear: TrainableLinear, kept_bits: int, factors: Any) -> None:
+        codes = quantize(linear.value * linear._unit_NK(), *linear.grid())
+        kept.setdefault(kept_bits, []).append(codes >> (8 - kept_bits))
+        real(linear, kept_bits, factors)
+
+    monkeypatch.setattr(TrainableLinear, "compensate", note)
+    # Rates at which weights would leave their bins.
+    result = _calibrate(tiny_model, weight_rate=0.3)
+    for bits in (2, 3, 4):
+        for first_NK, linear in zip(kept[bits], result.linears.values(), strict=True):
+            assert torch.equal(linear.code_NK >> (8 - bits), first_NK)
 
 
 @pytest.mark.parametrize("scale", [2.0**-8, 2.0**4])
