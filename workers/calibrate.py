@@ -162,7 +162,9 @@ def _factors(
     for x_BTH in {id(x_BTH): x_BTH for x_BTH in streams.values()}.values():
         grams = gram_matrices(block, partial(_forward, block, run, x_BTH, microbatch))
         tokens = x_BTH[..., 0].numel()
-        found[id(x_BTH)] = {name: factor(gram_KK, tokens) for name, gram_KK in grams.items()}
+        distinct = {id(gram_KK): gram_KK for gram_KK in grams.values()}
+        factors = {key: factor(gram_KK, tokens) for key, gram_KK in distinct.items()}
+        found[id(x_BTH)] = {name: factors[id(gram_KK)] for name, gram_KK in grams.items()}
     return {bits: found[id(x_BTH)] for bits, x_BTH in streams.items()}
 
 

@@ -39,6 +39,8 @@ _STAY = 4.0
 def gram_matrices(block: nn.Module, run: Callable[[], object]) -> dict[str, Tensor]:
     """Sum over tokens of x^T x for what enters each linear: float32 [K, K] by name.
 
+    Linears that are given the same tensor share one sum.
+
     Args:
         run: passes the tokens through the block.
     """
@@ -140,8 +142,16 @@ def _inside(exact: Tensor, code: Tensor, bits: int, margin: float) -> Tensor:
 def _watched(block: nn.Module, found: dict[str, Tensor]) -> Iterator[None]:
     """Add up what enters each linear while the block runs."""
 
+    # What entered the linear before, and its name.
+    latest: tuple[Tensor, str] | None = None
+
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
         def add(linear: nn.Module, arguments: tuple[Tensor]) -> None:
+            nonlocal latest
+            if latest is not None and latest[0] is arguments[0]:
+                found[name] = found[latest[1]]
+                return
+            latest = arguments[0], name
             x_TK = arguments[0].flatten(0, -2).float()
             gram_KK = x_TK.T @ x_TK
             found[name] = found[name].add_(gram_KK) if name in found else gram_KK

@@ -139,3 +139,23 @@ def test_gram_matrices_are_of_what_enters_each_linear() -> None:
     torch.testing.assert_close(grams["0"], x_BTK.flatten(0, 1).T @ x_BTK.flatten(0, 1))
     torch.testing.assert_close(grams["2"], inner.T @ inner)
     assert not block[0]._forward_pre_hooks
+
+
+def test_linears_of_one_input_share_its_gram_matrix() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up, self.down = (nn.Linear(6, 6) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.down(self.gate(x) * self.up(x))
+            return out
+
+    torch.manual_seed(0)
+    block, x_BTK = Two(), torch.randn(4, 3, 6)
+    grams = gram_matrices(block, lambda: [block(part) for part in x_BTK.split(1)])
+    assert grams["gate"] is grams["up"]
+    flat = x_BTK.flatten(0, 1)
+    assert torch.allclose(grams["up"], flat.T @ flat, atol=1e-5)
+    inner = (block.gate(flat) * block.up(flat)).detach()
+    assert torch.allclose(grams["down"], inner.T @ inner, atol=1e-5)
