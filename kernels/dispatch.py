@@ -64,11 +64,12 @@ def packs(x: Tensor, group_size: int) -> bool:
 def decodes(x: Tensor, tokens: int, group_size: int) -> bool:
     """Whether `decode` serves these tokens: those that `packs` accepts, and few.
 
-    Gradients are not recorded through it.
+    Sums that are restarted often do not leave registers for more than half as many. Gradients are
+    not recorded through it.
     """
     return (
         packs(x, group_size)
-        and 1 <= tokens <= triton_prepare.MAX_TOKENS
+        and 1 <= tokens <= triton_prepare.MAX_TOKENS // (2 if group_size < _MEASURED_GROUP else 1)
         and not (torch.is_grad_enabled() and x.requires_grad)
     )
 

@@ -60,6 +60,8 @@ def test_few_enough_tokens_on_a_gpu_are_decoded(
     assert dispatch.decodes(x, 64, 128) == served
     assert not dispatch.decodes(x, 65, 128)
     assert not dispatch.decodes(x, 64, 96)
+    assert dispatch.decodes(x, 32, 32) == served
+    assert not dispatch.decodes(x, 33, 64)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,8 @@ ALIGNED = (
     "group_stride",
     "gain_stride",
 )
+# Fewer instructions, which wait longer for their loads; for comparison.
+HALF_THE_WARPS = Tile(rows=128, split=4, warps=2, stages=4)
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(.*?);", re.MULTILINE)
 
 
@@ -62,14 +64,14 @@ def main() -> None:
             for bits in (2, 4, 8, 0):
                 made = build_uniform(architecture, tokens, 2, bits)
                 uniform[f"{name}, {bits or 'any'} bits"] = made
+        for bits in (2, 4):
+            name = f"sm_{architecture}, 8 tokens, {bits} bits, half the warps"
+            uniform[name] = build_uniform(architecture, 8, 2, bits, HALF_THE_WARPS)
         # The tightest of small groups.
         name = f"sm_{architecture}, {MOST_TILE_TOKENS} tokens, groups of 32"
         mixed[name] = build_mixed(architecture, MOST_TILE_TOKENS, 8)
         for bits in (4, 8):
             uniform[f"{name}, {bits} bits"] = build_uniform(architecture, MOST_TILE_TOKENS, 8, bits)
-            uniform[f"sm_{architecture}, 64 tokens, groups of 32, {bits} bits"] = build_uniform(
-                architecture, 64, 8, bits
-            )
         for bits in WIDTHS:
             name = f"sm_{architecture}, {bits} bits"
             dequantizing[name] = build_dequantizing(architecture, bits)
@@ -91,10 +93,12 @@ def build_mixed(architecture: int, tokens: int, groups: int) -> dict[str, Any]:
     return _multiplying(_mixed_kernel, {"BLOCK_GROUPS": groups}, architecture, tokens, tile)
 
 
-def build_uniform(architecture: int, tokens: int, groups: int, bits: int) -> dict[str, Any]:
+def build_uniform(
+    architecture: int, tokens: int, groups: int, bits: int, tile: Tile | None = None
+) -> dict[str, Any]:
     """The same at one width; 0 for one that only the device knows, `instructions` per weight."""
     kind = dispatch.kind_of(False, bits or None)
-    tile = dispatch.default_tile(22016, 16, tokens, kind, groups > 2)
+    tile = tile or dispatch.default_tile(22016, 16, tokens, kind, groups > 2)
     constants = {"BITS": bits, "MOST_SLICES": 4, "BLOCK_GROUPS": groups}
     return _multiplying(_uniform_kernel, constants, architecture, tokens, tile)
 
