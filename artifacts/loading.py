@@ -11,7 +11,6 @@ Importing this module registers the quantization method `mbq`, so that
 import it would load such a checkpoint with random linears, which is why `load_model` exists.
 """
 
-from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,12 +29,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mbq.artifacts.checkpoint import PACKING, QUANT_METHOD, RouterShape
 from mbq.artifacts.config import check_quantization, stored_quantization
+from mbq.artifacts.elastic import add_routers, replace_linears
 from mbq.artifacts.errors import CorruptError, InputError, NotFoundError
+from mbq.artifacts.precision import realised_bits, set_average_bits, set_bits, set_policy
 from mbq.artifacts.spec import FORMAT_VERSION
-from mbq.kernels.linear import ElasticLinear
-from mbq.kernels.router import Curve, Precision, Router
-from mbq.kernels.shared_input import share_input
-from mbq.kernels.widths import SLICE_BITS
+from mbq.kernels.router import Precision
 
 
 def load_model(
@@ -143,174 +141,6 @@ class MbqQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
-
-
-def replace_linears(
-    model: nn.Module, endings: list[str], group_size: int, precision: Precision
-) -> list[str]:
-    """Put elastic linears, still without codes, where a linear's name ends in one of `endings`.
-
-    Returns the names of the linears that were replaced.
-    """
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and any(name == ending or name.endswith(f".{ending}") for ending in endings)
-    ]
-    for name in names:
-        old = model.get_submodule(name)
-        assert isinstance(old, nn.Linear)
-        with torch.device(old.weight.device):
-            new = ElasticLinear(old.in_features, old.out_features, group_size, precision, old.bias)
-        model.set_submodule(name, new)
-    return names
-
-
-def add_routers(
-    model: nn.Module,
-    linears: Sequence[str],
-    routers: Mapping[str, Sequence[str]],
-    max_bits: int,
-    shape: RouterShape,
-    precision: Precision,
-) -> list[str]:
-    """Give every elastic linear a router, still without values.
-
-    Args:
-        linears: names of the elastic linears.
-        routers: the linears that each router of a block serves, by names inside the block.
-        max_bits: what the routers know; the linears may hold fewer.
-
-    Returns the names of the routers.
-    """
-    names = []
-    for router_name, served in routers.items():
-        for leader in linears:
-            if leader != served[0] and not leader.endswith(f".{served[0]}"):
-                continue
-            prefix = leader.removesuffix(served[0])
-            group = [_elastic(model, prefix + name) for name in served]
-            first = group[0]
-            with torch.device(first.get_buffer("scale_zero").device):
-                router = Router(
-                    first.in_features, len(group), max_bits, shape.width, shape.knots, precision
-                )
-            parent, _, child = (prefix + router_name).rpartition(".")
-            model.get_submodule(parent).add_module(child, router)
-            share_input(group, router)
-            names.append(prefix + router_name)
-    return names
-
-
-def set_bits(model: PreTrainedModel, bits: int) -> None:
-    """Run every token at `bits` bits per weight from the next forward pass on.
-
-    A step of up to 64 tokens that was captured in a CUDA graph follows.
-    Also `model.set_bits(bits)`.
-
-    Raises:
-        InputError: `bits` is not a stored width.
-    """
-    try:
-        elastic_linears(model)[0].precision.set_bits(bits)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    _start_over(model)
-
-
-def set_average_bits(model: PreTrainedModel, average_bits: float) -> None:
-    """Share `average_bits` bits per weight over tokens and linears from the next forward pass on.
-
-    Code bits, averaged over tokens and weights; text unlike the calibration text may get more or
-    less (`realised_bits` tells). Nothing is loaded or allocated. A step of up to 64 tokens that was
-    captured in a CUDA graph follows. Also `model.set_average_bits(average_bits)`.
-
-    Raises:
-        InputError: the width is not between 2 bits and the highest one stored.
-    """
-    precision = elastic_linears(model)[0].precision
-    try:
-        precision.set_average_bits(average_bits, _curve(model, precision))
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    except TypeError as error:
-        raise InputError(f"average bits {average_bits!r} must be a number") from error
-    _start_over(model)
-
-
-def realised_bits(model: PreTrainedModel) -> float:
-    """Code bits per weight that were read since the width was last set.
-
-    Averaged over weights and over all tokens that passed, padding included. Also
-    `model.realised_bits()`.
-
-    Raises:
-        InputError: none has passed.
-    """
-    linears = elastic_linears(model)
-    passed = sum(linear.tokens * linear.weights for linear in linears)
-    if not passed:
-        raise InputError("no token has been processed since the width was last set")
-    read = sum(linear.bits_read * linear.weights for linear in linears)
-    return read / passed
-
-
-def set_policy(model: PreTrainedModel, policy: Callable[[], float] | None) -> None:
-    """Ask `policy` for the average bits before every `generate`, that is, between requests.
-
-    Also `model.set_policy(policy)`. With None the width stays as it is. What the policy raises, and
-    InputError where its answer is no width of the model, comes out of `generate`.
-    """
-    model.__dict__.pop("generate", None)
-    if policy is None:
-        return
-
-    # Of the model, so that a copy asks for itself.
-    model.__dict__["generate"] = partial(_generate_as_told, model, policy)
-
-
-def elastic_linears(model: nn.Module) -> list[ElasticLinear]:
-    """The elastic linears of a model or block, in order."""
-    return [module for module in model.modules() if isinstance(module, ElasticLinear)]
-
-
-def _start_over(model: nn.Module) -> None:
-    """A new width: captured graphs are told, and counting begins again."""
-    for module in model.modules():
-        if isinstance(module, Router):
-            module.refresh()
-        elif isinstance(module, ElasticLinear):
-            module.reset_tally()
-            module.shared.release()
-
-
-def _generate_as_told(model: Any, policy: Callable[[], float], *args: Any, **kwargs: Any) -> Any:
-    set_average_bits(model, policy())
-    return type(model).generate(model, *args, **kwargs)
-
-
-def _elastic(model: nn.Module, name: str) -> ElasticLinear:
-    linear = model.get_submodule(name)
-    assert isinstance(linear, ElasticLinear)
-    return linear
-
-
-def _curve(model: PreTrainedModel, precision: Precision) -> Curve:
-    """The budget curve of the loaded ceiling."""
-    config = model.config.quantization_config
-    routing = config["routing"] if isinstance(config, dict) else config.routing
-    ceiling = precision.max_bits
-    if ceiling == SLICE_BITS:
-        return Curve((float(SLICE_BITS),), (0.0,))
-    try:
-        stored = routing["curves"][str(ceiling)]
-        return Curve(tuple(stored["average_bits"]), tuple(stored["log_thresholds"]))
-    except (KeyError, TypeError) as error:
-        raise CorruptError(
-            f"the checkpoint has no thresholds for {ceiling} bits: its config.json is incomplete; "
-            "fetch it again"
-        ) from error
 
 
 def _require_tensors(model: nn.Module, names: list[str], files: list[str]) -> None:

@@ -25,7 +25,7 @@ import triton
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from mbq.artifacts.checkpoint import RouterShape
-from mbq.artifacts.loading import add_routers, elastic_linears, replace_linears
+from mbq.artifacts.elastic import add_routers, elastic_linears, replace_linears
 from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.quantize import pack_pair
 from mbq.kernels.router import Precision, Router

@@ -17,8 +17,8 @@ MAY_IMPORT = {
     "cluster": {"artifacts"},
     "orchestrator": set(FOLDERS) - {"kernels"},
 }
-# The only file of artifacts/ that knows the kernels.
-KNOW_KERNELS = {"loading.py"}
+# The only files of artifacts/ that know the kernels: those of loaded models.
+KNOW_KERNELS = {"elastic.py", "loading.py", "precision.py"}
 # What all may import, wherever it lies: it imports next to nothing itself.
 FOR_ALL = "mbq.kernels.widths"
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mbq.artifacts import keys
-from mbq.artifacts.loading import elastic_linears
+from mbq.artifacts.elastic import elastic_linears
 from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.router import Curve, Precision, Router
 from mbq.kernels.shared_input import share_input

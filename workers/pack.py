@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mbq.artifacts.checkpoint import Linear, RouterShape, Shard
-from mbq.artifacts.loading import add_routers, replace_linears
+from mbq.artifacts.elastic import add_routers, replace_linears
 from mbq.artifacts.tensors import TensorFile, encode
 from mbq.kernels.bitplanes import pack_planes
 from mbq.kernels.router import Precision, pack_halves

@@ -15,7 +15,8 @@ from typing import Any
 import click
 from transformers import AutoTokenizer
 
-from mbq.artifacts.loading import load_model, set_policy
+from mbq.artifacts.loading import load_model
+from mbq.artifacts.precision import set_policy
 
 OFF_PEAK_BITS, PEAK_BITS = 4.0, 2.5
 SHORT_QUEUE, LONG_QUEUE = 2, 8

@@ -25,8 +25,9 @@ from mbq.artifacts.checkpoint import (
     routing_document,
     routing_shard,
 )
+from mbq.artifacts.elastic import elastic_linears
 from mbq.artifacts.errors import CorruptError, InputError
-from mbq.artifacts.loading import elastic_linears, load_model
+from mbq.artifacts.loading import load_model
 from mbq.artifacts.manifest import RoutingRecord
 from mbq.artifacts.sealed import get_document
 from mbq.kernels.linear import ElasticLinear

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mbq.artifacts import keys
-from mbq.artifacts.loading import elastic_linears
+from mbq.artifacts.elastic import elastic_linears
 from mbq.artifacts.manifest import RoutingRecord, SettledWidth
 from mbq.artifacts.sealed import get_document
 from mbq.kernels.router import Curve, Precision

@@ -1,0 +1,116 @@
+"""How many bits a loaded model reads: set, shared, asked before every `generate`, read back.
+
+The functions are also methods of the models that `loading.load_model` returns.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from mbq.artifacts.elastic import elastic_linears
+from mbq.artifacts.errors import CorruptError, InputError
+from mbq.kernels.linear import ElasticLinear
+from mbq.kernels.router import Curve, Precision, Router
+from mbq.kernels.widths import SLICE_BITS
+
+
+def set_bits(model: PreTrainedModel, bits: int) -> None:
+    """Run every token at `bits` bits per weight from the next forward pass on.
+
+    A step of up to 64 tokens that was captured in a CUDA graph follows.
+    Also `model.set_bits(bits)`.
+
+    Raises:
+        InputError: `bits` is not a stored width.
+    """
+    try:
+        elastic_linears(model)[0].precision.set_bits(bits)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    _start_over(model)
+
+
+def set_average_bits(model: PreTrainedModel, average_bits: float) -> None:
+    """Share `average_bits` bits per weight over tokens and linears from the next forward pass on.
+
+    Code bits, averaged over tokens and weights; text unlike the calibration text may get more or
+    less (`realised_bits` tells). Nothing is loaded or allocated. A step of up to 64 tokens that was
+    captured in a CUDA graph follows. Also `model.set_average_bits(average_bits)`.
+
+    Raises:
+        InputError: the width is not between 2 bits and the highest one stored.
+    """
+    precision = elastic_linears(model)[0].precision
+    try:
+        precision.set_average_bits(average_bits, _curve(model, precision))
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    except TypeError as error:
+        raise InputError(f"average bits {average_bits!r} must be a number") from error
+    _start_over(model)
+
+
+def realised_bits(model: PreTrainedModel) -> float:
+    """Code bits per weight that were read since the width was last set.
+
+    Averaged over weights and over all tokens that passed, padding included. Also
+    `model.realised_bits()`.
+
+    Raises:
+        InputError: none has passed.
+    """
+    linears = elastic_linears(model)
+    passed = sum(linear.tokens * linear.weights for linear in linears)
+    if not passed:
+        raise InputError("no token has been processed since the width was last set")
+    read = sum(linear.bits_read * linear.weights for linear in linears)
+    return read / passed
+
+
+def set_policy(model: PreTrainedModel, policy: Callable[[], float] | None) -> None:
+    """Ask `policy` for the average bits before every `generate`, that is, between requests.
+
+    Also `model.set_policy(policy)`. With None the width stays as it is. What the policy raises, and
+    InputError where its answer is no width of the model, comes out of `generate`.
+    """
+    model.__dict__.pop("generate", None)
+    if policy is None:
+        return
+
+    # Of the model, so that a copy asks for itself.
+    model.__dict__["generate"] = partial(_generate_as_told, model, policy)
+
+
+def _start_over(model: nn.Module) -> None:
+    """A new width: captured graphs are told, and counting begins again."""
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.refresh()
+        elif isinstance(module, ElasticLinear):
+            module.reset_tally()
+            module.shared.release()
+
+
+def _generate_as_told(model: Any, policy: Callable[[], float], *args: Any, **kwargs: Any) -> Any:
+    set_average_bits(model, policy())
+    return type(model).generate(model, *args, **kwargs)
+
+
+def _curve(model: PreTrainedModel, precision: Precision) -> Curve:
+    """The budget curve of the loaded ceiling."""
+    config = model.config.quantization_config
+    routing = config["routing"] if isinstance(config, dict) else config.routing
+    ceiling = precision.max_bits
+    if ceiling == SLICE_BITS:
+        return Curve((float(SLICE_BITS),), (0.0,))
+    try:
+        stored = routing["curves"][str(ceiling)]
+        return Curve(tuple(stored["average_bits"]), tuple(stored["log_thresholds"]))
+    except (KeyError, TypeError) as error:
+        raise CorruptError(
+            f"the checkpoint has no thresholds for {ceiling} bits: its config.json is incomplete; "
+            "fetch it again"
+        ) from error
