@@ -148,10 +148,14 @@ def _log_cost(record: RoutingRecord) -> float:
     """Mean log divergence at the compared totals; infinite where one is out of reach."""
     most = max(width.ceiling_bits for width in record.settled)
     widths = [width for width in record.settled if width.ceiling_bits == most]
-    totals = [width.realised_bits + record.router_bits for width in widths]
+    # What is read need not ascend with what was asked.
+    points = sorted(
+        (width.realised_bits + record.router_bits, math.log(max(width.divergence, 1e-30)))
+        for width in widths
+    )
+    totals, logs = zip(*points, strict=True)
     if totals[0] > _COMPARED[0]:
         return math.inf
-    logs = [math.log(max(width.divergence, 1e-30)) for width in widths]
     return statistics.fmean(np.interp(_COMPARED, totals, logs).tolist())
 
 
