@@ -44,9 +44,7 @@ def sequence_losses(
     """
     hidden_BTH = model.embed(ids_BT)
     for index, block in enumerate(blocks):
-        # Each part replaces its own input: memory is one set of hidden states, not two.
-        for part in hidden_BTH.split(microbatch):
-            part.copy_(model.run(block, index, part))
+        model.advance(block, index, hidden_BTH, microbatch)
         report((index + 1) / (model.block_count + 1))
     head = model.head()
     size = sequences_at_once(ids_BT.shape[1], int(model.config.vocab_size))

@@ -28,8 +28,8 @@ from mbq.workers.model import linears
 
 # Least that is added to the Gram matrix, as a share of its mean diagonal (GPTQ's default).
 _DAMPING = 0.01
-# How far inside its bin a rounded weight lies at least, in bins: so that `quantize` finds that bin.
-_MARGIN = 0.02
+# How far inside its bin a weight lies at least, in bins: so that `quantize` finds that bin.
+MARGIN = 0.02
 # How much more the squared error of one more bit counts (benchmarks/README.md).
 _FINER = 2.0
 # How much the squared distance from the source weight to its code's bin counts (same place).
@@ -112,7 +112,7 @@ def round_compensated(
             cost_NC = torch.stack([*costs, _STAY * away_NC.square()]).sum(0)
             chosen_N1 = cost_NC.argmin(1, keepdim=True)
             bin_N1 = codes_NC.expand_as(cost_NC).gather(1, chosen_N1)
-            rounded_NK[:, j] = _inside(exact[highest], bin_N1, highest, _MARGIN)[:, 0]
+            rounded_NK[:, j] = _inside(exact[highest], bin_N1, highest, MARGIN)[:, 0]
             for bits, target in targets.items():
                 error_N1 = (exact[bits] - _positions(bin_N1, highest, bits)) / factors[bits][j, j]
                 error_N1 *= scale_N1
@@ -133,9 +133,13 @@ def _positions(code: Tensor, highest: int, bits: int) -> Tensor:
 
 def _inside(exact: Tensor, code: Tensor, bits: int, margin: float) -> Tensor:
     """The position nearest to `exact` that is inside a code's bin by a margin, in bins."""
-    low = (code + margin) * 2.0 ** (2 - bits)
-    high = (code + 1 - margin) * 2.0 ** (2 - bits)
+    low, high = bin_ends(code, bits, margin)
     return exact.maximum(low).minimum(high)
+
+
+def bin_ends(code: Tensor, bits: int, margin: float) -> tuple[Tensor, Tensor]:
+    """Where the bins of codes of some bits begin and end, less a margin, in 2-bit bins."""
+    return (code + margin) * 2.0 ** (2 - bits), (code + 1 - margin) * 2.0 ** (2 - bits)
 
 
 @contextmanager

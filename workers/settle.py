@@ -198,8 +198,7 @@ def run_settings(
                 leaders[router].register_forward_pre_hook(_watch(router, seen[name]))
                 for name, router in routers.items()
             ]
-            for part in hidden[number].split(microbatch):
-                part.copy_(model.run(block, index, part))
+            model.advance(block, index, hidden[number], microbatch)
             for hook in hooks:
                 hook.remove()
             earned[number] += [Earnings(_joined(seen[n]), routed.weights[n]) for n in routers]
@@ -225,9 +224,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
 def _full_hidden(model: Model, ids_BT: Tensor, microbatch: int) -> Tensor:
     hidden_BTH = model.embed(ids_BT)
     for index in range(model.block_count):
-        block = model.block(index)
-        for part in hidden_BTH.split(microbatch):
-            part.copy_(model.run(block, index, part))
+        model.advance(model.block(index), index, hidden_BTH, microbatch)
     return hidden_BTH
 
 

@@ -18,12 +18,10 @@ from torch import Tensor, nn
 from mbq.kernels.fake_linear import fake_linear
 from mbq.kernels.quantize import dequantize, group_bounds, pack_pair, quantize, scale_and_zero
 from mbq.kernels.widths import CODE_BITS, WIDTHS
-from mbq.workers.gptq import round_compensated
+from mbq.workers.gptq import MARGIN, bin_ends, round_compensated
 
 # sigmoid(4) = 0.982: ranges start almost unclipped (OmniQuant's initial value).
 _INITIAL_LOGIT = 4.0
-# How far inside its bin a weight stays whose bits are kept, in bins: so that it is found there.
-_MARGIN = 0.02
 
 
 @dataclass(frozen=True)
@@ -113,11 +111,8 @@ class TrainableLinear(nn.Module):
         scale_NK, zero_NK = (
             t.repeat_interleave(group_size, dim=1) for t in (scale_NG / self.unit_NG, zero_NG)
         )
-        low_NK, high_NK = (
-            ((first_NK + inside) * 2.0 ** (2 - kept_bits) - zero_NK) * scale_NK
-            for inside in (_MARGIN, 1 - _MARGIN)
-        )
-        return low_NK, high_NK
+        low_NK, high_NK = bin_ends(first_NK, kept_bits, MARGIN)
+        return (low_NK - zero_NK) * scale_NK, (high_NK - zero_NK) * scale_NK
 
     def _unit_NK(self) -> Tensor:
         group_size = self.value.shape[1] // self.unit_NG.shape[1]
