@@ -72,17 +72,23 @@ class Prepared:
 @triton.jit
 def _scored_bits(
     x, square, at, trunk_ptr, offset_ptr, head_ptr, threshold_ptr, in_features,
-    LINEARS: tl.constexpr, EXTRA: tl.constexpr, HIDDEN: tl.constexpr, FEATURES: tl.constexpr,
+    CHUNKS: tl.constexpr, LINEARS: tl.constexpr, EXTRA: tl.constexpr, HIDDEN: tl.constexpr,
+    FEATURES: tl.constexpr,
 ):  # fmt: skip
     """Bits that a router gives one token in each linear: int32, a lane per linear."""
     f = tl.arange(0, FEATURES)
-    feature = tl.where(f == HIDDEN, tl.log(square), tl.where(f == HIDDEN + 1, 1.0, 0.0))
     inverse = tl.rsqrt(square)
+    # All rows are summed over the program at once: each such sum makes its warps wait.
+    products = tl.zeros((CHUNKS, FEATURES), dtype=tl.float32)
     for h in tl.static_range(HIDDEN):
         row = tl.load(trunk_ptr + h * in_features + at, mask=at < in_features, other=0.0)
-        hidden = tl.sum(tl.sum(x * row.to(tl.float32), axis=1), axis=0) * inverse
-        hidden += tl.load(offset_ptr + h)
-        feature = tl.where(f == h, hidden / (1.0 + tl.exp(-hidden)), feature)
+        product = tl.sum(x * row.to(tl.float32), axis=1)
+        products = tl.where(f[None, :] == h, product[:, None], products)
+    offset = tl.load(offset_ptr + f, mask=f < HIDDEN, other=0.0)
+    hidden = tl.sum(products, axis=0) * inverse + offset
+    feature = tl.where(f < HIDDEN, hidden / (1.0 + tl.exp(-hidden)), 0.0)
+    feature = tl.where(f == HIDDEN, tl.log(square), feature)
+    feature = tl.where(f == HIDDEN + 1, 1.0, feature)
     e, linear = tl.arange(0, _LANES)[:, None], tl.arange(0, _LANES)[None, :]
     there = (e < EXTRA) & (linear < LINEARS)
     gate = e * LINEARS + linear
@@ -137,7 +143,7 @@ def _prepare_kernel(
         square = tl.sum(tl.sum(x * x, axis=1), axis=0) / in_features
         bits = _scored_bits(
             x, tl.maximum(square, 1e-30), at, trunk_ptr, offset_ptr, head_ptr, threshold_ptr,
-            in_features, LINEARS, EXTRA, HIDDEN, FEATURES,
+            in_features, CHUNKS, LINEARS, EXTRA, HIDDEN, FEATURES,
         )  # fmt: skip
     elif GIVEN:
         given_at = linear * given_linear_stride + token * given_token_stride
