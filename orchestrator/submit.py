@@ -50,7 +50,8 @@ _LOCAL_VARIABLES = (
     "AWS_SHARED_CREDENTIALS_FILE",
 )
 # A driver writes its status every second, to a store that may be slow.
-_SECOND_LOOK_SECONDS = 5.0
+_LOOK_SECONDS = 5.0
+_LOOKS = 6
 
 
 @dataclass(frozen=True)
@@ -167,17 +168,20 @@ def _is_running(run: str, store: Store, jobs: Jobs, say: Say) -> bool:
     if latest is not None and latest.alive:
         say(f"run {run} is already running (attempt {latest.attempt})")
         return True
-    before = find_document(store, keys.status_key(run), Status)
-    if before is not None and before.state == "running":
-        # Killed, or on another cluster: then it writes again, whatever its clock says.
-        time.sleep(_SECOND_LOOK_SECONDS)
-        after = find_document(store, keys.status_key(run), Status)
-        if after is not None and after.updated_at != before.updated_at:
-            raise InputError(
-                f"run {run} is driven on another cluster (attempt {after.attempt}); give its "
-                "--address, or stop it there first"
-            )
-    return False
+    status = find_document(store, keys.status_key(run), Status)
+    if status is None or status.state != "running":
+        return False
+    # Killed, or on another cluster: then it writes again and again, whatever its clock says. A
+    # driver whose cluster was killed may do so for some seconds.
+    for _ in range(_LOOKS):
+        time.sleep(_LOOK_SECONDS)
+        before, status = status, find_document(store, keys.status_key(run), Status)
+        if status is None or status.updated_at == before.updated_at:
+            return False
+    raise InputError(
+        f"run {run} is driven on another cluster (attempt {status.attempt}); give its --address, "
+        "or stop it there first"
+    )
 
 
 def _start(document: RunDocument, store: Store, jobs: Jobs) -> None:

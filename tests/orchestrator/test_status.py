@@ -1,5 +1,6 @@
 """What a run is said to be doing, from what the store and the cluster know of it."""
 
+import itertools
 import shutil
 import time
 from collections.abc import Callable
@@ -112,13 +113,18 @@ def test_a_run_of_another_cluster_is_not_taken_over(
     store = said("running", 1, 1000.0)
     cluster: Any = _Cluster(None)
 
+    times = itertools.count(1001.0)
+
     def pause(seconds: float) -> None:
-        said("running", 1, 1001.0)
+        said("running", 1, next(times))
 
     monkeypatch.setattr(submitting.time, "sleep", pause)
     with pytest.raises(InputError, match=r"driven on another cluster \(attempt 1\)"):
         submitting._is_running(document.run, store, cluster, lambda text: None)
-    # One that says nothing more was killed.
+    # One that says nothing more was killed, or dies with its cluster.
+    dying = iter([2000.0, 2001.0, 2001.0])
+    monkeypatch.setattr(submitting.time, "sleep", lambda seconds: said("running", 1, next(dying)))
+    assert not submitting._is_running(document.run, store, cluster, lambda text: None)
     monkeypatch.setattr(submitting.time, "sleep", lambda seconds: None)
     assert not submitting._is_running(document.run, store, cluster, lambda text: None)
 
