@@ -51,7 +51,7 @@ _LOCAL_VARIABLES = (
 )
 # A driver writes its status every second, to a store that may be slow.
 _LOOK_SECONDS = 5.0
-_LOOKS = 6
+_LOOKS = 18
 
 
 @dataclass(frozen=True)
@@ -171,8 +171,9 @@ def _is_running(run: str, store: Store, jobs: Jobs, say: Say) -> bool:
     status = find_document(store, keys.status_key(run), Status)
     if status is None or status.state != "running":
         return False
-    # Killed, or on another cluster: then it writes again and again, whatever its clock says. A
-    # driver whose cluster was killed may do so for some seconds.
+    # Killed, or on another cluster: then it writes again and again, whatever its clock says. Ray
+    # lets a driver whose head was killed live for a minute.
+    say(f"run {run} was running: waiting to see that nobody drives it any more (at most 90 s)")
     for _ in range(_LOOKS):
         time.sleep(_LOOK_SECONDS)
         before, status = status, find_document(store, keys.status_key(run), Status)

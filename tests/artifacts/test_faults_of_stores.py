@@ -303,6 +303,8 @@ def test_fifty_faults(
     chance = random.Random(1)
     calm, proxy = linked("rclone", stall_seconds=30.0)
     store = replace(calm, patience_seconds=1.0, stall_seconds=0.5)
+    # Where there is nothing of a run, gc would not look.
+    calm.put("runs/run/note", [b"kept"])
     tiny = pack(tmp_path / "tiny", {BASE: 0, LOWER: 0, UPPER: 0})
     checkpoint = replace(store, prefix=f"{store.prefix}/tiny")
     upload(tiny, replace(calm, prefix=checkpoint.prefix))
