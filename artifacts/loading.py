@@ -59,9 +59,9 @@ def load_model(
     if "://" in str(path):
         raise InputError(f"{path} is no folder here; `mbq-cluster pull {path} DIR`, then load DIR")
     path = Path(path).expanduser()
-    if not (Path(path) / "config.json").is_file():
+    if not (path / "config.json").is_file():
         raise NotFoundError(f"{path} holds no config.json; give the folder of a packed checkpoint")
-    stored = stored_quantization((Path(path) / "config.json").read_bytes())
+    stored = stored_quantization((path / "config.json").read_bytes())
     if stored is None:
         raise NotFoundError(f"{path} is not a checkpoint packed by mbq-cluster")
     check_quantization(stored)

@@ -48,8 +48,8 @@ _CAPABILITY = (8, 0)
 def packs(x: Tensor, group_size: int) -> bool:
     """Whether kernels serve these tokens from the run-time layout.
 
-    16-bit ones do they serve, on a GPU of NVIDIA's from the A100 on, with Triton. All others are
-    multiplied by weights that torch dequantizes.
+    They do if tokens are in 16 bits, on an NVIDIA GPU from the A100 on, and Triton is there. All
+    others are multiplied by weights that torch dequantizes.
     """
     return (
         _TRITON
@@ -64,8 +64,8 @@ def packs(x: Tensor, group_size: int) -> bool:
 def decodes(x: Tensor, tokens: int, group_size: int) -> bool:
     """Whether `decode` serves these tokens: those that `packs` accepts, and few.
 
-    Sums that are restarted often do not leave registers for more than half as many. Gradients are
-    not recorded through it.
+    Of groups smaller than 128 half as many: sums that are restarted often take the registers.
+    Gradients are not recorded through it.
     """
     return (
         packs(x, group_size)
