@@ -1,11 +1,14 @@
 """Run-time layout of the codes on a GPU: planes of 2-bit digits, one plane per slice.
 
     digits int16 [S, B, N', 32], contiguous; slices from the most significant one
-    bits 2i+1:2i of element [e, b, n, j] are digit e of input 256 b + 32 i + j of row n
+    bits 2p+1:2p of element [e, b, n, j] are digit e of input 256 b + 32 c + j of row n
+    where p = position(c), (0, 1, 4, 5, 2, 3, 6, 7)[c]
 
 so the slices of a width are a prefix, the rows of a block of 256 inputs lie side by side, and one
-shift and mask of a word gives the same digit position of 32 neighbouring inputs: an operand of a
-matrix instruction without any permutation. Rows are padded to a multiple of 128, inputs to one of
+shift and mask of a word gives the digits of 32 neighbouring inputs: an operand of a matrix
+instruction without any permutation. Chunks of 32 inputs do not lie in their order so that those of
+a group, put together to codes of 4 bits, all lie in the low or all in the high half of a byte
+(`triton_uniform.py`). Rows are padded to a multiple of 128, inputs to one of
 256; what is padded has scale 0 and adds nothing. Scales and zeros lie with rows innermost:
 
     scale_zero int32 [B * 256 / g, N']   float16 pair, scale in the low half
@@ -59,6 +62,11 @@ class Digits:
         return tuple(itertools.accumulate(rows, initial=0))
 
 
+def position(chunk: int) -> int:
+    """Where in a word the digits of a chunk of 32 inputs lie; its own inverse."""
+    return chunk & 1 | (chunk & 2) << 1 | (chunk & 4) >> 1
+
+
 def pack_digits(
     code_NK: Tensor, scale_zero_NG: Tensor, gain_bias_WN: Tensor, slices: int
 ) -> Digits:
@@ -76,9 +84,9 @@ def pack_digits(
     planes = []
     for e in range(slices):
         digit = ((code_N8 >> (CODE_BITS - SLICE_BITS * (e + 1))) & 3).to(torch.int16)
-        word_NB32 = digit[:, :, 0].clone()
-        for i in range(1, _CHUNKS):
-            word_NB32 |= digit[:, :, i] << (2 * i)
+        word_NB32 = torch.zeros_like(digit[:, :, 0])
+        for c in range(_CHUNKS):
+            word_NB32 |= digit[:, :, c] << (2 * position(c))
         planes.append(word_NB32.transpose(0, 1))
     groups = (inputs + more_inputs) // group_size
     padded_NG = F.pad(scale_zero_NG, (0, groups - scale_zero_NG.shape[1], 0, more_rows))
@@ -121,7 +129,7 @@ def unpack_digits(packed: Digits) -> Tensor:
     """The codes of one linear, uint8 [N, K]; digits of slices that are not there are 0."""
     code_NK: Tensor | None = None
     for e, word_BN32 in enumerate(packed.digits_SBN32):
-        chunks = [((word_BN32 >> (2 * i)) & 3).to(torch.uint8) for i in range(_CHUNKS)]
+        chunks = [((word_BN32 >> (2 * position(c))) & 3).to(torch.uint8) for c in range(_CHUNKS)]
         digit_NK = torch.stack(chunks, dim=2).transpose(0, 1).flatten(1)
         shifted_NK = digit_NK << (CODE_BITS - SLICE_BITS * (e + 1))
         code_NK = shifted_NK if code_NK is None else code_NK | shifted_NK

@@ -1,6 +1,6 @@
 """Which kernel multiplies, and how it is cut: by device, tokens and shape, never by trying.
 
-Cuts that were measured ship as `tiles_<architecture>.json`, made by `benchmarks/decode.py --tune`:
+Cuts that were measured ship as `tiles_<architecture>.json`, made by `benchmarks/tuning.py`:
 
     {"<kind>": {"<N'> x <K'>": {"<tokens of a program>": [rows, split, warps, stages]}}}
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mbq.kernels.digits import BLOCK_INPUTS, Digits
+from mbq.kernels.triton_prepare import position_of
 from mbq.kernels.triton_tiles import halves
 from mbq.kernels.widths import WIDTHS, slices_of
 
@@ -42,25 +43,26 @@ def _dequantize_kernel(
     third = tl.load(word_ptr + 2 * slice_words) if SLICES > 2 else first
     fourth = tl.load(word_ptr + 3 * slice_words) if SLICES > 3 else first
     gain, _ = halves(tl.load(gain_bias_ptr + GAIN_ROW * gain_stride + n))
-    for i in tl.static_range(8):
-        code = (first >> (2 * i)) & 3
+    for c in tl.static_range(8):
+        at = 2 * position_of(c)
+        code = (first >> at) & 3
         if SLICES > 1:
-            code = (code << 2) | ((second >> (2 * i)) & 3)
+            code = (code << 2) | ((second >> at) & 3)
         if SLICES > 2:
-            code = (code << 2) | ((third >> (2 * i)) & 3)
+            code = (code << 2) | ((third >> at) & 3)
         if SLICES > 3:
-            code = (code << 2) | ((fourth >> (2 * i)) & 3)
+            code = (code << 2) | ((fourth >> at) & 3)
         code = code >> (2 * SLICES - BITS)
         s, z = halves(
             tl.load(
-                scale_zero_ptr + (block * BLOCK_GROUPS + i * BLOCK_GROUPS // 8) * group_stride + n
+                scale_zero_ptr + (block * BLOCK_GROUPS + c * BLOCK_GROUPS // 8) * group_stride + n
             )
         )
         # One multiplication and addition for each weight.
         unit = s * gain * (4.0 / (1 << BITS))
         start = s * gain * (2.0 / (1 << BITS) - z)
         weight = code.to(tl.float32) * unit[:, None] + start[:, None]
-        k = block * 256 + i * 32 + j
+        k = block * 256 + c * 32 + j
         tl.store(
             out_ptr + n[:, None].to(tl.int64) * in_features + k[None, :],
             weight.to(out_ptr.dtype.element_ty),

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mbq.kernels.digits import Digits
-from mbq.kernels.triton_prepare import Prepared
+from mbq.kernels.triton_prepare import Prepared, position_of
 from mbq.kernels.triton_tiles import Tile, digit, finish, halves, launch, row_of
 
 # Tokens of a program: 32 fill the registers.
@@ -73,7 +73,8 @@ def _mixed_kernel(
             acc = (half_bin[None, :] - z[:, None]) * sums[None, :] - biases[None, :]
             for c in tl.static_range(GROUP_CHUNKS):
                 x = tl.load(x_at + (h * GROUP_CHUNKS + c) * 32)
-                acc = tl.dot(digit(word, h * GROUP_CHUNKS + c, selector, ASM), x, acc)
+                digits = digit(word, position_of(h * GROUP_CHUNKS + c), selector, ASM)
+                acc = tl.dot(digits, x, acc)
             acc *= tl.where(row_of(bits) >= w, 1.0, 0.0)[None, :]
             total += (s * weight_of_slice)[:, None] * acc
 

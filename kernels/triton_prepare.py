@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mbq.kernels.digits import BLOCK_INPUTS, MOST_LINEARS
+from mbq.kernels.digits import BLOCK_INPUTS, MOST_LINEARS, position
 from mbq.kernels.router import Gates
 from mbq.kernels.widths import SLICE_BITS
 
@@ -35,10 +35,13 @@ _LANES = tl.constexpr(4)
 _WIDE_INPUTS = 16384
 
 
+position_of = triton.constexpr_function(position)
+
+
 @triton.constexpr_function
-def digit_bit(i: int) -> int:
-    """Bit of a float16 at which digit i of a word lies (`triton_tiles.digit`)."""
-    return (4, 6, 4, 6, 8, 4, 6, 8)[i]
+def digit_bit(p: int) -> int:
+    """Bit of a float16 at which the digit at position p of a word lies (`triton_tiles.digit`)."""
+    return (4, 6, 4, 6, 8, 4, 6, 8)[p]
 
 
 @dataclass(frozen=True)
@@ -127,8 +130,8 @@ def _prepare_kernel(
     tl.store(x16_ptr + token * padded_inputs + at, x16, mask=at < padded_inputs)
     chunk_sum = tl.sum(x16.to(tl.float32), axis=1)
     bias = tl.zeros((CHUNKS,), tl.float32)
-    for i in tl.static_range(8):
-        bias = tl.where(chunk % 8 == i, 1 << (10 - digit_bit(i)), bias)
+    for c in tl.static_range(8):
+        bias = tl.where(chunk % 8 == c, 1 << (10 - digit_bit(position_of(c))), bias)
     biased = chunk_sum * bias
     GROUPS: tl.constexpr = CHUNKS // GROUP_CHUNKS
     group = tl.arange(0, GROUPS)

@@ -48,19 +48,22 @@ def row_of(bits):
 
 
 @triton.constexpr_function
-def assembly(i: int) -> str:
-    """PTX that makes digit i of two words ($1) with mask $2 and magic $3."""
-    if i < 2:
+def assembly(p: int) -> str:
+    """PTX that makes the digit at position p of two words ($1) with mask $2 and magic $3."""
+    if p < 2:
         return "{ .reg .b32 t; shl.b32 t, $1, 4; lop3.b32 $0, t, $2, $3, 0xEA; }"
-    if i < 5:
+    if p < 5:
         return "lop3.b32 $0, $1, $2, $3, 0xEA;"
     return "{ .reg .b32 t; shr.u32 t, $1, 6; lop3.b32 $0, t, $2, $3, 0xEA; }"
 
 
 @triton.jit
-def digit(word, i: tl.constexpr, selector, ASM: tl.constexpr):
-    """Digit i of int16 words under a mask of 3, 2 or 1, as float16: its value plus 2^(10 - bit)."""
-    bit: tl.constexpr = digit_bit(i)
+def digit(word, p: tl.constexpr, selector, ASM: tl.constexpr):
+    """The digit at position p of int16 words, under a mask of 3, 2 or 1.
+
+    As float16: its value plus 2^(10 - bit).
+    """
+    bit: tl.constexpr = digit_bit(p)
     magic: tl.constexpr = (25 - bit) << 10
     # A choice of constants: a mask that is computed, and `elif` too, would keep the compiler from
     # bringing words, rather than digits, to the threads that need them.
@@ -72,10 +75,10 @@ def digit(word, i: tl.constexpr, selector, ASM: tl.constexpr):
     if ASM:
         g = tl.full(word.shape, magic, tl.int16)
         made = tl.inline_asm_elementwise(
-            assembly(i), "=r,r,r,r", [word, mask, g], dtype=tl.float16, is_pure=True, pack=2
+            assembly(p), "=r,r,r,r", [word, mask, g], dtype=tl.float16, is_pure=True, pack=2
         )
     else:
-        shifted = (word << 4) if i < 2 else (word if i < 5 else (word >> 6))
+        shifted = (word << 4) if p < 2 else (word if p < 5 else (word >> 6))
         made = ((shifted & mask) | magic).to(tl.int16).to(tl.float16, bitcast=True)
     return made
 

@@ -7,12 +7,14 @@ The slices of a weight are put together first: one product for a weight, whateve
 At 2 bits words are digits as they are (`triton_tiles.digit`). Words of two slices become two words
 of 4-bit fields, one for even and one for odd positions, and words of four slices four words of
 8-bit fields, by one shift and one selection of bits each; what is missing of a field is zero. A
-field becomes a float16 in the mantissa of a power of two,
+field becomes a float16 by masking alone, in the mantissa of a subnormal number: at bit m it is
 
-    2^10 at fields of 8 bits, 2^6 at 4     plus     q = code >> (8 - f)
+    q 2^(m - 24)     where     q = code >> (8 - f)
 
-for f bits a field. The weight of b bits is s 2^(2-f) (q + 2^(f-b) / 2 - 2^(f-2) z); what is added
-to q is taken off by sums of the tokens, per group.
+for f bits a field. Matrix units take subnormal numbers as they are (Khattak and Mikaitis, arXiv
+2512.07004, for all from the V100 on). Fields of 8 bits lie at bit 0, those of 4 bits at 0 or 4, all
+of a group alike. The weight of w bits is s 2^(2-f) (q + 2^(f-w) / 2 - 2^(f-2) z); what does not
+depend on the code is multiplied by sums of the tokens, per group.
 
 Legend: N' N padded, B blocks of 256 inputs, G groups, T tokens, L linears of one input.
 """
@@ -23,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mbq.kernels.digits import Digits
-from mbq.kernels.triton_prepare import Prepared
+from mbq.kernels.triton_prepare import Prepared, position_of
 from mbq.kernels.triton_tiles import Tile, digit, finish, halves, launch, row_of
 
 # Triton runs these at compile time; it reads them, too, hence their plainness.
@@ -36,9 +38,15 @@ def field_bits(bits: int) -> int:
 
 
 @triton.constexpr_function
-def bias(bits: int) -> int:
-    """What a float16 that was made of a field of 4 or 8 bits has more than the field."""
-    return 64 if bits <= 4 else 1024
+def field_bit(p: int, bits: int) -> int:
+    """The bit of a float16 at which the field at position p, of 4 or 8 bits, lies."""
+    return 4 if bits <= 4 and p // 2 % 2 else 0
+
+
+@triton.constexpr_function
+def field_one(p: int, bits: int) -> float:
+    """What a field of 1 at position p adds to a float16; digits of 2 bits are whole numbers."""
+    return 1.0 if bits == 2 else 2.0 ** (field_bit(p, bits) - 24)
 
 
 @triton.constexpr_function
@@ -70,14 +78,14 @@ def paired(registers: str, cut: str) -> str:
 
 
 @triton.constexpr_function
-def extracting(i: int, bits: int) -> str:
-    """PTX that makes float16 of the fields at position i ($0), of a word that holds them ($1)."""
-    by = 4 - 4 * (i // 2) if bits <= 4 else -8 * (i // 4)
-    ends = "0x00F000F0, 0x54005400" if bits <= 4 else "0x00FF00FF, 0x64006400"
-    if by == 0:
-        return "lop3.b32 $0, $1, " + ends + ", 0xEA;"
-    moved = "shl.b32 t, $1, " + str(by) if by > 0 else "shr.u32 t, $1, " + str(-by)
-    return "{ .reg .b32 t; " + moved + "; lop3.b32 $0, t, " + ends + ", 0xEA; }"
+def extracting(p: int, bits: int) -> str:
+    """PTX that makes float16 of the fields at position p ($0), of a word that holds them ($1)."""
+    if bits > 4:
+        return "and.b32 $0, $1, 0x00FF00FF;" if p < 4 else "prmt.b32 $0, $1, 0, 0x4341;"
+    mask = "0x00F000F0" if field_bit(p, bits) else "0x000F000F"
+    if p < 4:
+        return "and.b32 $0, $1, " + mask + ";"
+    return "{ .reg .b32 t; shr.u32 t, $1, 8; and.b32 $0, t, " + mask + "; }"
 
 
 @triton.jit
@@ -106,32 +114,32 @@ def _combined(first, second, third, fourth, BITS: tl.constexpr, SLICES: tl.const
 
 
 @triton.jit
-def _extracted(zeroth, first, second, third, i: tl.constexpr, BITS: tl.constexpr):
-    """The fields at position i plus `bias`, as float16."""
+def _extracted(zeroth, first, second, third, p: tl.constexpr, BITS: tl.constexpr):
+    """The fields at position p, as float16."""
     word = zeroth
-    if i % 4 == 1:
+    if p % 4 == 1:
         word = first
-    if i % 4 == 2:
+    if p % 4 == 2:
         word = second
-    if i % 4 == 3:
+    if p % 4 == 3:
         word = third
     return tl.inline_asm_elementwise(
-        extracting(i, BITS), "=r,r", [word], dtype=tl.float16, is_pure=True, pack=2
+        extracting(p, BITS), "=r,r", [word], dtype=tl.float16, is_pure=True, pack=2
     )
 
 
 @triton.jit
 def _defined(
-    first, second, third, fourth, i: tl.constexpr, BITS: tl.constexpr, SLICES: tl.constexpr
+    first, second, third, fourth, p: tl.constexpr, BITS: tl.constexpr, SLICES: tl.constexpr
 ):
     """What both together give; in the interpreter."""
-    code = ((first >> (2 * i)) & 3) << 2 | ((second >> (2 * i)) & 3)
+    code = ((first >> (2 * p)) & 3) << 2 | ((second >> (2 * p)) & 3)
     if SLICES > 2:
-        code = (code << 2) | ((third >> (2 * i)) & 3)
+        code = (code << 2) | ((third >> (2 * p)) & 3)
     if SLICES > 3:
-        code = (code << 2) | ((fourth >> (2 * i)) & 3)
-    code = code >> (2 * SLICES - BITS) << (field_bits(BITS) - BITS)
-    return (code + bias(BITS)).to(tl.float16)
+        code = (code << 2) | ((fourth >> (2 * p)) & 3)
+    field = code >> (2 * SLICES - BITS) << (field_bits(BITS) - BITS)
+    return (field << field_bit(p, BITS)).to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
@@ -144,9 +152,12 @@ def _summed(
     """A part of a tile of sums, at one width."""
     part = tl.program_id(1)
     j = tl.arange(0, 32)
-    GROUP_CHUNKS: tl.constexpr = 8 // BLOCK_GROUPS
+    # Sums are restarted at every group, and where fields begin to lie elsewhere.
+    PARTS: tl.constexpr = BLOCK_GROUPS if BLOCK_GROUPS > 1 else 2
+    PART_CHUNKS: tl.constexpr = 8 // PARTS
     SLICES: tl.constexpr = (BITS + 1) // 2
     FIELD: tl.constexpr = field_bits(BITS)
+    LARGEST: tl.constexpr = field_one(2, BITS)
     # Bins of a field in one of 2 bits, and half a bin of this width.
     FINER: tl.constexpr = (1 << FIELD) // 4
     HALF: tl.constexpr = (1 << (FIELD - BITS)) / 2
@@ -165,28 +176,29 @@ def _summed(
             w0, w1, w2, w3 = _combined(first, second, third, fourth, BITS, SLICES)
         # What is padded repeats the last token, and is thrown away.
         x_at = x_ptr + tl.minimum(t, tokens - 1)[None, :] * inputs + block * 256 + j[:, None]
-        for h in tl.static_range(BLOCK_GROUPS):
-            group = block * BLOCK_GROUPS + h
+        for h in tl.static_range(PARTS):
+            group = block * BLOCK_GROUPS + h * BLOCK_GROUPS // PARTS
             s, z = halves(tl.load(scale_zero_ptr + group * rows + n))
-            sums = tl.load(sum_ptr + group * padded_tokens + t)
-            if SLICES == 1:
-                biases = tl.load(bias_sum_ptr + group * padded_tokens + t)
-                acc = (HALF - z)[:, None] * sums[None, :] - biases[None, :]
-            else:
-                acc = (HALF - bias(BITS) - FINER * z)[:, None] * sums[None, :]
-            for c in tl.static_range(GROUP_CHUNKS):
-                x = tl.load(x_at + (h * GROUP_CHUNKS + c) * 32)
+            one = field_one(position_of(h * PART_CHUNKS), BITS)
+            acc = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
+            if h * BLOCK_GROUPS % PARTS == 0:
+                sums = tl.load(sum_ptr + group * padded_tokens + t)
+                acc = (HALF * one - FINER * one * z)[:, None] * sums[None, :]
                 if SLICES == 1:
-                    codes = digit(first, h * GROUP_CHUNKS + c, 3, ASM)
+                    acc -= tl.load(bias_sum_ptr + group * padded_tokens + t)[None, :]
+            for c in tl.static_range(PART_CHUNKS):
+                x = tl.load(x_at + (h * PART_CHUNKS + c) * 32)
+                if SLICES == 1:
+                    codes = digit(first, position_of(h * PART_CHUNKS + c), 3, ASM)
                 elif ASM:
-                    codes = _extracted(w0, w1, w2, w3, h * GROUP_CHUNKS + c, BITS)
+                    codes = _extracted(w0, w1, w2, w3, position_of(h * PART_CHUNKS + c), BITS)
                 else:
                     codes = _defined(
-                        first, second, third, fourth, h * GROUP_CHUNKS + c, BITS, SLICES
+                        first, second, third, fourth, position_of(h * PART_CHUNKS + c), BITS, SLICES
                     )
                 acc = tl.dot(codes, x, acc)
-            total += (s * (1.0 / FINER))[:, None] * acc
-    return total
+            total += (s * (LARGEST / one))[:, None] * acc
+    return total * (1.0 / (FINER * LARGEST))
 
 
 # Fewer variants to compile: these need no alignment.

@@ -19,6 +19,7 @@ def test_words_of_known_codes() -> None:
     code = torch.zeros(2, 256, dtype=torch.uint8)
     code[0, 0] = 0b11_00_00_00  # input 0: position 0 of word 0
     code[1, 37] = 0b00_10_00_01  # input 32 + 5: position 1 of word 5
+    code[1, 70] = 0b01_00_00_00  # input 64 + 6: position 4 of word 6
     code[1, 255] = 0b10_00_00_00  # input 224 + 31: position 7 of word 31, in the sign
     digits = _pack(code, 128).digits_SBN32
     assert digits.shape == (4, 1, 128, 32)
@@ -26,7 +27,8 @@ def test_words_of_known_codes() -> None:
     assert digits[1, 0, 1, 5] == 2 << 2
     assert digits[3, 0, 1, 5] == 1 << 2
     assert digits[0, 0, 1, 31] == -(2**15)
-    assert digits.count_nonzero() == 4
+    assert digits[0, 0, 1, 6] == 1 << 8
+    assert digits.count_nonzero() == 5
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,13 @@ from mbq.kernels.quantize import pack_pair
 from mbq.kernels.reference import routed_linear
 from mbq.kernels.triton_prepare import prepare
 from mbq.kernels.triton_tiles import Tile
-from mbq.kernels.triton_uniform import bias, combining, extracting, field_bits, multiply_uniform
+from mbq.kernels.triton_uniform import (
+    combining,
+    extracting,
+    field_bits,
+    field_one,
+    multiply_uniform,
+)
 from mbq.kernels.widths import CODE_BITS, WIDTHS, slices_of
 from tests.support.ptx import emulate
 from tests.support.weights import error, random_weight
@@ -111,4 +117,4 @@ def test_assembly_puts_codes_together(bits: int) -> None:
             digit = (original.view(np.uint16) >> np.uint16(2 * position)) & np.uint16(3)
             code |= digit << np.uint16(CODE_BITS - 2 * (e + 1))
         field = code >> np.uint16(CODE_BITS - bits) << np.uint16(fields - bits)
-        assert np.array_equal(made.astype(np.float64), bias(bits) + field.astype(np.float64))
+        assert np.array_equal(made.astype(np.float64), field_one(position, bits) * field)

@@ -7,7 +7,7 @@ Register = NDArray[np.uint32]
 
 
 def emulate(body: str, registers: dict[str, Register]) -> dict[str, Register]:
-    """What an assembly string leaves in registers: shl, shr, mov, and and lop3, no more."""
+    """What an assembly string leaves in registers: shl, shr, mov, and, prmt and lop3, no more."""
     held = dict(registers)
     shape = next(iter(registers.values()))
 
@@ -26,6 +26,8 @@ def emulate(body: str, registers: dict[str, Register]) -> dict[str, Register]:
             held[target] = value(operands[0]) >> np.uint32(int(operands[1]))
         elif operation == "mov.b32":
             held[target] = value(operands[0])
+        elif operation == "prmt.b32":
+            held[target] = _prmt(*map(value, operands))
         elif operation == "and.b32":
             held[target] = value(operands[0]) & value(operands[1])
         else:
@@ -33,6 +35,17 @@ def emulate(body: str, registers: dict[str, Register]) -> dict[str, Register]:
             *sources, table = operands
             held[target] = _lop3(*map(value, sources), table=int(table, 0))
     return held
+
+
+def _prmt(a: Register, b: Register, selector: Register) -> Register:
+    """Of the eight bytes of a and, above it, b, those that the four low digits of selector name."""
+    together = b.astype(np.uint64) << np.uint64(32) | a
+    out = np.zeros_like(a)
+    for place in range(4):
+        named = (selector >> np.uint32(4 * place) & np.uint32(7)).astype(np.uint64)
+        byte = (together >> (np.uint64(8) * named) & np.uint64(255)).astype(np.uint32)
+        out |= byte << np.uint32(8 * place)
+    return out
 
 
 def _lop3(a: Register, b: Register, c: Register, table: int) -> Register:
