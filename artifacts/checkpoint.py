@@ -26,10 +26,8 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from mbq.artifacts.source import Source
-from mbq.artifacts.spec import FORMAT_VERSION, WORD_INPUTS
+from mbq.artifacts.spec import WORD_INPUTS
 from mbq.artifacts.tensors import Entry
 from mbq.kernels.widths import SLICE_BITS, WIDTHS, slices_of, steps_up_to
 
@@ -165,46 +163,8 @@ def index_document(shards: Iterable[Shard]) -> bytes:
     """The index that transformers reads: every tensor and its file."""
     weight_map = {entry.name: shard.file for shard in shards for entry in shard.entries}
     total = sum(entry.size_bytes for shard in shards for entry in shard.entries)
-    return _json({"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def routing_document(
-    method: str, max_bits: int, shape: RouterShape, linears: Sequence[Linear], curves: Any
-) -> dict[str, Any]:
-    """The part of `quantization_config` that describes the routers.
-
-    Args:
-        curves: by ceiling in bits, `average_bits` and their `log_thresholds`.
-    """
-    return {
-        "method": method,
-        "max_bits": max_bits,
-        "width": shape.width,
-        "knots": shape.knots,
-        "routers": {name: list(served) for name, served in find_routers(linears).items()},
-        "curves": curves,
-    }
-
-
-def config_document(
-    source: Source,
-    max_bits: int,
-    group_size: int,
-    linears: Sequence[Linear],
-    routing: Mapping[str, Any] | None,
-) -> bytes:
-    """The source's config.json with `quantization_config` added."""
-    config = dict(source.config)
-    config["quantization_config"] = {
-        "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
-        "max_bits": max_bits,
-        "group_size": group_size,
-        "packing": PACKING,
-        "linears": sorted({linear.local_name for linear in linears}),
-        "routing": routing,
-    }
-    return _json(config)
+    document = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return json.dumps(document, indent=2, sort_keys=True).encode() + b"\n"
 
 
 def slice_files(shards: Iterable[Shard], slices: int) -> tuple[tuple[str, ...], ...]:
@@ -212,20 +172,12 @@ def slice_files(shards: Iterable[Shard], slices: int) -> tuple[tuple[str, ...], 
     return tuple(tuple(shard.file for shard in shards if shard.slice == e) for e in range(slices))
 
 
-def plane_name(linear: str, plane: int) -> str:
-    return f"{linear}.plane_{plane}"
-
-
-def gain_bias_name(linear: str, bits: int) -> str:
-    return f"{linear}.gain_bias_{bits}"
-
-
 def _slice_entries(linear: Linear, e: int) -> list[Entry]:
     words = (linear.out_features, linear.in_features // WORD_INPUTS)
     planes = range(SLICE_BITS * e, SLICE_BITS * (e + 1))
-    entries = [Entry(plane_name(linear.name, p), "I32", words) for p in planes]
+    entries = [Entry(f"{linear.name}.plane_{p}", "I32", words) for p in planes]
     completed = [bits for bits in WIDTHS if slices_of(bits) == e + 1]
-    names = [gain_bias_name(linear.name, bits) for bits in completed]
+    names = [f"{linear.name}.gain_bias_{bits}" for bits in completed]
     return [*entries, *(Entry(name, "I32", (linear.out_features,)) for name in names)]
 
 
@@ -267,7 +219,3 @@ def _split(
         )
         for number, file in enumerate(files, start=1)
     ]
-
-
-def _json(document: Mapping[str, Any]) -> bytes:
-    return json.dumps(document, indent=2, sort_keys=True).encode() + b"\n"

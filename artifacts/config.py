@@ -1,20 +1,21 @@
-"""`config.json` of a packed checkpoint, as it is read: nothing in it is believed unseen.
+"""`config.json` of a packed checkpoint: the source's, with `quantization_config`.
 
 `quantization_config` says how many bits are there, which linears are elastic, and how routers
-share bits; `checkpoint.py` writes it. A config that is cut to fewer bits differs in `max_bits`
-only, so the original can be made from it.
+share bits. Nothing that is read is believed unseen. A config that is cut to fewer bits differs in
+`max_bits` only, so the original can be made from it.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from mbq.artifacts.checkpoint import PACKING, QUANT_METHOD
+from mbq.artifacts.checkpoint import PACKING, QUANT_METHOD, Linear, RouterShape, find_routers
 from mbq.artifacts.errors import CorruptError
 from mbq.artifacts.spec import FORMAT_VERSION, Document, explain
 
+CONFIG_FILE = "config.json"
 # The largest known has some hundred kilobytes.
 MAX_CONFIG_BYTES = 4 * 1024 * 1024
 
@@ -39,7 +40,15 @@ class StoredCurve(Document):
 
 
 class StoredRouting(Document):
-    """How bits are shared; fields as `checkpoint.routing_document` writes them."""
+    """How bits are shared.
+
+    Attributes:
+        max_bits: those that the routers are made for, however many are there.
+        width: rows of a router's trunk; None without scores.
+        knots: points of a router's map from score to earnings.
+        routers: the linears that each router of a block serves, by names inside the block.
+        curves: by ceiling in bits.
+    """
 
     method: str
     max_bits: _MaxBits
@@ -50,19 +59,65 @@ class StoredRouting(Document):
 
 
 class Quantization(Document):
-    """`quantization_config`; fields as `checkpoint.config_document` writes them."""
+    """`quantization_config`; linears by names inside a block, without routing only 2 bits."""
 
-    quant_method: str
-    format_version: int
+    quant_method: str = QUANT_METHOD
+    format_version: int = FORMAT_VERSION
     max_bits: _MaxBits
     group_size: Annotated[int, Field(strict=True, ge=32, le=4096, multiple_of=32)]
-    packing: str
+    packing: str = PACKING
     linears: _Names
     routing: StoredRouting | None
 
 
+def describe_routing(
+    method: str,
+    max_bits: int,
+    shape: RouterShape,
+    linears: Sequence[Linear],
+    curves: Mapping[int, StoredCurve],
+) -> StoredRouting:
+    """How the linears of a model share bits, by curves of all ceilings."""
+    return StoredRouting(
+        method=method,
+        max_bits=max_bits,
+        width=shape.width,
+        knots=shape.knots,
+        routers={name: list(served) for name, served in find_routers(linears).items()},
+        curves=dict(curves),
+    )
+
+
+def write_config(
+    source: Mapping[str, Any],
+    max_bits: int,
+    group_size: int,
+    linears: Sequence[Linear],
+    routing: StoredRouting | None,
+) -> bytes:
+    """The config.json of a packed checkpoint, from that of its source."""
+    quantization = Quantization(
+        max_bits=max_bits,
+        group_size=group_size,
+        linears=sorted({linear.local_name for linear in linears}),
+        routing=routing,
+    )
+    document = {**source, "quantization_config": quantization.model_dump(mode="json")}
+    return json.dumps(document, indent=2, sort_keys=True).encode() + b"\n"
+
+
+def read_config(config: bytes) -> Quantization | None:
+    """`quantization_config` of a config.json; None if it is not of our method.
+
+    Raises:
+        CorruptError: it is no config.json, of another format, or nonsense.
+    """
+    stored = _stored(config)
+    return None if stored is None else check_quantization(stored)
+
+
 def check_quantization(stored: Mapping[str, Any]) -> Quantization:
-    """Read `quantization_config`.
+    """Read a parsed `quantization_config`.
 
     Raises:
         CorruptError: it is of another format, or nonsense.
@@ -77,17 +132,6 @@ def check_quantization(stored: Mapping[str, Any]) -> Quantization:
         return Quantization.model_validate(stored)
     except ValidationError as error:
         raise CorruptError(f"config.json: {explain(error)}; fetch it again") from error
-
-
-def stored_quantization(config: bytes) -> dict[str, Any] | None:
-    """`quantization_config` of a config.json, unchecked; None if it is not of our method.
-
-    Raises:
-        CorruptError: it is no config.json at all.
-    """
-    quantized = _parse(config).get("quantization_config")
-    ours = isinstance(quantized, dict) and quantized.get("quant_method") == QUANT_METHOD
-    return quantized if ours else None
 
 
 def config_bits(config: bytes) -> int:
@@ -129,8 +173,15 @@ def _parse(config: bytes) -> dict[str, Any]:
     return document
 
 
+def _stored(config: bytes) -> dict[str, Any] | None:
+    """`quantization_config`, unchecked; None if it is not of our method."""
+    quantized = _parse(config).get("quantization_config")
+    ours = isinstance(quantized, dict) and quantized.get("quant_method") == QUANT_METHOD
+    return quantized if ours else None
+
+
 def _quantized(config: bytes) -> dict[str, Any]:
-    quantized = stored_quantization(config)
+    quantized = _stored(config)
     if quantized is None:
         raise CorruptError("config.json is not that of a packed checkpoint; fetch it again")
     return quantized

@@ -1,15 +1,18 @@
-"""Every error this project raises on purpose. A message gives the value, the rule and the remedy.
+"""The errors of this project. A message gives the value, the rule and the remedy.
 
     MbqError                 something failed; exit code 1
     +-- InputError           what the user typed or wrote cannot work; exit code 2
     +-- NotFoundError        a run, a file or a preset does not exist; exit code 3
     +-- StoreError           the object store refused or lost something; may pass when tried again
+    +-- NumericError         a loss, a gradient or an input is not finite
     +-- CorruptError         bytes differ from what their digest, header or index promises
     +-- KernelError          a packed linear computes something wrong on this machine
     +-- RunError             a run ended without a checkpoint
     +-- ClusterError         the cluster stopped answering, or is unfit
 
-All of them take one message, so they survive pickling between processes.
+Stores, clusters and drivers have kinds of their own (`Refused`, `UploadLost`; `TaskCrashed`,
+`InputLost`; `Stopped`, `Superseded`), where they raise them. `kernels/`, which imports nothing of
+ours, raises ValueError and RuntimeError. All can be pickled between processes.
 """
 
 
@@ -29,6 +32,10 @@ class StoreError(MbqError):
     pass
 
 
+class NumericError(MbqError):
+    pass
+
+
 class CorruptError(MbqError):
     pass
 
@@ -43,3 +50,8 @@ class RunError(MbqError):
 
 class ClusterError(MbqError):
     pass
+
+
+def first_line(error: BaseException) -> str:
+    """What a foreign error says, in one line; its name if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from mbq.artifacts.errors import InputError, MbqError, StoreError
+from mbq.artifacts.errors import InputError, MbqError, StoreError, first_line
 from mbq.artifacts.tensors import Entry
 
 
@@ -89,8 +89,7 @@ def _errors(repository: str, unreachable: type[MbqError] = InputError) -> Iterat
     except MbqError:
         raise
     except Exception as error:  # the client passes on whatever its HTTP library raises
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise unreachable(
-            f"model.source: cannot read {repository} from the Hub ({reason}); check the network, "
-            "or give a local folder"
+            f"model.source: cannot read {repository} from the Hub ({first_line(error)}); check the "
+            "network, or give a local folder"
         ) from error

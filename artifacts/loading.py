@@ -28,7 +28,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mbq.artifacts.checkpoint import PACKING, QUANT_METHOD, RouterShape
-from mbq.artifacts.config import check_quantization, stored_quantization
+from mbq.artifacts.config import CONFIG_FILE, check_quantization, read_config
 from mbq.artifacts.elastic import add_routers, replace_linears
 from mbq.artifacts.errors import CorruptError, InputError, NotFoundError
 from mbq.artifacts.precision import realised_bits, set_average_bits, set_bits, set_policy
@@ -59,12 +59,12 @@ def load_model(
     if "://" in str(path):
         raise InputError(f"{path} is no folder here; `mbq-cluster pull {path} DIR`, then load DIR")
     path = Path(path).expanduser()
-    if not (path / "config.json").is_file():
-        raise NotFoundError(f"{path} holds no config.json; give the folder of a packed checkpoint")
-    stored = stored_quantization((path / "config.json").read_bytes())
-    if stored is None:
+    if not (path / CONFIG_FILE).is_file():
+        raise NotFoundError(
+            f"{path} holds no {CONFIG_FILE}; give the folder of a packed checkpoint"
+        )
+    if read_config((path / CONFIG_FILE).read_bytes()) is None:
         raise NotFoundError(f"{path} is not a checkpoint packed by mbq-cluster")
-    check_quantization(stored)
     config = AutoConfig.from_pretrained(path)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -84,7 +84,7 @@ def load_model(
 
 
 class MbqConfig(QuantizationConfigMixin):
-    """`quantization_config` of a packed checkpoint; fields as `config_document` writes them."""
+    """`quantization_config` as transformers holds it; fields are those of `config.Quantization`."""
 
     def __init__(
         self,

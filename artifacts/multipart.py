@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
-from mbq.artifacts.errors import StoreError
+from mbq.artifacts.errors import InputError, StoreError
 from mbq.artifacts.spans import Span, md5_of, size_of
 
 # A store allows 10,000 parts: objects up to 156 GiB. Files of a checkpoint are 4 GiB at most.
@@ -76,7 +76,8 @@ def write_parts(upload: Upload, spans: Iterator[Span]) -> None:
     """Send spans as the parts of an upload and complete it.
 
     Raises:
-        StoreError: the store failed; the upload stays, to be taken up again.
+        StoreError, InputError: the store failed, or refused the credentials; the upload stays, to
+            be taken up again.
     """
     stored = upload.stored_parts()
     sent: list[SentPart] = []
@@ -92,11 +93,12 @@ def write_parts(upload: Upload, spans: Iterator[Span]) -> None:
                     break
                 flying.append(pool.submit(_send, upload, number, span, stored.get(number)))
             sent += [future.result() for future in flying]
-    except StoreError:
+    except (StoreError, InputError):
+        # The store failed, or the credentials for it.
         raise
     except Exception:
-        # The source of the bytes failed, not the store: nobody will take this upload up.
-        with contextlib.suppress(StoreError):
+        # The source of the bytes failed: nobody will take this upload up.
+        with contextlib.suppress(StoreError, InputError):
             upload.abort()
         raise
     try:

@@ -13,18 +13,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from mbq.artifacts.checkpoint import INDEX_FILE, Shard, index_document
-from mbq.artifacts.config import config_bits, cut_config
+from mbq.artifacts.config import CONFIG_FILE, MAX_CONFIG_BYTES, config_bits, cut_config
 from mbq.artifacts.digests import PART_BYTES, CheckedObject, Digest, part_size, read_part
 from mbq.artifacts.errors import CorruptError, InputError, NotFoundError
 from mbq.artifacts.keys import MANIFEST_FILE
 from mbq.artifacts.manifest import Manifest
-from mbq.artifacts.sealed import MAX_DOCUMENT_BYTES, get_document
+from mbq.artifacts.sealed import get_document
 from mbq.artifacts.spec import FORMAT_VERSION
 from mbq.artifacts.store import Store
 from mbq.artifacts.tensors import open_tensors
 from mbq.kernels.widths import SLICE_BITS
 
-CONFIG_FILE = "config.json"
 # What transformers looks for before the index.
 _PREFERRED_FILES = ("model.safetensors", "adapter_config.json")
 READERS = 8
@@ -62,7 +61,7 @@ class PackedCheckpoint:
     def config(self, max_bits: int) -> bytes:
         """The config of the checkpoint cut to `max_bits`. Raises NotFoundError, CorruptError."""
         digest = self.manifest.files[CONFIG_FILE]
-        if digest.size_bytes > MAX_DOCUMENT_BYTES:
+        if digest.size_bytes > MAX_CONFIG_BYTES:
             raise CorruptError(f"{CONFIG_FILE} has {digest.size_bytes:,} bytes; no config has")
         config = CheckedObject(self.store, CONFIG_FILE, digest).read()
         if cut_config(config, self.manifest.max_bits) != config:
@@ -123,7 +122,7 @@ def verify(checkpoint: PackedCheckpoint, report: Report) -> list[str]:
     """
     store, manifest = checkpoint.store, checkpoint.manifest
     try:
-        config = store.read(CONFIG_FILE, 0, MAX_DOCUMENT_BYTES)
+        config = store.read(CONFIG_FILE, 0, MAX_CONFIG_BYTES + 1)
         max_bits = config_bits(config)
         whole = cut_config(config, manifest.max_bits)
     except (NotFoundError, CorruptError) as error:

@@ -10,10 +10,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from mbq.artifacts.config import check_quantization
 from mbq.artifacts.elastic import elastic_linears
 from mbq.artifacts.errors import CorruptError, InputError
-from mbq.kernels.linear import ElasticLinear
-from mbq.kernels.router import Curve, Precision, Router
+from mbq.kernels.router import Curve, Precision, Router, refresh
 from mbq.kernels.widths import SLICE_BITS
 
 
@@ -86,12 +86,10 @@ def set_policy(model: PreTrainedModel, policy: Callable[[], float] | None) -> No
 
 def _start_over(model: nn.Module) -> None:
     """A new width: captured graphs are told, and counting begins again."""
-    for module in model.modules():
-        if isinstance(module, Router):
-            module.refresh()
-        elif isinstance(module, ElasticLinear):
-            module.reset_tally()
-            module.shared.release()
+    refresh(module for module in model.modules() if isinstance(module, Router))
+    for linear in elastic_linears(model):
+        linear.reset_tally()
+        linear.shared.release()
 
 
 def _generate_as_told(model: Any, policy: Callable[[], float], *args: Any, **kwargs: Any) -> Any:
@@ -101,16 +99,15 @@ def _generate_as_told(model: Any, policy: Callable[[], float], *args: Any, **kwa
 
 def _curve(model: PreTrainedModel, precision: Precision) -> Curve:
     """The budget curve of the loaded ceiling."""
-    config = model.config.quantization_config
-    routing = config["routing"] if isinstance(config, dict) else config.routing
     ceiling = precision.max_bits
     if ceiling == SLICE_BITS:
         return Curve((float(SLICE_BITS),), (0.0,))
-    try:
-        stored = routing["curves"][str(ceiling)]
-        return Curve(tuple(stored["average_bits"]), tuple(stored["log_thresholds"]))
-    except (KeyError, TypeError) as error:
+    config = model.config.quantization_config
+    routing = check_quantization(config if isinstance(config, dict) else vars(config)).routing
+    if routing is None or ceiling not in routing.curves:
         raise CorruptError(
             f"the checkpoint has no thresholds for {ceiling} bits: its config.json is incomplete; "
             "fetch it again"
-        ) from error
+        )
+    stored = routing.curves[ceiling]
+    return Curve(stored.average_bits, stored.log_thresholds)

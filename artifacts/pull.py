@@ -19,13 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mbq.artifacts.checkpoint import INDEX_FILE
-from mbq.artifacts.config import config_bits, cut_config
+from mbq.artifacts.config import CONFIG_FILE, config_bits, cut_config
 from mbq.artifacts.digests import Digest, is_part, read_part
 from mbq.artifacts.errors import CorruptError, InputError, StoreError
 from mbq.artifacts.keys import MANIFEST_FILE
 from mbq.artifacts.manifest import Manifest
 from mbq.artifacts.packed import (
-    CONFIG_FILE,
     READERS,
     PackedCheckpoint,
     Piece,

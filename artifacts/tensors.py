@@ -26,8 +26,12 @@ ALIGNMENT_BYTES = 4096
 # The library allows 100 MB, which as JSON of the worst kind are gigabytes of objects.
 _MAX_HEADER_BYTES = 16 * 1024 * 1024
 _MAX_ELEMENTS = 2**60
-# Those that a checkpoint we quantize or write may hold.
-_DTYPE_BYTES = {"U8": 1, "I32": 4, "I64": 8, "F16": 2, "BF16": 2, "F32": 4}
+_DTYPE_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64"), 8),
+}
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ def open_tensors(store: Store, key: str, digest: Digest | None = None) -> Tensor
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object in which no name stands twice, which readers would understand differently."""
+    """A JSON object that repeats no name: parsers disagree on which of its values counts."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a name stands there twice")

@@ -78,12 +78,14 @@ def start_head(state_folder: Path) -> Head:
 
 def stop_head(state_folder: Path, head: Head) -> None:
     """Stop the head and everything that runs on it."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(head.pid, signal.SIGTERM)
-    deadline = time.monotonic() + _STOP_SECONDS
-    while _start_time(head.pid) == head.started and time.monotonic() < deadline:
-        time.sleep(_POLL_SECONDS)
-    _kill_group(head.pid)
+    # Of a head that is gone the group may be left; another process of its number is a stranger.
+    if _start_time(head.pid) in (head.started, ""):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(head.pid, signal.SIGTERM)
+        deadline = time.monotonic() + _STOP_SECONDS
+        while _start_time(head.pid) == head.started and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        _kill_group(head.pid)
     (state_folder / "head.json").unlink(missing_ok=True)
     shutil.rmtree(head.session_folder, ignore_errors=True)
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mbq.artifacts.errors import ClusterError, InputError, NotFoundError
+from mbq.artifacts.errors import ClusterError, InputError, NotFoundError, first_line
 
 _JOB = re.compile(r"mbq-([0-9a-f]{12})-a(\d+)")
 # ray would go to these rather than to the address that it is given.
@@ -74,7 +74,7 @@ class Jobs:
                 else "check --address, or leave it out to use a local Ray"
             )
             raise InputError(
-                f"cluster: cannot reach {address} ({_reason(error)}); {remedy}"
+                f"cluster: cannot reach {address} ({first_line(error)}); {remedy}"
             ) from error
 
     def submit(
@@ -95,7 +95,7 @@ class Jobs:
             )
         except Exception as error:
             raise ClusterError(
-                f"cluster: {self.address} refused the job: {_reason(error)}"
+                f"cluster: {self.address} refused the job: {first_line(error)}"
             ) from error
 
     def list(self) -> list[JobInfo]:
@@ -104,7 +104,7 @@ class Jobs:
             jobs = self._client.list_jobs()
         except Exception as error:
             raise ClusterError(
-                f"cluster: {self.address} does not answer: {_reason(error)}"
+                f"cluster: {self.address} does not answer: {first_line(error)}"
             ) from error
         infos = [info for job in jobs if (info := _info(job)) is not None]
         return sorted(infos, key=lambda info: (info.run, info.attempt))
@@ -123,7 +123,7 @@ class Jobs:
             self._client.stop_job(f"mbq-{info.run}-a{info.attempt}")
         except Exception as error:
             raise ClusterError(
-                f"cluster: {self.address} did not stop run {info.run}: {_reason(error)}"
+                f"cluster: {self.address} did not stop run {info.run}: {first_line(error)}"
             ) from error
 
     def logs(self, info: JobInfo) -> str:
@@ -131,7 +131,7 @@ class Jobs:
             return self._client.get_job_logs(f"mbq-{info.run}-a{info.attempt}")
         except Exception as error:
             raise NotFoundError(
-                f"the cluster has no logs of run {info.run}: {_reason(error)}"
+                f"the cluster has no logs of run {info.run}: {first_line(error)}"
             ) from error
 
 
@@ -146,7 +146,3 @@ def _info(job: Any) -> JobInfo | None:
         message=str(job.message or ""),
         store=(job.metadata or {}).get("store", ""),
     )
-
-
-def _reason(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -19,7 +19,7 @@ from ray import exceptions
 from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mbq.artifacts.errors import ClusterError, MbqError, RunError
+from mbq.artifacts.errors import ClusterError, MbqError, RunError, first_line
 from mbq.cluster.runner import Call, Handle, InputLost, TaskCrashed, TaskResources
 
 _LOST = (
@@ -73,7 +73,7 @@ def _run(call: Call, board: Any, *arguments: Any) -> tuple[Any, None]:
     except Exception as error:
         # Foreign exceptions may not survive the way back; the task's log keeps the whole of it.
         traceback.print_exc()
-        raise RunError(f"{type(error).__name__}: {_first_line(error)}") from None
+        raise RunError(f"{type(error).__name__}: {first_line(error)}") from None
 
 
 class RayRunner:
@@ -188,13 +188,9 @@ def _get(reference: Any) -> Any:
             raise InputLost(str(cause)) from error
         raise cause from error
     except _LOST as error:
-        raise InputLost(_first_line(error)) from error
+        raise InputLost(first_line(error)) from error
     except _CRASHED as error:
-        raise TaskCrashed(_first_line(error)) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise TaskCrashed(first_line(error)) from error
 
 
 def _last_line(error: BaseException) -> str:

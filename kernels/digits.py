@@ -24,6 +24,7 @@ group, S slices, W widths.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class Digits:
     in_features: int
     group_size: int
 
-    @property
+    @cached_property
     def starts(self) -> tuple[int, ...]:
         """The first row of each linear, and the end of the last."""
         rows = (-(-features // ROW_MULTIPLE) * ROW_MULTIPLE for features in self.out_features)

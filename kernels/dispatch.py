@@ -12,7 +12,7 @@ Other shapes take a rule of thumb: enough programs to fill the device a few time
 import dataclasses
 import json
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -57,8 +57,14 @@ def packs(x: Tensor, group_size: int) -> bool:
         and x.dtype in (torch.float16, torch.bfloat16)
         and group_size in GROUP_SIZES
         and torch.version.hip is None
-        and torch.cuda.get_device_capability(x.device) >= _CAPABILITY
+        and capability(x.device) >= _CAPABILITY
     )
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """What a GPU can do, as CUDA counts it."""
+    return torch.cuda.get_device_capability(device)
 
 
 def decodes(x: Tensor, tokens: int, group_size: int) -> bool:
@@ -118,6 +124,7 @@ def kind_of(mixed: bool, bits: int | None) -> str:
     return str(triton_uniform.field_bits(CODE_BITS if bits is None else bits))
 
 
+@cache
 def tile(
     out_features: int,
     in_features: int,
@@ -127,14 +134,13 @@ def tile(
     kind: str,
 ) -> "triton_tiles.Tile":
     """How to cut a multiplication on a device."""
+    known = _measured(capability(device)) if device.type == "cuda" else {}
     rows = -(-out_features // ROW_MULTIPLE) * ROW_MULTIPLE
     blocks = -(-in_features // BLOCK_INPUTS)
     width = token_tile(tokens, kind)
     small = group_size < _MEASURED_GROUP
-    measured: _Measured = {}
-    if device.type == "cuda" and not small:
-        measured = _measured(torch.cuda.get_device_capability(device))
-    found = measured.get(kind, {}).get(f"{rows} x {blocks * BLOCK_INPUTS}", {}).get(str(width))
+    shape = f"{rows} x {blocks * BLOCK_INPUTS}"
+    found = None if small else known.get(kind, {}).get(shape, {}).get(str(width))
     return triton_tiles.Tile(*found) if found else default_tile(rows, blocks, width, kind, small)
 
 
@@ -167,7 +173,7 @@ def default_tile(
 @cache
 def _measured(capability: tuple[int, int]) -> _Measured:
     name = f"tiles_sm{capability[0]}{capability[1]}.json"
-    stored = files("mbq.kernels") / name
+    stored = Path(__file__).with_name(name)
     if not stored.is_file():
         return {}
     found: _Measured = json.loads(stored.read_text(encoding="utf-8"))

@@ -11,7 +11,7 @@ changing the width of the whole model is one assignment.
 16-bit tokens on a GPU are multiplied by the codes themselves where they are few, together with the
 other linears that read them (`shared_input.py`), and by a weight that is made and thrown away where
 they are many (`triton_dequantize.py`). For that the planes are exchanged, at first use, for the
-layout of `digits.py`; whoever asks for the state gets planes again.
+layout of `digits.py`; the state is planes all the same.
 
 On a CPU, and on a GPU for other dtypes and group sizes or without Triton, torch dequantizes a
 weight. That costs more than multiplying by it, so it is kept in the dtype of its input: on a CPU
@@ -33,7 +33,7 @@ from mbq.kernels.digits import Digits, pack_digits, unpack_digits
 from mbq.kernels.quantize import dequantize, unpack_pair
 from mbq.kernels.router import Precision
 from mbq.kernels.shared_input import SharedInput
-from mbq.kernels.widths import slices_of, widths_up_to
+from mbq.kernels.widths import WIDTHS, slices_of, widths_up_to
 
 
 class ElasticLinear(nn.Module):
@@ -104,29 +104,28 @@ class ElasticLinear(nn.Module):
         return dequantize(self._code(bits), scale_NG, zero_NG, bits).mul_(gain_N[:, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.numel() // self.in_features
-        if self.shared.decodes(x, tokens):
-            out_TN = self.shared.decode(x, self.number)
+        decoded_TN = self.shared.decode(x, self.number)
+        if decoded_TN is not None:
             if self.bias is not None:
-                out_TN += self.bias.detach()
-            return out_TN.view(*x.shape[:-1], self.out_features)
+                decoded_TN += self.bias.detach()
+            return decoded_TN.view(*x.shape[:-1], self.out_features)
         widths = self.shared.widths(x, self.number)
+        tokens = x.numel() // self.in_features
         self._tokens += tokens
         read = widths * tokens if isinstance(widths, int) else widths.sum()
         self._bits_read = self._bits_read + read
         if isinstance(widths, int):
             return self._multiply(x, widths)
-        present = widths.unique().tolist()
-        if len(present) == 1:
-            return self._multiply(x, present[0])
-        x_TK = x.reshape(-1, self.in_features)
-        rows = [(widths == bits).nonzero().squeeze(1) for bits in present]
-        outs = [self._multiply(x_TK[r], bits) for r, bits in zip(rows, present, strict=True)]
-        # The dtype of the products: autocast may have chosen another than that of x.
-        dtype = outs[0].dtype if outs else x.dtype
-        out_TN = x.new_empty(tokens, self.out_features, dtype=dtype)
-        for r, out in zip(rows, outs, strict=True):
-            out_TN[r] = out
+        # The one time that the host waits for a GPU.
+        counts = (widths == widths.new_tensor(WIDTHS)[:, None]).sum(1).tolist()
+        if tokens in counts:
+            return self._multiply(x, WIDTHS[counts.index(tokens)])
+        order = widths.argsort(stable=True)
+        parts = x.reshape(-1, self.in_features)[order].split(counts)
+        alike = zip(parts, WIDTHS, strict=True)
+        joined_TN = torch.cat([self._multiply(part, bits) for part, bits in alike if len(part)])
+        out_TN = torch.empty_like(joined_TN)
+        out_TN[order] = joined_TN
         return out_TN.view(*x.shape[:-1], self.out_features)
 
     def pack(self) -> Digits:
@@ -185,9 +184,14 @@ class ElasticLinear(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._unpack()
-        super()._save_to_state_dict(*args, **kwargs)
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.packed:
+            # Stays packed: captured graphs read the layout where it lies.
+            for p, plane_NW in enumerate(pack_planes(self._code(self.stored_bits))):
+                destination[f"{prefix}plane_{p}"] = plane_NW.clone()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._unpack()

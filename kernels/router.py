@@ -23,7 +23,7 @@ F features (H + 2), Q knots.
 import bisect
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -34,6 +34,8 @@ from torch.nn import functional as F
 from mbq.kernels.quantize import pack_pair, unpack_pair
 from mbq.kernels.widths import SLICE_BITS, WIDTHS, steps_up_to, widths_up_to
 
+# What a router makes of its buffers and the width that is set.
+_MADE = ("_threshold_EL", "_bits_L1", "_on_device", "_set_to", "_seen")
 # Mean square of a token that is all zeros, so that its logarithm exists.
 _SMALLEST_SQUARE = 1e-30
 
@@ -150,9 +152,11 @@ class Router(nn.Module):
             self._empty("head", extra, linears, width + 2)
         self._empty("knots", extra, linears, 2, knots)
         self.in_features = in_features
+        # In use for the width that is set; changed in place.
         self._threshold_EL: Tensor | None = None
         self._bits_L1: Tensor | None = None
         self._bits: tuple[int, ...] = ()
+        self._on_device: Gates | Tensor | None = None
         self._set_to: tuple[int | None, float, int] | None = None
         # One object, so that threads never meet the tensor of one and the widths of another.
         self._seen: tuple[weakref.ref[Tensor], Tensor] | None = None
@@ -162,13 +166,13 @@ class Router(nn.Module):
 
         Returns int64 [T], or one number where it is the same for every token.
         """
+        self.refresh()
         if self.width is None:
-            self.refresh()
             return self._bits[linear]
         # The first linear of a pass computes for all; the others are given the same tensor.
         seen = self._seen
         if linear == 0 or seen is None or seen[0]() is not x:
-            threshold_EL = self.refresh()
+            threshold_EL = self._loaded_thresholds()
             score_ELT = self.scores(x)[: len(threshold_EL)]
             widths_LT = bits_taken(score_ELT >= threshold_EL[..., None])
             seen = self._seen = weakref.ref(x), widths_LT
@@ -179,20 +183,11 @@ class Router(nn.Module):
 
         All of it stays where it is when the width is changed.
         """
-        threshold_EL = self.refresh()
-        if self.width is None:
-            assert self._bits_L1 is not None
-            return self._bits_L1
-        head_ELF = _floats(self.get_buffer("head"))
-        if not self.width:
-            return Gates(
-                head_ELF.new_empty(0, self.in_features, dtype=torch.float16),
-                head_ELF.new_empty(0),
-                head_ELF,
-                threshold_EL,
-            )
-        trunk_HK = self.get_buffer("trunk").view(torch.float16)
-        return Gates(trunk_HK, _floats(self.get_buffer("offset")), head_ELF, threshold_EL)
+        self.refresh()
+        if self._on_device is None:
+            self._on_device = self._bits_L1 if self.width is None else self._gates()
+        assert self._on_device is not None
+        return self._on_device
 
     @torch.no_grad()
     def scores(self, x: Tensor) -> Tensor:
@@ -214,39 +209,42 @@ class Router(nn.Module):
             return interpolate(knots[:, :, 0], knots[:, :, 1], torch.zeros_like(knots[:, :, 0, :1]))
         return interpolate(knots[:, :, 0], knots[:, :, 1], self.scores(x))
 
-    @torch.no_grad()
-    def refresh(self) -> Tensor:
-        """Bring all that depends on the width that is set in line with it, in place.
+    def refresh(self) -> None:
+        """Bring all that depends on the width that is set in line with it (`refresh`)."""
+        if self._set_to != self._state():
+            refresh([self])
 
-        Launches that were captured in a graph see it. Returns the model's threshold in terms of
-        scores: [E', L] of the extra widths in use.
-        """
+    def _state(self) -> tuple[int | None, float, int]:
         precision = self.precision
-        state = precision.bits, precision.log_threshold, precision.max_bits
-        extra = len(widths_up_to(precision.max_bits)) - 1
-        if self._threshold_EL is None or self._set_to != state:
-            # Made as ordinary tensors, so that they can be changed in and out of inference mode.
-            with torch.inference_mode(False):
-                self._threshold_EL = _in_place(self._threshold_EL, self._wanted())
-                if self.width is None:
-                    bits_L = bits_taken(self._threshold_EL[:extra] <= 0)
-                    self._bits_L1 = _in_place(self._bits_L1, bits_L.int()[:, None])
-                    self._bits = tuple(bits_L.tolist())
-            self._set_to = state
-        return self._threshold_EL[:extra]
+        return precision.bits, precision.log_threshold, precision.max_bits
 
-    def _wanted(self) -> Tensor:
-        """Scores [E, L] from which on a step is taken."""
-        knots = _floats(self.get_buffer("knots"))
+    def _wanted(self, knots_RELQ: Tensor) -> Tensor:
+        """Scores [R, E, L] from which on a step is taken, of routers with these knots."""
         uniform = self.precision.bits
         if uniform is not None:
             taken_E = [-math.inf if bits <= uniform else math.inf for bits in WIDTHS[1:]]
-            return knots.new_tensor(taken_E)[: len(knots), None].expand(-1, self.linears)
-        wanted = torch.full_like(knots[:, :, 0, :1], self.precision.log_threshold)
-        return invert(knots[:, :, 0], knots[:, :, 1], wanted).squeeze(2)
+            wanted_E1 = knots_RELQ.new_tensor(taken_E)[: knots_RELQ.shape[1], None]
+            return wanted_E1.expand(len(knots_RELQ), -1, self.linears)
+        wanted = torch.full_like(knots_RELQ[..., 0, :1], self.precision.log_threshold)
+        return invert(knots_RELQ[..., 0, :], knots_RELQ[..., 1, :], wanted).squeeze(-1)
+
+    def _loaded_thresholds(self) -> Tensor:
+        """Of the steps between widths that are loaded."""
+        assert self._threshold_EL is not None
+        return self._threshold_EL[: len(widths_up_to(self.precision.max_bits)) - 1]
+
+    def _gates(self) -> Gates:
+        head_ELF = _floats(self.get_buffer("head"))
+        trunk_HK = head_ELF.new_empty(0, self.in_features, dtype=torch.float16)
+        offset_H = head_ELF.new_empty(0)
+        if self.width:
+            trunk_HK = self.get_buffer("trunk").view(torch.float16)
+            offset_H = _floats(self.get_buffer("offset"))
+        return Gates(trunk_HK, offset_H, head_ELF, self._loaded_thresholds())
 
     def _forget(self) -> None:
-        self._threshold_EL = self._bits_L1 = self._seen = None
+        for name in _MADE:
+            setattr(self, name, None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._forget()
@@ -260,11 +258,43 @@ class Router(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A weak reference cannot be pickled, and what was made in a copy's inference mode would
         # not change in place.
-        made = ("_threshold_EL", "_bits_L1", "_seen", "_set_to")
-        return self.__dict__ | dict.fromkeys(made)
+        return self.__dict__ | dict.fromkeys(_MADE)
 
     def _empty(self, name: str, *shape: int) -> None:
         self.register_buffer(name, torch.zeros(shape, dtype=torch.int32))
+
+
+@torch.no_grad()
+def refresh(routers: Iterable[Router]) -> None:
+    """Bring all that depends on the width that is set in line with it, in place.
+
+    Launches that were captured in a graph see it. Routers of one model; those of one shape are
+    brought in line together, by few launches.
+    """
+    alike: dict[tuple[object, ...], list[Router]] = {}
+    for router in routers:
+        knots = router.get_buffer("knots")
+        alike.setdefault((router.width is None, knots.shape, knots.device), []).append(router)
+    # Made as ordinary tensors, so that they can be changed in and out of inference mode.
+    with torch.inference_mode(False):
+        for group in alike.values():
+            _refresh_alike(group)
+
+
+def _refresh_alike(routers: Sequence[Router]) -> None:
+    first = routers[0]
+    knots = torch.stack([_floats(router.get_buffer("knots")) for router in routers])
+    for router, wanted_EL in zip(routers, first._wanted(knots), strict=True):
+        router._threshold_EL = _in_place(router._threshold_EL, wanted_EL)
+        router._set_to = router._state()
+        # Another ceiling may be in use.
+        router._on_device = None
+    if first.width is None:
+        thresholds = [router._loaded_thresholds() for router in routers]
+        bits_RL = bits_taken(torch.stack(thresholds, dim=1) <= 0)
+        for router, bits_L, bits in zip(routers, bits_RL, bits_RL.tolist(), strict=True):
+            router._bits_L1 = _in_place(router._bits_L1, bits_L.int()[:, None])
+            router._bits = tuple(bits)
 
 
 def bits_taken(gate_EX: Tensor) -> Tensor:

@@ -55,24 +55,27 @@ class SharedInput:
         widths: Tensor | int = self.router(x, number)
         return widths
 
-    def decodes(self, x: Tensor, tokens: int) -> bool:
-        """Whether `decode` serves these tokens."""
-        group_size = self.linears[0].group_size
-        return len(self.linears) <= MOST_LINEARS and dispatch.decodes(x, tokens, group_size)
+    def decode(self, x: Tensor, number: int) -> Tensor | None:
+        """Few tokens [..., K] times the codes of one linear: [T, N], gain and bias included.
 
-    @torch.no_grad()
-    def decode(self, x: Tensor, number: int) -> Tensor:
-        """Few tokens [..., K] times the codes of one linear: [T, N], gain and bias included."""
+        None where kernels do not serve these tokens.
+        """
         waiting = self._waiting
         if waiting is None or waiting[0]() is not x or number not in waiting[1]:
-            first = self.linears[0]
-            outs = dispatch.decode(
-                x.reshape(-1, first.in_features),
-                self._widths_of_all(x),
-                first.stored_bits,
-                self._packed(),
-                self._tally(x.device),
-            )
+            linears = self.linears
+            first = linears[0]
+            tokens = x.numel() // first.in_features
+            served = dispatch.decodes(x, tokens, first.group_size)
+            if not served or len(linears) > MOST_LINEARS:
+                return None
+            with torch.no_grad():
+                outs = dispatch.decode(
+                    x.reshape(tokens, first.in_features),
+                    self._widths_of_all(x),
+                    first.stored_bits,
+                    self._packed(),
+                    self._tally(x.device),
+                )
             waiting = self._waiting = weakref.ref(x), dict(enumerate(outs))
         return waiting[1].pop(number)
 
@@ -105,10 +108,10 @@ class SharedInput:
         """Widths as the kernel takes them; those of a router stay on the device."""
         uniform = self.linears[0].precision.bits
         if isinstance(self.router, Router):
-            # Also where it is not needed: a capture must find it made, not record how it is made.
-            on_device = self.router.on_device()
             if uniform is None or dispatch.capturing(x):
-                return on_device
+                return self.router.on_device()
+            # A capture must find it made, not record how it is made.
+            self.router.refresh()
         if uniform is not None:
             return uniform
         tokens = x.numel() // x.shape[-1]

@@ -107,7 +107,16 @@ def _scored_bits(
     return tl.where(taken <= 2, 2 + taken, 2 * taken)
 
 
-@triton.jit
+# Fewer variants to compile: these need no alignment.
+@triton.jit(
+    do_not_specialize=[
+        "uniform",
+        "given_linear_stride",
+        "given_token_stride",
+        "groups",
+        "padded_tokens",
+    ]
+)
 def _prepare_kernel(
     x_ptr, given_ptr, trunk_ptr, offset_ptr, head_ptr, threshold_ptr,
     x16_ptr, sum_ptr, bias_sum_ptr, unscale_ptr, bits_ptr, steps_ptr, arrived_ptr, tally_ptr,

@@ -7,14 +7,16 @@ from mbq.artifacts.spec import RunSpec
 
 # Dense decoders whose block is attention and an MLP of linears, with rotary positions.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+# As safetensors names them.
+DTYPES = ("F16", "BF16", "F32")
 
 
 def check_source(source: Source, spec: RunSpec) -> None:
     """Refuse what cannot be quantized, from config.json and tensor shapes alone.
 
     Raises:
-        InputError: an unsupported architecture, a mixture of experts, or a group size that does
-            not divide a layer.
+        InputError: an unsupported architecture, a mixture of experts, weights that are no floating
+            point numbers of 16 or 32 bits, or a group size that does not divide a layer.
     """
     if "quantization_config" in source.config:
         raise InputError(
@@ -32,6 +34,12 @@ def check_source(source: Source, spec: RunSpec) -> None:
             f"model.source: model_type {kind} is not supported; use one of "
             f"{', '.join(ARCHITECTURES)}"
         )
+    for name, entry in source.tensors.items():
+        if entry.dtype not in DTYPES:
+            raise InputError(
+                f"model.source: {source.location} stores {name} as {entry.dtype}; only "
+                f"{', '.join(DTYPES)} are read: convert the model"
+            )
     linears = find_linears(source.tensors)
     blocks = {linear.block for linear in linears}
     if blocks != set(range(len(blocks))) or len(blocks) != source.config["num_hidden_layers"]:

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mbq.artifacts import keys
-from mbq.artifacts.checkpoint import QUANT_METHOD
+from mbq.artifacts.config import CONFIG_FILE, read_config
 from mbq.artifacts.errors import InputError, NotFoundError
 from mbq.artifacts.source import Source
 from mbq.artifacts.spec import Evaluation, explain
@@ -92,15 +92,15 @@ def evaluate(
 
 
 def _stored_bits(folder: str) -> list[int]:
-    quantized = Source(folder).config.get("quantization_config") or {}
-    if quantized.get("quant_method") != QUANT_METHOD:
+    stored = read_config((Path(folder) / CONFIG_FILE).read_bytes())
+    if stored is None:
         raise NotFoundError(f"{folder} is not a checkpoint packed by mbq-cluster")
-    return list(widths_up_to(quantized["max_bits"]))
+    return list(widths_up_to(stored.max_bits))
 
 
 def _find(target: str, store_uri: str, text: Mapping[str, Any] | None) -> tuple[str, Tokens]:
     """The checkpoint's folder, pulled if it is not here, and the tokens to evaluate it on."""
-    here = (Path(target) / "config.json").is_file()
+    here = (Path(target) / CONFIG_FILE).is_file()
     if text is None and (here or not names_run(target)):
         raise InputError(f"{target} is a checkpoint and names no text; give --dataset or --file")
     tokens = _run_tokens(target, store_uri) if text is None else None

@@ -5,13 +5,12 @@ import collections
 from mbq.artifacts import keys
 from mbq.artifacts.checkpoint import (
     INDEX_FILE,
-    config_document,
     index_document,
     router_shape,
-    routing_document,
     routing_shard,
     slice_files,
 )
+from mbq.artifacts.config import CONFIG_FILE, describe_routing, write_config
 from mbq.artifacts.digests import digest_of
 from mbq.artifacts.manifest import Manifest, Results, VariantLosses
 from mbq.artifacts.sealed import document_sha256, put_document
@@ -33,12 +32,12 @@ def publish(driver: Driver) -> None:
         method = driver.routing.method
         shape = router_shape(method, spec.routing.width)
         shards.append(routing_shard(plan.linears, spec.max_bits, shape))
-        curves = {str(c): curve.model_dump() for c, curve in driver.routing.curves.items()}
-        routing = routing_document(method, spec.max_bits, shape, plan.linears, curves)
+        curves = driver.routing.curves
+        routing = describe_routing(method, spec.max_bits, shape, plan.linears, curves)
     small = {
         INDEX_FILE: index_document(shards),
-        "config.json": config_document(
-            source, spec.max_bits, spec.group_size, plan.linears, routing
+        CONFIG_FILE: write_config(
+            source.config, spec.max_bits, spec.group_size, plan.linears, routing
         ),
     }
     for name in TOKENIZER_FILES:

@@ -15,6 +15,7 @@ import yaml
 from markupsafe import Markup
 
 from mbq.artifacts import keys
+from mbq.artifacts.digests import CheckedObject
 from mbq.artifacts.errors import CorruptError, NotFoundError
 from mbq.artifacts.manifest import (
     BlockRecord,
@@ -97,7 +98,7 @@ def collect(store: Store, document: RunDocument) -> Found:
         routing=routing,
         linear_bits=_linear_bits(store, document, results) if results else {},
         sample=sample,
-        tokens=_pieces(store, run, sample.ids) if sample else (),
+        tokens=_pieces(store, run, manifest, sample.ids) if sample else (),
         validations=validations_of(store, document),
     )
 
@@ -165,15 +166,16 @@ def _linear_bits(
     return found
 
 
-def _pieces(store: Store, run: str, ids: Sequence[int]) -> list[str]:
+def _pieces(store: Store, run: str, manifest: Manifest, ids: Sequence[int]) -> list[str]:
     """The text of each token, by what it adds to the text before it."""
     from tokenizers import Tokenizer
 
+    name = "tokenizer.json"
+    data = CheckedObject(store, keys.checkpoint_key(run, name), manifest.files[name]).read()
     try:
-        data = store.read(keys.checkpoint_key(run, "tokenizer.json"))
         tokenizer = Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises nothing narrower
-        raise CorruptError(f"the checkpoint's tokenizer.json cannot be read: {error}") from error
+        raise CorruptError(f"the checkpoint's {name} cannot be read: {error}") from error
     texts = [
         tokenizer.decode(list(ids[:n]), skip_special_tokens=False) for n in range(len(ids) + 1)
     ]

@@ -74,7 +74,7 @@ def drive(
         if driver is not None and state == "failed" and not isinstance(error, RunError):
             driver.failures.append(failure)
         # The error at hand matters more than one of writing it down.
-        with contextlib.suppress(StoreError, Superseded):
+        with contextlib.suppress(MbqError):
             if driver is not None:
                 _say(driver, state)
             else:
@@ -132,7 +132,9 @@ def _loop(driver: Driver, retry_seconds: float) -> None:
         if time.monotonic() - said >= _TICK_SECONDS:
             try:
                 _say(driver, "running")
-            except StoreError as error:
+            except Superseded:
+                raise
+            except MbqError as error:
                 # Status is for eyes; work goes on, and the next second tries again.
                 print(f"cannot write the status: {error}", flush=True)
             said = time.monotonic()

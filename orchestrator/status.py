@@ -28,7 +28,7 @@ TERMINAL = ("done", "failed", "stopped", "interrupted")
 
 @dataclass(frozen=True)
 class RunState:
-    """One run as a user sees it; `detail` says why when it is not running or done."""
+    """One run as a user sees it; `detail` is what the store or the cluster adds, if anything."""
 
     document: RunDocument
     state: str

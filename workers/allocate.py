@@ -1,8 +1,8 @@
 """From what bits are expected to earn to thresholds: one for every average width.
 
 The step of a linear from one width to the next costs its bits for every weight and token. What it
-earns a token is the benefit its router expects (`route.py`) times what the loss minds it
-(`sensitivity.py`), per bit:
+earns a token is the benefit its router expects (`route.py`) times the sensitivity of the loss to
+it (`sensitivity.py`), per bit:
 
     earnings = benefit * sensitivity / 2  /  (step bits * out_features * in_features)
 

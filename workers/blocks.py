@@ -1,6 +1,5 @@
 """The blocks of a variant, made one at a time, and the bits that their linears read."""
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -8,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from mbq.artifacts import keys
+from mbq.artifacts.config import CONFIG_FILE, read_config
+from mbq.artifacts.digests import CheckedObject
 from mbq.artifacts.elastic import elastic_linears
 from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.router import Curve, Precision, Router
@@ -105,10 +106,12 @@ def _counted(model: Model, make: Callable[[int], nn.Module]) -> VariantBlocks:
 
 def _stored_routing(opened: Opened) -> tuple[str, Curve]:
     """Method and thresholds as the packed checkpoint's config.json has them."""
-    config = json.loads(opened.store.read(keys.checkpoint_key(opened.document.run, "config.json")))
-    routing = config["quantization_config"]["routing"]
-    stored = routing["curves"][str(opened.spec.max_bits)]
-    return routing["method"], Curve(tuple(stored["average_bits"]), tuple(stored["log_thresholds"]))
+    key = keys.checkpoint_key(opened.document.run, CONFIG_FILE)
+    stored = CheckedObject(opened.store, key, opened.manifest.files[CONFIG_FILE])
+    quantization = read_config(stored.read())
+    assert quantization is not None and quantization.routing is not None
+    curve = quantization.routing.curves[opened.spec.max_bits]
+    return quantization.routing.method, Curve(curve.average_bits, curve.log_thresholds)
 
 
 def _shuffled_block(opened: Opened, index: int, precision: Precision, method: str) -> nn.Module:

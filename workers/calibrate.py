@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mbq.artifacts.errors import NumericError
 from mbq.artifacts.spec import Optimisation
 from mbq.kernels.widths import CODE_BITS, SLICE_BITS, WIDTHS
 from mbq.workers.gptq import factor, gram_matrices
@@ -109,7 +110,7 @@ def calibrate_block(
         report: called with the finished fraction after every step.
 
     Raises:
-        FloatingPointError: a loss is not finite.
+        NumericError: a loss, or what enters a linear, is not finite.
     """
     target_BTH, output_rms = _target(block, run, target_inputs_BTH, microbatch)
     stages = _stages(settings)
@@ -208,7 +209,7 @@ def _train(
                     usual = running.setdefault(bits, max(error.item(), _SMALLEST_LOSS))
                     (error * (share / usual**settings.balance)).backward()
                 if not math.isfinite(loss):
-                    raise FloatingPointError(
+                    raise NumericError(
                         f"the loss at {bits} bits is {loss}; lower the learning rates"
                     )
                 usual = _RUNNING_MEAN_DECAY * usual + (1 - _RUNNING_MEAN_DECAY) * loss

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mbq.artifacts.digests import read_chunks
-from mbq.artifacts.errors import InputError, StoreError
+from mbq.artifacts.errors import InputError, StoreError, first_line
 from mbq.artifacts.source import Source
 from mbq.artifacts.spec import CalibrationText, Evaluation, Text
 from mbq.artifacts.store import open_object
@@ -267,15 +267,14 @@ def _read_dataset(text: Text, field: str, local: list[str]) -> list[str]:
         )
         texts = [row[load.column] for row in itertools.islice(rows, load.rows)]
     except Exception as error:  # datasets raises whatever its reader or its network raises
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         if text.files:
             raise InputError(
-                f"{field}.files: cannot read {', '.join(text.files)} as {text.dataset} ({reason}); "
-                'give UTF-8 text, or jsonl with a "text" in every line'
+                f"{field}.files: cannot read {', '.join(text.files)} as {text.dataset} "
+                f'({first_line(error)}); give UTF-8 text, or jsonl with a "text" in every line'
             ) from error
         raise InputError(
-            f"{field}.dataset: cannot read {text.dataset} ({reason}); check the network, or use "
-            "text files of your own"
+            f"{field}.dataset: cannot read {text.dataset} ({first_line(error)}); check the "
+            "network, or use text files of your own"
         ) from error
     if not all(isinstance(value, str) for value in texts):
         raise InputError(

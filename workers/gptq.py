@@ -23,6 +23,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from mbq.artifacts.errors import NumericError
 from mbq.kernels.widths import CODE_BITS
 from mbq.workers.model import linears
 
@@ -43,10 +44,16 @@ def gram_matrices(block: nn.Module, run: Callable[[], object]) -> dict[str, Tens
 
     Args:
         run: passes the tokens through the block.
+
+    Raises:
+        NumericError: what enters a linear is not finite.
     """
     found: dict[str, Tensor] = {}
     with _watched(block, found), torch.no_grad():
         run()
+    for name, gram_KK in found.items():
+        if not gram_KK.isfinite().all():
+            raise NumericError(f"what enters {name} is not finite; use dtype float32")
     return found
 
 
@@ -54,12 +61,7 @@ def factor(gram_KK: Tensor, tokens: int) -> Tensor:
     """Upper Cholesky factor of the damped Gram matrix's inverse: float32 [K, K].
 
     Damping grows with K / tokens: correlations that few tokens show are partly chance.
-
-    Raises:
-        FloatingPointError: the matrix is not finite.
     """
-    if not gram_KK.isfinite().all():
-        raise FloatingPointError("what enters a linear is not finite; use dtype float32")
     damped = gram_KK.double()
     mean = damped.diagonal().mean()
     # Inputs that are always zero, and those of a linear that no token reached, compensate nothing.

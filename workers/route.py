@@ -47,10 +47,10 @@ _BATCH_TOKENS = 1024
 _FIRST_STEEPNESS, _LAST_STEEPNESS = 2.0, 50.0
 # Weight of the paper's budget term against the relative error.
 _BUDGET_WEIGHT = 1.0
-# Slope added to every map: a flat piece would get or lose a slice for all its tokens at once, and
+# Slope added to every map: a flat piece would take or lose a step for all its tokens at once, and
 # no threshold could give an average in between.
 _TILT = 0.02
-# Benefits below this share of the mean count as this much: a slice may even hurt a token.
+# Benefits below this share of the mean count as this much: a step may even hurt a token.
 _SMALLEST_BENEFIT = 1e-6
 
 

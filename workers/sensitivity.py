@@ -1,4 +1,4 @@
-"""How much the loss minds an error at a linear's output: one number per linear.
+"""How sensitive the loss is to errors at a linear's output: one number per linear.
 
     sensitivity = mean over tokens and outputs of (d loss / d output)^2
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mbq.artifacts.errors import NumericError
 from mbq.workers.model import Model, linears
 
 
@@ -31,7 +32,7 @@ def measure_sensitivity(
         report: called with the finished fraction after every block.
 
     Raises:
-        FloatingPointError: a gradient is not finite.
+        NumericError: a gradient is not finite.
     """
     entering = [model.embed(ids_BT)]
     steps = 3 * model.block_count
@@ -90,7 +91,7 @@ def backward_block(
     means = {name: (total / sizes[name]).item() for name, total in sums.items()}
     for name, mean in means.items():
         if not torch.isfinite(torch.tensor(mean)):
-            raise FloatingPointError(
+            raise NumericError(
                 f"the sensitivity of {name} in block {index} is {mean}; use dtype float32"
             )
     return means, torch.cat(left)

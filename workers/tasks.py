@@ -1,11 +1,12 @@
 """The tasks of a run: what goes in and out are keys, numbers and hidden states.
 
 Each is a plain, picklable function that opens what it needs, calls one pure function, writes what
-came out and returns a small document. All of them may run twice: the same task writes the same
-bytes under the same keys. The last argument of each is `report`, called with the finished fraction.
+came out and returns a small document. All of them may run twice: blobs and files get the same
+bytes, records differ at most in times and attempts. The last argument of each is `report`, called
+with the finished fraction.
 
     capture      hidden states that enter a block      -> hidden states
-    sensitivity  how much the loss minds each linear   -> its record
+    sensitivity  of the loss to errors of each linear  -> its record
     calibrate    one block and its routers             -> its record, after its blob
     pack         one file of the checkpoint            -> its record, after the file is read back
     settle       thresholds of one way to share bits   -> its record

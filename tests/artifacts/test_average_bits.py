@@ -17,14 +17,13 @@ from transformers import MistralConfig, Qwen3Config
 from mbq.artifacts import keys
 from mbq.artifacts.checkpoint import (
     INDEX_FILE,
-    config_document,
     find_linears,
     index_document,
     plan_shards,
     router_shape,
-    routing_document,
     routing_shard,
 )
+from mbq.artifacts.config import cut_config, read_config
 from mbq.artifacts.elastic import elastic_linears
 from mbq.artifacts.errors import CorruptError, InputError
 from mbq.artifacts.loading import load_model
@@ -191,14 +190,14 @@ def _cut(run: Any, folder: Path, max_bits: int) -> Path:
     """The checkpoint without the files of higher slices: what a download of fewer bits leaves."""
     shutil.copytree(run.checkpoint, folder)
     document, spec = run.document, run.document.spec
-    linears = json.loads((folder / "config.json").read_text())["quantization_config"]["routing"]
-    shape = router_shape(linears["method"], spec.routing.width)
+    config = (folder / "config.json").read_bytes()
+    quantization = read_config(config)
+    assert quantization is not None and quantization.routing is not None
+    shape = router_shape(quantization.routing.method, spec.routing.width)
     found = find_linears(document.source.tensors)
     shards = plan_shards(document.source.tensors, max_bits // 2, spec.group_size)
     shards.append(routing_shard(found, spec.max_bits, shape))
-    routing = routing_document(linears["method"], spec.max_bits, shape, found, linears["curves"])
-    config = config_document(document.source, max_bits, spec.group_size, found, routing)
-    (folder / "config.json").write_bytes(config)
+    (folder / "config.json").write_bytes(cut_config(config, max_bits))
     (folder / INDEX_FILE).write_bytes(index_document(shards))
     kept = {shard.file for shard in shards}
     for file in folder.glob("*.safetensors"):

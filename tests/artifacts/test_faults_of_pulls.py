@@ -13,9 +13,10 @@ from threading import Event
 import pytest
 
 from mbq.artifacts.checkpoint import INDEX_FILE
+from mbq.artifacts.config import CONFIG_FILE
 from mbq.artifacts.digests import PART_BYTES
 from mbq.artifacts.errors import CorruptError, InputError, NotFoundError, StoreError
-from mbq.artifacts.packed import CONFIG_FILE, READERS, open_checkpoint, verify
+from mbq.artifacts.packed import READERS, open_checkpoint, verify
 from mbq.artifacts.store import LocalStore
 from tests.conftest import FinishedRun
 from tests.support import servers

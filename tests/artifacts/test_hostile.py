@@ -25,11 +25,12 @@ from hypothesis import strategies as st
 
 from mbq.artifacts import keys, manifest, tensors
 from mbq.artifacts.checkpoint import INDEX_FILE
+from mbq.artifacts.config import CONFIG_FILE
 from mbq.artifacts.digests import PART_BYTES
 from mbq.artifacts.errors import MbqError
 from mbq.artifacts.keys import MANIFEST_FILE
 from mbq.artifacts.manifest import find_run
-from mbq.artifacts.packed import CONFIG_FILE, open_checkpoint
+from mbq.artifacts.packed import open_checkpoint
 from mbq.artifacts.pull import pull
 from mbq.artifacts.sealed import MAX_DOCUMENT_BYTES, get_document, put_document, read_sealed
 from mbq.artifacts.spec import Document

@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mbq.artifacts.checkpoint import INDEX_FILE, find_linears
-from mbq.artifacts.config import config_bits, cut_config
+from mbq.artifacts.config import CONFIG_FILE, config_bits, cut_config
 from mbq.artifacts.errors import MbqError
 from mbq.artifacts.keys import MANIFEST_FILE
 from mbq.artifacts.loading import load_model
-from mbq.artifacts.packed import CONFIG_FILE, open_checkpoint, verify
+from mbq.artifacts.packed import open_checkpoint, verify
 from mbq.artifacts.pull import pull
 from mbq.artifacts.source import Source
 from mbq.artifacts.store import LocalStore

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from mbq.artifacts.checkpoint import INDEX_FILE
+from mbq.artifacts.config import CONFIG_FILE
 from mbq.artifacts.errors import InputError, NotFoundError
 from mbq.artifacts.keys import MANIFEST_FILE
-from mbq.artifacts.packed import CONFIG_FILE, PackedCheckpoint, open_checkpoint, verify
+from mbq.artifacts.packed import PackedCheckpoint, open_checkpoint, verify
 from mbq.artifacts.pull import pull
 from mbq.artifacts.store import LocalStore, Store, open_store
 from tests.support.proxy import Proxy

@@ -43,6 +43,15 @@ def test_shipped_tiles_fit_their_shapes() -> None:
                 assert stages >= 1
 
 
+def test_tiles_that_were_measured_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "capability", lambda device: (9, 0))
+    shipped = json.loads((FOLDER / "tiles_sm90.json").read_text(encoding="utf-8"))
+    gpu = torch.device("cuda", 7)
+    expected = dispatch.triton_tiles.Tile(*shipped["mixed"]["22016 x 4096"]["8"])
+    assert dispatch.tile(22016, 4096, 128, 5, gpu, "mixed") == expected
+    assert dispatch.tile(22016, 4096, 64, 5, gpu, "mixed") != expected
+
+
 def test_on_a_cpu_weights_are_dequantized() -> None:
     x = torch.zeros(1, 256, dtype=torch.bfloat16)
     assert not dispatch.decodes(x, 1, 128)
@@ -54,7 +63,7 @@ def test_on_a_cpu_weights_are_dequantized() -> None:
 def test_few_enough_tokens_on_a_gpu_are_decoded(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], served: bool
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(dispatch, "capability", lambda device: capability)
     with FakeTensorMode():
         x = torch.empty(1, 256, dtype=torch.bfloat16, device="cuda")
     assert dispatch.decodes(x, 64, 128) == served

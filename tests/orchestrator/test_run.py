@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mbq.artifacts import keys
-from mbq.artifacts.errors import ClusterError, MbqError, RunError, StoreError
+from mbq.artifacts.errors import ClusterError, MbqError, NumericError, RunError, StoreError
 from mbq.artifacts.manifest import Manifest, Results, RoutingRecord, RunDocument, Status
 from mbq.artifacts.sealed import find_document, get_document, put_document
 from mbq.artifacts.store import LocalStore
@@ -213,7 +213,7 @@ def test_an_error_that_would_come_again_is_not_repeated(
     store: LocalStore, write: Any, tiny_document: Make
 ) -> None:
     document = write(tiny_document())
-    runner = FaultyRunner({("calibrate 000", 1): FloatingPointError("the loss is nan")})
+    runner = FaultyRunner({("calibrate 000", 1): NumericError("the loss is nan")})
     with pytest.raises(RunError, match="the loss is nan"):
         drive(store, document, runner, attempt=1)
     assert runner.submitted["calibrate 000"] == 1
@@ -373,7 +373,7 @@ def test_a_rival_that_fails_does_not_hold_the_checkpoint(
 ) -> None:
     text = tiny_document()["evaluation"] | {"rivals": ["linear"]}
     document = write(tiny_document(routing={"method": "norm", "steps": 5}, evaluation=text))
-    runner = FaultyRunner({("settle linear", 1): FloatingPointError("nan")})
+    runner = FaultyRunner({("settle linear", 1): NumericError("nan")})
     with pytest.raises(RunError, match="settle linear"):
         drive(store, document, runner, attempt=1)
     assert find_document(store, keys.manifest_key(document.run), Manifest) is not None

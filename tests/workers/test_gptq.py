@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mbq.artifacts.errors import NumericError
 from mbq.kernels.quantize import dequantize, group_bounds, quantize, scale_and_zero
 from mbq.kernels.widths import WIDTHS
 from mbq.workers.gptq import factor, gram_matrices, round_compensated
@@ -125,8 +126,10 @@ def test_inputs_that_are_always_zero_do_no_harm(dead: str) -> None:
 
 
 def test_inputs_that_are_not_finite_are_an_error() -> None:
-    with pytest.raises(FloatingPointError, match="use dtype float32"):
-        factor(torch.tensor([[1.0, float("inf")], [float("inf"), 1.0]]), 2)
+    block = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    nn.init.constant_(block[0].weight, 1e30)
+    with pytest.raises(NumericError, match=r"what enters 1 is not finite; use dtype float32"):
+        gram_matrices(block, lambda: block(torch.ones(1, 3, 2)))
 
 
 def test_gram_matrices_are_of_what_enters_each_linear() -> None:
