@@ -51,12 +51,7 @@ def main(**options: Any) -> None:
     """Calibrate one random block twice and print what it took."""
     pin(options["threads"])
     device = torch.device(options["device"])
-    with TemporaryDirectory() as folder:
-        write_model(Path(folder), options)
-        source = Source(folder)
-        model = open_model(source, getattr(torch, options["dtype"]), device)
-        runs = [calibrate(model, source, options) for _ in range(2)]
-    result = {
+    result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "hardware": hardware_kind(device),
         "python": platform.python_version(),
@@ -64,19 +59,34 @@ def main(**options: Any) -> None:
         "transformers": transformers.__version__,
         "command": "python " + " ".join(sys.argv),
         "options": {k: v for k, v in options.items() if k != "out"},
+    }
+    runs: list[dict[str, Any]] = []
+    with TemporaryDirectory() as folder:
+        write_model(Path(folder), options)
+        source = Source(folder)
+        model = open_model(source, getattr(torch, options["dtype"]), device)
+        hidden = random_hidden(model, options)
+        # Written after each: a run that is cut off leaves the first.
+        for _ in range(2):
+            runs.append(calibrate(model, source, hidden, options))
+            text = json.dumps(result | described(runs), indent=1)
+            if options["out"] is not None:
+                name = f"{result['date']}-block-{options['device']}.json"
+                (options["out"] / name).write_text(text + "\n", encoding="utf-8")
+    click.echo(text)
+
+
+def described(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the runs took, and whether their bytes are equal; None while there is one."""
+    return {
         "seconds": [run["seconds"] for run in runs],
         "router_seconds": [run["router_seconds"] for run in runs],
         "peak_gpu_bytes": max(run["peak_gpu_bytes"] for run in runs),
         "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "loss_before": runs[0]["loss_before"],
         "loss_after": runs[0]["loss_after"],
-        "equal_bytes_twice": runs[0]["sha256"] == runs[1]["sha256"],
+        "equal_bytes_twice": runs[0]["sha256"] == runs[1]["sha256"] if len(runs) > 1 else None,
     }
-    text = json.dumps(result, indent=1)
-    click.echo(text)
-    if options["out"] is not None:
-        name = f"{result['date']}-block-{options['device']}.json"
-        (options["out"] / name).write_text(text + "\n", encoding="utf-8")
 
 
 def write_model(folder: Path, options: dict[str, Any]) -> None:
@@ -96,11 +106,17 @@ def write_model(folder: Path, options: dict[str, Any]) -> None:
     config.save_pretrained(folder)
 
 
-def calibrate(model: Model, source: Source, options: dict[str, Any]) -> dict[str, Any]:
-    """One calibration with fresh random hidden states of the same seed."""
-    generator = torch.Generator().manual_seed(1)
+def random_hidden(model: Model, options: dict[str, Any]) -> torch.Tensor:
     shape = (options["samples"], options["length"], options["hidden"])
-    hidden = torch.randn(shape, generator=generator).to(model.device, model.dtype)
+    generator = torch.Generator(model.device).manual_seed(1)
+    made: Any = {"generator": generator, "device": model.device, "dtype": model.dtype}
+    return torch.randn(shape, **made)
+
+
+def calibrate(
+    model: Model, source: Source, hidden: torch.Tensor, options: dict[str, Any]
+) -> dict[str, Any]:
+    """One calibration and fit of routers."""
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     started = time.monotonic()
@@ -114,7 +130,7 @@ def calibrate(model: Model, source: Source, options: dict[str, Any]) -> dict[str
             group_size=128,
             microbatch=options["microbatch"],
             seed=0,
-            report=lambda fraction: None,
+            report=Progress(),
         )
         _finish(model.device)
         calibrated = time.monotonic()
@@ -139,6 +155,18 @@ def calibrate(model: Model, source: Source, options: dict[str, Any]) -> dict[str
         "loss_after": done.loss_after,
         "sha256": hashlib.sha256(b"".join(encode_block(done.linears, routers))).hexdigest(),
     }
+
+
+class Progress:
+    """Says how long the first step took, and every tenth of the whole."""
+
+    def __init__(self) -> None:
+        self.started, self.said = time.monotonic(), -1
+
+    def __call__(self, fraction: float) -> None:
+        if int(10 * fraction) > self.said:
+            self.said = int(10 * fraction)
+            click.echo(f"{fraction:.1%} after {time.monotonic() - self.started:.0f} s")
 
 
 def _finish(device: torch.device) -> None:

@@ -1,13 +1,14 @@
 """Fill Triton's cache from many processes, so that nothing is compiled while it is timed."""
 
-import contextlib
 import multiprocessing
 import os
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
+import click
 import torch
-from triton.runtime.errors import OutOfResources
 from weights import hungry_tokens, multiply, random_digits, tokens_at
 
 from mbq.kernels.triton_prepare import Prepared
@@ -29,10 +30,15 @@ class Product:
 
 
 def compile_products(products: Iterable[Product]) -> None:
-    """Compile each of them once."""
+    """Compile each of them once; what cannot be compiled is said, and meets whoever times it."""
     workers = max((os.cpu_count() or 2) - 2, 1)
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        pool.map(_compile, sorted(set(products), key=repr), chunksize=4)
+    wanted = sorted(set(products), key=repr)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        try:
+            faults = [fault for fault in pool.map(_compile, wanted, chunksize=4) if fault]
+        except BrokenProcessPool as error:
+            faults = [f"a compiling process died: {error}"]
+    click.echo("\n".join([f"{len(wanted)} kernels, {len(faults)} not compiled", *faults]))
 
 
 def tokens_of(mixed: bool, m: int, k: int, bits: int) -> Prepared:
@@ -43,9 +49,11 @@ def tokens_of(mixed: bool, m: int, k: int, bits: int) -> Prepared:
     return hungry_tokens(max(m, 2), k, bits, 0) if mixed else tokens_at(m, k, bits)
 
 
-def _compile(product: Product) -> None:
+def _compile(product: Product) -> str | None:
     prepared = tokens_of(product.mixed, product.tokens, _INPUTS, product.bits or CODE_BITS)
-    # A tile may need more shared memory than there is.
-    with contextlib.suppress(OutOfResources):
+    try:
         multiply(prepared, product.bits, random_digits(256, _INPUTS), product.tile)
         torch.cuda.synchronize()
+    except Exception as error:  # too much shared memory, or whatever the compiler raises
+        return f"{product}: {error}"[:200]
+    return None

@@ -6,8 +6,8 @@
 One sequence, greedy. By default through `generate` as transformers has it, where the host's
 launches decide; `--captured` replays one decoding step (static cache, last position) as a graph,
 where the GPU decides. Memory is the most that was allocated while generating, and what is left
-after it. Weights and codes are random: times and memory depend on shapes alone. Routers have 8 rows
-and give every token 4 bits, so what they cost is the difference to 4 bits without them.
+after it. Weights and codes are random: times and memory depend on shapes alone. Routers have 8
+rows, as those of a checkpoint; where they decide they give every token 4 bits.
 """
 
 import datetime
@@ -24,23 +24,18 @@ import transformers
 import triton
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from mbq.artifacts.checkpoint import RouterShape
+from mbq.artifacts.checkpoint import Linear, RouterShape, find_routers
 from mbq.artifacts.elastic import add_routers, elastic_linears, replace_linears
 from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.quantize import pack_pair
 from mbq.kernels.router import Precision, Router
-from mbq.kernels.shared_input import share_input
 
 PROMPT_TOKENS = 8
 NEW_TOKENS = 48
-# Linears by what they read, named like the routers of a checkpoint.
-INPUTS = {
-    "self_attn.qkv_router": [f"self_attn.{n}_proj" for n in "qkv"],
-    "self_attn.o_router": ["self_attn.o_proj"],
-    "mlp.gate_up_router": ["mlp.gate_proj", "mlp.up_proj"],
-    "mlp.down_router": ["mlp.down_proj"],
-}
-ENDINGS = [name for served in INPUTS.values() for name in served]
+LINEARS = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
 
 Entry = dict[str, Any]
 
@@ -61,17 +56,7 @@ def main(out: Path, captured: bool) -> None:
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = LlamaForCausalLM(config).eval()
-    found = {"bf16": measure(model)}
-    click.echo(f"bf16: {found['bf16']}")
-    precision = make_elastic(model)
-    for bits in (2, 3, 4, 8):
-        precision.set_bits(bits)
-        found[f"{bits} bits"] = measure(model)
-        click.echo(f"{bits} bits: {found[f'{bits} bits']}")
-    route_to_four_bits(model, precision)
-    found["4 bits, routed"] = measure(model)
-    click.echo(f"4 bits, routed: {found['4 bits, routed']}")
-    result = {
+    result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "hardware": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -79,16 +64,29 @@ def main(out: Path, captured: bool) -> None:
         "transformers": transformers.__version__,
         "command": "python " + " ".join(sys.argv),
         "new_tokens": NEW_TOKENS,
-        "measured": found,
+        "measured": {},
     }
-    name = f"{result['date']}-generate{'-captured' if captured else ''}.json"
-    (out / name).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path = out / f"{result['date']}-generate{'-captured' if captured else ''}.json"
+
+    def keep(name: str) -> None:
+        result["measured"][name] = measure(model)
+        click.echo(f"{name}: {result['measured'][name]}")
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    keep("bf16")
+    precision = make_elastic(model)
+    add_constant_routers(model, precision)
+    for bits in (2, 3, 4, 8):
+        precision.set_bits(bits)
+        keep(f"{bits} bits")
+    precision.bits, precision.log_threshold = None, 0.0
+    keep("4 bits, routed")
 
 
 def make_elastic(model: LlamaForCausalLM) -> Precision:
     """Exchange the linears for elastic ones with random codes."""
     precision = Precision(8)
-    replace_linears(model, ENDINGS, 128, precision)
+    replace_linears(model, LINEARS, 128, precision)
     for linear in elastic_linears(model):
         for name, buffer in linear.named_buffers():
             if name.startswith("plane_"):
@@ -99,18 +97,15 @@ def make_elastic(model: LlamaForCausalLM) -> Precision:
             else:
                 gain = torch.ones(buffer.shape, device="cuda")
                 buffer.copy_(pack_pair(gain, torch.zeros_like(gain)))
-    by_name = {n: m for n, m in model.named_modules() if isinstance(m, ElasticLinear)}
-    for layer in range(model.config.num_hidden_layers):
-        for served in INPUTS.values():
-            share_input([by_name[f"model.layers.{layer}.{name}"] for name in served], None)
     torch.cuda.empty_cache()
     return precision
 
 
-def route_to_four_bits(model: LlamaForCausalLM, precision: Precision) -> None:
-    """Add routers whose scores are constants: above the threshold up to 4 bits, below it beyond."""
+def add_constant_routers(model: LlamaForCausalLM, precision: Precision) -> None:
+    """Routers whose scores are constants: above a threshold of 0 up to 4 bits, below it beyond."""
     names = [n for n, m in model.named_modules() if isinstance(m, ElasticLinear)]
-    add_routers(model, names, INPUTS, 8, RouterShape(width=8, knots=2), precision)
+    routers = find_routers([Linear(f"model.layers.0.{name}", 0, 1, 1) for name in LINEARS])
+    add_routers(model, names, routers, 8, RouterShape(width=8, knots=2), precision)
     floats: Any = {"dtype": torch.float32, "device": "cuda"}
     for router in model.modules():
         if isinstance(router, Router):
@@ -121,7 +116,6 @@ def route_to_four_bits(model: LlamaForCausalLM, precision: Precision) -> None:
             knots = router.get_buffer("knots")
             ends = torch.tensor([-1.0, 1.0], **floats).view(torch.int32)
             knots.copy_(ends.expand(knots.shape))
-    precision.bits, precision.log_threshold = None, 0.0
 
 
 def measure_generate(model: Any) -> Entry:

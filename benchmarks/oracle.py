@@ -1,4 +1,4 @@
-"""Would it pay to know how much the loss minds each token's errors?
+"""Would it pay to know how sensitive the loss is to each token's errors?
 
     python benchmarks/oracle.py NAME RUN
 

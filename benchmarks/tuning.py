@@ -6,7 +6,6 @@ Adds to what the file holds, a shape at a time, so a run that is cut off leaves 
 model takes some minutes, most of them for the compiler.
 """
 
-import contextlib
 import itertools
 import json
 from pathlib import Path
@@ -14,7 +13,6 @@ from pathlib import Path
 import click
 import torch
 from compiling import Product, compile_products, tokens_of
-from triton.runtime.errors import OutOfResources
 from weights import SHAPES, decode_times, rotation
 
 from mbq.kernels import dispatch
@@ -47,7 +45,7 @@ def main(out: Path, model: str) -> None:
         Product(BITS[kind], kind == dispatch.MIXED, m, tile)
         for kind, (n, k) in itertools.product(BITS, shapes)
         for m in tokens_for(kind)
-        for tile in candidates(n, k)
+        for tile in candidates(n, k, m)
     )
     for (n, k), kind in itertools.product(shapes, BITS):
         entry = {
@@ -63,11 +61,16 @@ def tokens_for(kind: str) -> list[int]:
     return [m for m in TOKENS if kind != dispatch.MIXED or dispatch.token_tile(m, kind) >= m]
 
 
-def candidates(n: int, k: int) -> list[Tile]:
-    """Tiles worth timing: enough programs for every multiprocessor, not far too many."""
+def candidates(n: int, k: int, m: int) -> list[Tile]:
+    """Tiles worth timing: enough programs for every multiprocessor, not far too many.
+
+    At most 64 sums of a tile for each thread: more do not fit the registers.
+    """
     found = []
     for (rows, warps), split, stages in itertools.product(CUTS, SPLITS, STAGES):
         programs = n // rows * split
+        if rows * m > 64 * 32 * warps:
+            continue
         if n % rows == 0 and 128 <= programs <= 1000 and split <= k // BLOCK_INPUTS:
             found.append(Tile(rows, split, warps, stages))
     return found
@@ -78,9 +81,11 @@ def fastest(n: int, k: int, m: int, kind: str) -> list[int]:
     bits = BITS[kind]
     weights, prepared = rotation(n, k, bits), tokens_of(kind == dispatch.MIXED, m, k, bits)
     seconds = {}
-    for tile in candidates(n, k):
-        with contextlib.suppress(OutOfResources):
+    for tile in candidates(n, k, m):
+        try:
             seconds[tile] = decode_times(weights, prepared, bits, tile, REPLAYS)[0]
+        except Exception as error:  # as while compiling
+            click.echo(f"left out: {tile}: {error}"[:200])
     tile = min(seconds, key=lambda t: seconds[t])
     return [tile.rows, tile.split, tile.warps, tile.stages]
 
