@@ -117,6 +117,7 @@ def dequantize(weight: Digits, bits: int, dtype: torch.dtype) -> Tensor:
         return triton_dequantize.dequantize_digits(weight, bits, dtype)
 
 
+@cache
 def kind_of(mixed: bool, bits: int | None) -> str:
     """The kind of a product; where only the device knows the width it is that of the largest."""
     if mixed:

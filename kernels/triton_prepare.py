@@ -228,7 +228,7 @@ def prepare(
         tokens,
     )
     hidden = 0 if gates is None else len(gates.trunk_HK)
-    chunks = triton.next_power_of_2(padded_inputs // 32)
+    chunks = _power_of_2(padded_inputs // 32)
     _prepare_kernel[(tokens,)](
         x_TK, given, *_pointers(gates), made.x_TK, made.sum_GT, made.bias_sum_GT, made.unscale_T,
         made.bits_LT, made.steps_L2, zeros(x_TK.device, "prepare", 1), tally,
@@ -237,7 +237,7 @@ def prepare(
         inputs, padded_inputs, groups, padded,
         CHUNKS=chunks, GROUP_CHUNKS=group_size // 32, LINEARS=linears, GIVEN=given is not None,
         EXTRA=0 if gates is None else len(gates.threshold_EL), HIDDEN=hidden,
-        FEATURES=triton.next_power_of_2(hidden + 2), TALLIED=tally is not None, MIXED=mixed,
+        FEATURES=_power_of_2(hidden + 2), TALLIED=tally is not None, MIXED=mixed,
         num_warps=8 if padded_inputs <= _WIDE_INPUTS else 16,
     )  # fmt: skip
     return made
@@ -245,7 +245,12 @@ def prepare(
 
 def padded_tokens(tokens: int) -> int:
     """T': a power of two, as tiles are; matrix instructions take 8 at least."""
-    return max(1 << (tokens - 1).bit_length(), 8)
+    return max(_power_of_2(tokens), 8)
+
+
+def _power_of_2(least: int) -> int:
+    # Triton's own function is ten times slower to call.
+    return 1 << (least - 1).bit_length()
 
 
 _ZEROS: dict[tuple[torch.device, str], Tensor] = {}
