@@ -32,8 +32,8 @@ from mbq.artifacts import keys
 from mbq.artifacts.manifest import Results, VariantLosses
 from mbq.artifacts.sealed import get_document
 from mbq.artifacts.source import open_source
+from mbq.orchestrator.local import default_store
 from mbq.orchestrator.status import locate
-from mbq.orchestrator.submit import home
 from mbq.workers.determinism import attention
 from mbq.workers.evaluate import sequence_losses
 from mbq.workers.model import open_model
@@ -87,7 +87,7 @@ def main(name: str, runs: tuple[str, ...]) -> None:
 
 def open_run(run: str) -> Opened:
     """A run of MBQ_HOME's store."""
-    store_uri = str(home() / "store")
+    store_uri = default_store()
     return Opened(Job(store_uri, locate(run, store_uri)[1].run, "cpu"))
 
 

@@ -16,15 +16,15 @@ from pathlib import Path
 from mbq.artifacts import keys
 from mbq.artifacts.manifest import Manifest, Results, RoutingRecord, Status, block_records
 from mbq.artifacts.sealed import get_document
+from mbq.orchestrator.local import default_store
 from mbq.orchestrator.status import locate
-from mbq.orchestrator.submit import home
 
 RESULTS = Path(__file__).with_name("results")
 PACKAGES = ("mbq-cluster", "ray", "torch", "transformers")
 
 
 def main(name: str, run: str, *command: str) -> None:
-    store, document = locate(run, str(home() / "store"))
+    store, document = locate(run, default_store())
     run = document.run
     status = get_document(store, keys.status_key(run), Status)
     results = get_document(store, keys.results_key(run), Results)

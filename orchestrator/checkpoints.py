@@ -13,8 +13,8 @@ from mbq.artifacts.packed import PackedCheckpoint, Report, open_checkpoint
 from mbq.artifacts.pull import Pulled, pull
 from mbq.artifacts.sealed import document_sha256
 from mbq.artifacts.store import WORKING_SECONDS, LocalStore, Store, open_store
+from mbq.orchestrator.local import home
 from mbq.orchestrator.status import locate, names_run
-from mbq.orchestrator.submit import home
 
 
 def find_checkpoint(target: str, uri: str) -> Store:

@@ -324,7 +324,7 @@ def _print_results(store: "Store", document: "RunDocument", to_stderr: bool) -> 
 
 
 def _jobs(address: str | None) -> "Jobs | None":
-    from mbq.orchestrator.submit import find_jobs
+    from mbq.orchestrator.local import find_jobs
 
     try:
         return find_jobs(address)

@@ -14,36 +14,30 @@ def head() -> None:
 @head.command("start")
 def head_start() -> None:
     """Start it, if it does not run, and print its dashboard's address."""
-    from mbq.cluster import head as heads
-    from mbq.orchestrator.submit import home
+    from mbq.orchestrator.local import start_local_head
 
-    folder = home() / "head"
-    if heads.find_head(folder) is None:
-        say("starting a local Ray (about 10 s)")
-    click.echo(heads.start_head(folder).address)
+    click.echo(start_local_head(say).address)
 
 
 @head.command("stop")
 def head_stop() -> None:
     """Stop it, and every run on it."""
     from mbq.artifacts.errors import NotFoundError
-    from mbq.cluster import head as heads
-    from mbq.cluster.jobs import Jobs
-    from mbq.orchestrator.submit import home
+    from mbq.cluster.head import stop_head
+    from mbq.orchestrator.local import find_local_head, head_folder, jobs_of
 
-    folder = home() / "head"
-    found = heads.find_head(folder)
+    found = find_local_head()
     if found is None:
         raise NotFoundError("no local Ray is running")
     # Drivers live in sessions of their own and would outlive the head.
     try:
-        jobs = Jobs(found.address, heads.client_environment(found))
+        jobs = jobs_of(found)
         for job in jobs.list():
             if job.alive:
                 jobs.stop(job)
     except MbqError as error:
         say(f"its drivers could not be asked to stop: {error}")
-    heads.stop_head(folder, found)
+    stop_head(head_folder(), found)
 
 
 @head.command("status")
@@ -51,11 +45,10 @@ def head_stop() -> None:
 def head_status(as_json: bool) -> None:
     """Say whether it runs, where its dashboard is and where its token lies."""
     from mbq.artifacts.errors import NotFoundError
-    from mbq.cluster import head as heads
     from mbq.orchestrator import display
-    from mbq.orchestrator.submit import home
+    from mbq.orchestrator.local import find_local_head
 
-    found = heads.find_head(home() / "head")
+    found = find_local_head()
     if found is None:
         raise NotFoundError("no local Ray is running")
     if as_json:

@@ -51,9 +51,9 @@ def set_option(command: Command) -> Command:
 
 
 def store_uri(store: str | None) -> str:
-    from mbq.orchestrator.submit import home
+    from mbq.orchestrator.local import default_store
 
-    return store or str(home() / "store")
+    return store or default_store()
 
 
 def say(text: str) -> None:

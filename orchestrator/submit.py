@@ -8,7 +8,7 @@ import ipaddress
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,15 +32,14 @@ from mbq.artifacts.source import Source, open_source
 from mbq.artifacts.spec import RunSpec, apply_settings, load_spec, run_id
 from mbq.artifacts.store import Store, open_store, probe
 from mbq.artifacts.tensors import Entry, encode
-from mbq.cluster import head as heads
 from mbq.cluster.jobs import Jobs
 from mbq.orchestrator.check import check_source
 from mbq.orchestrator.comparison import variants
+from mbq.orchestrator.local import Say, default_store, jobs_of, start_local_head
 from mbq.orchestrator.presets import preset
 from mbq.workers.data import Tokens, calibration_tokens, evaluation_tokens, sample_tokens
 from mbq.workers.environment import ENVIRONMENT
 
-Say = Callable[[str], None]
 _STORE_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION")
 # They name files and profiles of this machine.
 _LOCAL_VARIABLES = (
@@ -60,11 +59,6 @@ class Prepared:
 
     document: RunDocument
     blobs: Sequence[Sequence[bytes]]
-
-
-def home() -> Path:
-    """Where this user's head and default store live: MBQ_HOME, or ~/.mbq-cluster."""
-    return Path(os.environ.get("MBQ_HOME") or Path.home() / ".mbq-cluster").expanduser().resolve()
 
 
 def read_spec(name: str, settings: Sequence[str]) -> tuple[str, RunSpec]:
@@ -115,7 +109,7 @@ def choose_store(uri: str | None, address: str | None, source: Source) -> Store:
     Raises:
         InputError: an unknown scheme, or a path of this machine with a remote cluster.
     """
-    store = open_store(uri or str(home() / "store"))
+    store = open_store(uri or default_store())
     if address is not None and not _is_loopback(address):
         if uri is None or "://" not in uri:
             raise InputError(
@@ -139,7 +133,7 @@ def submit(prepared: Prepared, store: Store, address: str | None, say: Say) -> J
     probe(store)
     if _is_finished(store, prepared.document, say):
         return jobs
-    jobs = jobs or local_jobs(say)
+    jobs = jobs or jobs_of(start_local_head(say))
     # A running driver keeps the document it was started with.
     if _is_running(prepared.document.run, store, jobs, say):
         if find_run(store, prepared.document.run) != prepared.document:
@@ -156,7 +150,7 @@ def resume(document: RunDocument, store: Store, address: str | None, say: Say) -
     """See that a run which the store knows is finished or has a driver."""
     if _is_finished(store, document, say):
         return None
-    jobs = Jobs(address) if address is not None else local_jobs(say)
+    jobs = Jobs(address) if address is not None else jobs_of(start_local_head(say))
     if not _is_running(document.run, store, jobs, say):
         _start(document, store, jobs)
     return jobs
@@ -170,6 +164,8 @@ def _is_running(run: str, store: Store, jobs: Jobs, say: Say) -> bool:
         return True
     status = find_document(store, keys.status_key(run), Status)
     if status is None or status.state != "running":
+        return False
+    if latest is not None and latest.attempt >= status.attempt:
         return False
     # Killed, or on another cluster: then it writes again and again, whatever its clock says. Ray
     # lets a driver whose head was killed live for a minute.
@@ -218,24 +214,6 @@ def _is_finished(store: Store, document: RunDocument, say: Say) -> bool:
             return False
     say(f"run {run} is already finished")
     return True
-
-
-def local_jobs(say: Say) -> Jobs:
-    """The Jobs API of this user's local head, which is started if it does not run."""
-    folder = home() / "head"
-    head = heads.find_head(folder)
-    if head is None:
-        say("starting a local Ray (about 10 s)")
-        head = heads.start_head(folder)
-    return Jobs(head.address, heads.client_environment(head))
-
-
-def find_jobs(address: str | None) -> Jobs | None:
-    """The cluster to ask about runs: the one given, the local head if it runs, or none."""
-    if address is not None:
-        return Jobs(address)
-    head = heads.find_head(home() / "head")
-    return Jobs(head.address, heads.client_environment(head)) if head else None
 
 
 def _token_file(tokens: Tokens) -> list[bytes]:

@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from mbq.artifacts.loading import load_model
-from mbq.cluster.head import find_head
 from mbq.orchestrator.display import STDOUT
-from mbq.orchestrator.submit import home
+from mbq.orchestrator.local import find_local_head, home
 
 PROMPT = "import os\n\n\nclass "
 NEW_TOKENS = 60
 
 
 def main() -> int:
-    started_here = find_head(home() / "head") is None
+    started_here = find_local_head() is None
     try:
         submitted = _command("submit", "demo", capture=True)
         run = submitted.stdout.strip()
@@ -31,7 +30,7 @@ def main() -> int:
         if watched.returncode:
             return watched.returncode
     finally:
-        if started_here and find_head(home() / "head") is not None:
+        if started_here and find_local_head() is not None:
             _command("head", "stop")
     print("report: ", end="", flush=True)
     _command("report", run, "--out", str(home() / "report.html"))

@@ -129,6 +129,17 @@ def test_a_run_of_another_cluster_is_not_taken_over(
     assert not submitting._is_running(document.run, store, cluster, lambda text: None)
 
 
+def test_an_attempt_that_this_cluster_saw_die_is_not_waited_for(
+    said: Any, document: RunDocument, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = said("running", 1, 1000.0)
+    monkeypatch.setattr(submitting.time, "sleep", lambda seconds: pytest.fail("it waited"))
+    dead: Any = _Cluster(_job("FAILED", 1))
+    assert not submitting._is_running(document.run, store, dead, lambda text: None)
+    alive: Any = _Cluster(_job("RUNNING", 1))
+    assert submitting._is_running(document.run, store, alive, lambda text: None)
+
+
 def test_results_are_shown_without_the_source(finished_run: Any, tmp_path: Path) -> None:
     store = LocalStore(Path(shutil.copytree(finished_run.store.root, tmp_path / "store")))
     document = find_run(store, finished_run.document.run)
