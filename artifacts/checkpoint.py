@@ -27,9 +27,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mbq.artifacts.spec import WORD_INPUTS
 from mbq.artifacts.tensors import Entry
-from mbq.kernels.widths import SLICE_BITS, WIDTHS, slices_of, steps_up_to
+from mbq.kernels.widths import SLICE_BITS, WIDTHS, WORD_BITS, slices_of, steps_up_to
 
 QUANT_METHOD = "mbq"
 PACKING = "plane-row32-lsb"
@@ -173,7 +172,7 @@ def slice_files(shards: Iterable[Shard], slices: int) -> tuple[tuple[str, ...], 
 
 
 def _slice_entries(linear: Linear, e: int) -> list[Entry]:
-    words = (linear.out_features, linear.in_features // WORD_INPUTS)
+    words = (linear.out_features, linear.in_features // WORD_BITS)
     planes = range(SLICE_BITS * e, SLICE_BITS * (e + 1))
     entries = [Entry(f"{linear.name}.plane_{p}", "I32", words) for p in planes]
     completed = [bits for bits in WIDTHS if slices_of(bits) == e + 1]

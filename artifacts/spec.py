@@ -1,32 +1,25 @@
 """What a user asks for: one frozen document, refused with one clear line when it cannot work.
 
 Fields before `store` in `RunSpec` decide the bytes of the checkpoint and therefore the run id,
-model and calibration text by what they contain; store, resources and evaluation do not. Imports
-neither torch nor ray.
+model and calibration text by what they contain; store, resources and evaluation do not. How a file
+becomes a spec: `spec_file.py`. Imports neither torch nor ray.
 
-    load_spec("demo.yaml", ["calibration.samples=64"])  ->  RunSpec
-    run_id(spec, model_digest, tokens_sha256)           ->  "3f2a91c04b7d"
+    run_id(spec, model_digest, tokens_sha256)  ->  "3f2a91c04b7d"
 """
 
-import difflib
 import hashlib
 import json
-import os
 import reprlib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal, Self, get_args
+from collections.abc import Callable
+from typing import Annotated, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
-from mbq.artifacts.errors import InputError, NotFoundError
-from mbq.kernels.widths import SLICE_BITS, widths_up_to
+from mbq.kernels.widths import SLICE_BITS, WORD_BITS, widths_up_to
 
 # Of documents and files, and of what a spec means: the same spec never stands for other bytes.
 FORMAT_VERSION = 9
-WORD_INPUTS = 32
 # What is kept of each fits into one document (`sealed.py`).
 MOST_SEQUENCES = 200_000
 
@@ -75,13 +68,33 @@ class Text(Document):
 
 
 class CalibrationText(Text):
+    """What blocks are calibrated on.
+
+    Attributes:
+        samples: sequences.
+        sequence_length: tokens of each.
+        seed: of the windows that are taken from the text, and of all training.
+    """
+
     samples: Annotated[int, Field(ge=1, le=65_536)] = 128
     sequence_length: Annotated[int, Field(ge=8, le=131_072)] = 2048
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
 
 class Optimisation(Document):
-    """How a block is trained. Rates of weights are in 2-bit steps of their group."""
+    """How a block is trained (`workers/calibrate.py`).
+
+    Attributes:
+        method: `joint` trains weights, ranges, gains and biases; `clip` ranges alone, as the paper.
+        passes: over the sequences, in each stage of training.
+        batch_size: sequences a step.
+        widths: bits at which the block's output is to be right; others follow from these.
+        weight_rate: learning rate of weights, in 2-bit steps of their group.
+        clip_rate: of the ranges, as logits of their share of the largest weights.
+        gain_rate: of gains and biases at 2 bits; half of it for each bit more.
+        balance: exponent of the running mean by which each width's loss is divided: with 0 absolute
+            errors count, which are those of the lowest width, with 1 relative ones.
+    """
 
     method: Literal["joint", "clip"] = "joint"
     passes: Annotated[int, Field(ge=2, le=1000)] = 6
@@ -96,7 +109,15 @@ class Optimisation(Document):
 class Routing(Document):
     """How bits are shared over tokens and linears (`workers/route.py` says what the methods are).
 
-    `auto` takes, of `linear`, `norm` and `token`, what loses least at equal total bits.
+    Attributes:
+        method: `auto` takes, of `linear`, `norm` and `token`, what loses least at equal total bits.
+        width: rows of a learned router's trunk.
+        steps: of training a router.
+        rate: its learning rate.
+        tokens: of the calibration text that the routers of a block are fitted on.
+        sensitivity_samples: sequences that go backward through the full-precision model.
+        settle_tokens: of the calibration text that thresholds are corrected on.
+        target_bits: average of every linear that `target` trains for.
     """
 
     method: Literal["auto", "linear", "norm", "token", "gates", "target"] = "auto"
@@ -115,7 +136,13 @@ class Routing(Document):
 
 
 class Resources(Document):
-    """What a task may use. `workers` blocks are calibrated at once; default: all that fit."""
+    """What a task may use.
+
+    Attributes:
+        device: `auto` takes GPUs if a node has one when the run starts.
+        workers: tasks that use the device at once; default: all that fit.
+        memory_gib: host memory that a task reserves; default: what the plan expects it to take.
+    """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: Annotated[int, Field(ge=1, le=4096)] | None = None
@@ -125,9 +152,11 @@ class Resources(Document):
 class Evaluation(Text):
     """What is measured in the end.
 
-    `average_bits` are widths that are shared over tokens and linears (default: 2.25, 2.5, 3 and
-    3.5); `rivals` are other ways of sharing them, measured at 2.25, 2.5, 3 and 3.5 beside the run's
-    own.
+    Attributes:
+        tokens: at most as many are read of the text.
+        sequence_length: tokens of each sequence.
+        average_bits: widths that are shared over tokens and linears; default: 2.25, 2.5, 3, 3.5.
+        rivals: other ways of sharing 2.25, 2.5, 3 and 3.5 bits, measured beside the run's own.
     """
 
     tokens: Annotated[int, Field(ge=256, le=100_000_000)] = 131_072
@@ -136,7 +165,7 @@ class Evaluation(Text):
     rivals: tuple[Rival, ...] = ()
 
     @model_validator(mode="after")
-    def _is_clear(self) -> Self:
+    def _averages_are_distinct(self) -> Self:
         averages = self.average_bits or ()
         if len(set(averages)) < len(averages) or any(bits != round(bits, 3) for bits in averages):
             raise ValueError(
@@ -147,7 +176,7 @@ class Evaluation(Text):
         return self
 
     @model_validator(mode="after")
-    def _is_no_book(self) -> Self:
+    def _losses_fit_a_document(self) -> Self:
         if self.tokens // self.sequence_length > MOST_SEQUENCES:
             raise ValueError(
                 f"tokens {self.tokens} are more than {MOST_SEQUENCES:,} sequences of "
@@ -166,12 +195,23 @@ class Evaluation(Text):
 
 
 class RunSpec(Document):
-    """One run, from model to validated checkpoint."""
+    """One run, from model to validated checkpoint.
+
+    Attributes:
+        slices: how many are stored, of 2 bits each.
+        group_size: inputs that share a scale and a zero.
+        propagation: what blocks learn from: the output of the quantized blocks before them, one
+            after the other (`sequential`), or of the original ones, all at once.
+        dtype: of activations, and of weights where they are not trained.
+        threads: of a task on a CPU.
+        microbatch: sequences a forward pass.
+        store: where the run lies; a command's --store wins.
+    """
 
     model: ModelChoice
     calibration: CalibrationText
     slices: Annotated[int, Field(ge=1, le=4)] = 4
-    group_size: Annotated[int, Field(ge=WORD_INPUTS, le=4096)] = 128
+    group_size: Annotated[int, Field(ge=WORD_BITS, le=4096)] = 128
     optimisation: Optimisation = Optimisation()
     routing: Routing = Routing()
     propagation: Literal["sequential", "full_precision"] = "sequential"
@@ -185,9 +225,9 @@ class RunSpec(Document):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.group_size % WORD_INPUTS:
+        if self.group_size % WORD_BITS:
             raise ValueError(
-                f"group_size {self.group_size} is not a multiple of {WORD_INPUTS}: a stored word "
+                f"group_size {self.group_size} is not a multiple of {WORD_BITS}: a stored word "
                 "holds 32 inputs; use 32, 64, 128 or 256"
             )
         most = self.max_bits
@@ -222,57 +262,13 @@ class RunSpec(Document):
         return SLICE_BITS * self.slices
 
 
-def load_spec(path: Path, settings: Sequence[str] = ()) -> RunSpec:
-    """Read a YAML spec and apply `a.b=value` settings.
-
-    Relative paths in the file are taken from the file's folder, those in settings from the working
-    folder.
-
-    Raises:
-        NotFoundError: there is no such file.
-        InputError: the document is not a valid spec.
-    """
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise NotFoundError(
-            f"there is no spec file {path}; give a YAML file or a preset"
-        ) from error
-    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path} cannot be read as YAML: {reason}") from error
-    if not isinstance(document, dict):
-        raise InputError(f"{path} must hold a mapping with model and calibration at its top")
-    _resolve_paths(document, path.parent.resolve())
-    return apply_settings(document, settings)
-
-
-def apply_settings(document: Mapping[str, Any], settings: Sequence[str]) -> RunSpec:
-    """A spec from a document whose paths are absolute, with `a.b=value` settings on top."""
-    overrides: dict[str, Any] = {}
-    for setting in settings:
-        _apply(overrides, setting)
-    _resolve_paths(overrides, Path.cwd())
-    return parse_spec(_merge(document, overrides))
-
-
-def parse_spec(document: Mapping[str, Any]) -> RunSpec:
-    """Validate a parsed document; the first thing wrong becomes one line.
-
-    Raises:
-        InputError: names the field, the value, the rule and what to do.
-    """
-    try:
-        return RunSpec.model_validate(document)
-    except ValidationError as error:
-        raise InputError(explain(error, of_spec=True)) from error
-
-
-def explain(error: ValidationError, of_spec: bool = False) -> str:
+def explain(
+    error: ValidationError, remedy: Callable[[ErrorDetails, str], str] = lambda fault, field: ""
+) -> str:
     """The first fault of a document in one line.
 
     Args:
-        of_spec: the document is a spec: say what to change in it.
+        remedy: what to add, given the fault and the field that it is in.
     """
     faults = error.errors(include_url=False, include_context=False)
     fault = faults[0]
@@ -281,10 +277,9 @@ def explain(error: ValidationError, of_spec: bool = False) -> str:
     field = ".".join(parts)[:_SHOWN_CHARACTERS]
     rest = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     if fault["type"] == "extra_forbidden":
-        return f"{field}: unknown key{_suggest(fault['loc']) if of_spec else ''}{rest}"
+        return f"{field}: unknown key{remedy(fault, field)}{rest}"
     if fault["type"] == "missing":
-        remedy = f"; add it to the spec or pass --set {field}=..." if of_spec else ""
-        return f"{field}: missing{remedy}{rest}"
+        return f"{field}: missing{remedy(fault, field)}{rest}"
     rule = fault["msg"].removeprefix("Value error, ").replace("Input should", "must")
     rule = rule[:_SHOWN_CHARACTERS]
     if not fault["loc"]:
@@ -292,8 +287,7 @@ def explain(error: ValidationError, of_spec: bool = False) -> str:
         return f"{rule}{rest}"
     value = fault["input"]
     shown = "" if isinstance(value, dict | list | BaseModel) else f"{reprlib.repr(value)} "
-    remedy = f"; change it in the spec or with --set {field}=..." if of_spec else ""
-    return f"{field}: {shown}{rule}{remedy}{rest}"
+    return f"{field}: {shown}{rule}{remedy(fault, field)}{rest}"
 
 
 def run_id(spec: RunSpec, model_digest: str, tokens_sha256: str) -> str:
@@ -324,67 +318,3 @@ def run_id(spec: RunSpec, model_digest: str, tokens_sha256: str) -> str:
 def is_path(location: str) -> bool:
     """Whether a model location is written as a path and not as a repository id."""
     return location.startswith((".", "/", "~"))
-
-
-def _suggest(location: tuple[int | str, ...]) -> str:
-    section: Any = RunSpec
-    for part in location[:-1]:
-        kind = section.model_fields[str(part)].annotation
-        # An optional section is a union with None.
-        section = next((k for k in get_args(kind) if k is not NoneType), kind)
-    known = list(section.model_fields)
-    close = difflib.get_close_matches(str(location[-1]), known, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known keys are {', '.join(known)}"
-
-
-def _apply(document: dict[str, Any], setting: str) -> None:
-    name, equals, text = setting.partition("=")
-    if not equals or not all(name.split(".")):
-        raise InputError(f"--set {setting}: write it as field=value, as in calibration.samples=64")
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"--set {setting}: the value is not YAML; quote it") from error
-    *parents, last = name.split(".")
-    for parent in parents:
-        document = document.setdefault(parent, {})
-        if not isinstance(document, dict):
-            raise InputError(f"--set {setting}: {parent} is already a value, not a section")
-    # YAML reads 1e-3 as a string; pydantic turns it into the number it is.
-    document[last] = value
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        merged[key] = _merge(old, value) if both and isinstance(old, dict) else value
-    return merged
-
-
-def _resolve_paths(document: dict[str, Any], folder: Path) -> None:
-    """Make the paths of a raw document absolute, in place; leave what is no path alone."""
-
-    def absolute(value: object) -> object:
-        if not isinstance(value, str) or "://" in value:
-            return value
-        return os.path.abspath(folder / os.path.expanduser(value))
-
-    model = document.get("model")
-    if (
-        isinstance(model, dict)
-        and isinstance(source := model.get("source"), str)
-        and is_path(source)
-    ):
-        model["source"] = absolute(source)
-    for section in (document.get("calibration"), document.get("evaluation")):
-        if not isinstance(section, dict):
-            continue
-        for key in ("include", "exclude"):
-            if section.get(key) is not None:
-                section[key] = absolute(section[key])
-        if isinstance(files := section.get("files"), list):
-            section["files"] = [absolute(file) for file in files]
-    if document.get("store") is not None:
-        document["store"] = absolute(document["store"])

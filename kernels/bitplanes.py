@@ -15,9 +15,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from mbq.kernels.widths import CODE_BITS
-
-WORD_BITS = 32
+from mbq.kernels.widths import CODE_BITS, WORD_BITS
 
 
 def pack_planes(code_NK: Tensor, wanted: Iterable[int] = range(CODE_BITS)) -> Tensor:

@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mbq.kernels import dispatch
-from mbq.kernels.bitplanes import WORD_BITS, pack_planes, unpack_planes
+from mbq.kernels.bitplanes import pack_planes, unpack_planes
 from mbq.kernels.digits import Digits, pack_digits, unpack_digits
 from mbq.kernels.quantize import dequantize, unpack_pair
 from mbq.kernels.router import Precision
 from mbq.kernels.shared_input import SharedInput
-from mbq.kernels.widths import WIDTHS, slices_of, widths_up_to
+from mbq.kernels.widths import WIDTHS, WORD_BITS, slices_of, widths_up_to
 
 
 class ElasticLinear(nn.Module):

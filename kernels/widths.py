@@ -9,6 +9,8 @@ from itertools import pairwise
 SLICE_BITS = 2
 MAX_SLICES = 4
 CODE_BITS = SLICE_BITS * MAX_SLICES
+# Of a stored word of a plane: one for each of as many inputs.
+WORD_BITS = 32
 WIDTHS = (2, 3, 4, 6, 8)
 
 

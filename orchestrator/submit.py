@@ -29,7 +29,8 @@ from mbq.artifacts.manifest import (
 )
 from mbq.artifacts.sealed import find_document, put_document
 from mbq.artifacts.source import Source, open_source
-from mbq.artifacts.spec import RunSpec, apply_settings, load_spec, run_id
+from mbq.artifacts.spec import RunSpec, run_id
+from mbq.artifacts.spec_file import apply_settings, load_spec
 from mbq.artifacts.store import Store, open_store, probe
 from mbq.artifacts.tensors import Entry, encode
 from mbq.cluster.jobs import Jobs

@@ -26,7 +26,7 @@ from mbq.artifacts import keys, s3_client
 from mbq.artifacts.manifest import RunDocument, put_blob
 from mbq.artifacts.s3 import S3Store
 from mbq.artifacts.sealed import put_document
-from mbq.artifacts.spec import parse_spec
+from mbq.artifacts.spec_file import parse_spec
 from mbq.artifacts.store import LocalStore, Store
 from mbq.cluster.runner import LocalRunner
 from mbq.orchestrator.run import drive

@@ -22,13 +22,12 @@ from mbq.artifacts.errors import CorruptError, KernelError
 from mbq.artifacts.manifest import KernelTiming, ValidationRecord
 from mbq.artifacts.packed import PackedCheckpoint
 from mbq.artifacts.tensors import TensorFile, open_tensors
-from mbq.kernels.bitplanes import WORD_BITS
 from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.quantize import unpack_pair
 from mbq.kernels.router import Precision
 from mbq.kernels.shared_input import share_input
 from mbq.kernels.timing import time_graph
-from mbq.kernels.widths import CODE_BITS, widths_up_to
+from mbq.kernels.widths import CODE_BITS, WORD_BITS, widths_up_to
 from mbq.workers.determinism import hardware_kind
 from mbq.workers.tensors import read_tensor
 

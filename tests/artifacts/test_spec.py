@@ -9,7 +9,8 @@ import yaml
 from pydantic import ValidationError
 
 from mbq.artifacts.errors import InputError, NotFoundError
-from mbq.artifacts.spec import RunSpec, load_spec, parse_spec, run_id
+from mbq.artifacts.spec import RunSpec, run_id
+from mbq.artifacts.spec_file import load_spec, parse_spec
 
 Make = Callable[..., dict[str, Any]]
 

@@ -13,7 +13,7 @@ from mbq.artifacts.digests import Digest
 from mbq.artifacts.errors import InputError
 from mbq.artifacts.manifest import RunDocument
 from mbq.artifacts.source import open_source
-from mbq.artifacts.spec import parse_spec
+from mbq.artifacts.spec_file import parse_spec
 from mbq.orchestrator.check import check_source
 from mbq.orchestrator.comparison import other_bits, settled_methods, variants
 from mbq.orchestrator.plan import (
