@@ -60,7 +60,12 @@ class Linear:
     @property
     def local_name(self) -> str:
         """Name inside the block."""
-        return self.name.removeprefix(f"model.layers.{self.block}.")
+        return self.name.removeprefix(block_prefix(self.block))
+
+    @property
+    def weights(self) -> int:
+        """How many it has."""
+        return self.out_features * self.in_features
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,11 @@ class Shard:
     slice: int | None
     entries: tuple[Entry, ...]
     blocks: tuple[int, ...]
+
+
+def block_prefix(block: int) -> str:
+    """What the names of all that is in a block begin with."""
+    return f"model.layers.{block}."
 
 
 def find_linears(tensors: Mapping[str, Entry]) -> list[Linear]:
@@ -141,7 +151,7 @@ def routing_shard(linears: Sequence[Linear], max_bits: int, shape: RouterShape) 
     inputs = {(linear.block, linear.local_name): linear.in_features for linear in linears}
     blocks = sorted({linear.block for linear in linears})
     entries = [
-        Entry(f"model.layers.{block}.{router}.{name}", "I32", size)
+        Entry(f"{block_prefix(block)}{router}.{name}", "I32", size)
         for block in blocks
         for router, served in routers.items()
         for name, size in _router_shapes(
@@ -155,7 +165,7 @@ def router_bits(linears: Sequence[Linear], max_bits: int, shape: RouterShape) ->
     """What routers read for each token, per weight; the maps are read when the width changes."""
     entries = routing_shard(linears, max_bits, shape).entries if max_bits > SLICE_BITS else ()
     read_bytes = sum(e.size_bytes for e in entries if not e.name.endswith(".knots"))
-    return 8 * read_bytes / sum(linear.out_features * linear.in_features for linear in linears)
+    return 8 * read_bytes / sum(linear.weights for linear in linears)
 
 
 def index_document(shards: Iterable[Shard]) -> bytes:

@@ -40,7 +40,8 @@ class PackedCheckpoint:
     manifest: Manifest
 
     @property
-    def widths(self) -> tuple[int, ...]:
+    def ceilings(self) -> tuple[int, ...]:
+        """The bits that it can be cut to."""
         return tuple(range(SLICE_BITS, self.manifest.max_bits + 1, SLICE_BITS))
 
     def files(self, max_bits: int) -> dict[str, Digest]:
@@ -49,10 +50,10 @@ class PackedCheckpoint:
         Raises:
             InputError: the checkpoint cannot be cut to that.
         """
-        if max_bits not in self.widths:
+        if max_bits not in self.ceilings:
             raise InputError(
                 f"--max-bits {max_bits}: the checkpoint can be cut to "
-                f"{', '.join(map(str, self.widths))} bits; its averages lie between 2 and these"
+                f"{', '.join(map(str, self.ceilings))} bits; its averages lie between 2 and these"
             )
         upper = self.manifest.slice_files[max_bits // SLICE_BITS :]
         left_out = {CONFIG_FILE, INDEX_FILE, *(name for names in upper for name in names)}
@@ -130,7 +131,7 @@ def verify(checkpoint: PackedCheckpoint, report: Report) -> list[str]:
     expected = manifest.files[CONFIG_FILE].sha256
     # White space and keys that stand there twice would not survive the cutting.
     same = cut_config(config, max_bits) == config and hashlib.sha256(whole).hexdigest() == expected
-    if not same or max_bits not in checkpoint.widths:
+    if not same or max_bits not in checkpoint.ceilings:
         return [f"{CONFIG_FILE}: it is not what the manifest says"]
     files = checkpoint.files(max_bits)
     faults = {name: fault for name, d in files.items() if (fault := _size_fault(store, name, d))}

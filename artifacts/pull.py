@@ -89,7 +89,7 @@ def pull(
                 done += piece.size_bytes
                 report(done / total)
         for name in files:
-            _settle(folder, name)
+            _give_name(folder, name)
         # Of pulls that were killed, and of more bits than these.
         for leftover in folder.glob(f"{PARTIAL}*"):
             leftover.unlink()
@@ -123,7 +123,7 @@ def _check_folder(
     if known is None and not ours:
         raise InputError(f"{folder} holds another model; pull into another folder")
     # A damaged config may claim what is not there.
-    complete = held in checkpoint.widths and all(
+    complete = held in checkpoint.ceilings and all(
         (folder / name).is_file() for name in checkpoint.files(held)
     )
     if held > max_bits and complete:
@@ -179,7 +179,7 @@ def _fetch(store: Store, folder: Path, piece: Piece) -> Piece:
     return piece
 
 
-def _settle(folder: Path, name: str) -> None:
+def _give_name(folder: Path, name: str) -> None:
     """Give a complete file its name."""
     partial = _partial(folder, name)
     if not partial.is_file():

@@ -261,6 +261,16 @@ class RunSpec(Document):
         """Bits of all slices."""
         return SLICE_BITS * self.slices
 
+    @property
+    def streams(self) -> tuple[int, ...]:
+        """Widths with hidden states of their own, beside those of the full-precision model."""
+        return self.optimisation.widths if self.propagation == "sequential" else ()
+
+    @property
+    def element_bytes(self) -> int:
+        """Of an activation."""
+        return 2 if self.dtype == "bfloat16" else 4
+
 
 def explain(
     error: ValidationError, remedy: Callable[[ErrorDetails, str], str] = lambda fault, field: ""

@@ -23,6 +23,7 @@ from quality import open_run, our_entries, paired, provenance
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mbq.artifacts.checkpoint import block_prefix
 from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.router import Precision
 from mbq.kernels.shared_input import share_input
@@ -109,7 +110,7 @@ def token_gradients(opened: Opened, ids_BT: Tensor) -> dict[str, list[Tensor]]:
     blocks = [model.block(index) for index in range(model.block_count)]
     for index, block in enumerate(blocks):
         for name, linear in linears(block).items():
-            linear.register_forward_hook(watch(found[f"model.layers.{index}.{name}"]))
+            linear.register_forward_hook(watch(found[block_prefix(index) + name]))
     for ids in ids_BT.split(opened.spec.microbatch):
         hidden = model.embed(ids).requires_grad_(True)
         for index, block in enumerate(blocks):
@@ -143,7 +144,7 @@ def oracle_losses(
             yield oracle_block(opened, index, precision, gradients, known)
 
     ceiling = opened.spec.max_bits
-    routed = RoutedModel(model, blocks, precision, opened.weights(0))
+    routed = RoutedModel(model, blocks, precision, opened.router_weights)
     setting = Setting(ceiling, average, opened.curve("linear", ceiling).log_threshold(average))
     earned, _ = run_settings(routed, ids_BT, microbatch, [setting])
     precision.log_threshold = thresholds(earned[0], [average], ceiling)[0]

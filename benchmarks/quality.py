@@ -37,7 +37,7 @@ from mbq.orchestrator.status import locate
 from mbq.workers.determinism import attention
 from mbq.workers.evaluate import sequence_losses
 from mbq.workers.model import open_model
-from mbq.workers.opened import Job, Opened
+from mbq.workers.opened import Opened, RunRef
 from mbq.workers.variants import FULL, parse
 
 RESULTS = Path(__file__).with_name("results")
@@ -88,7 +88,7 @@ def main(name: str, runs: tuple[str, ...]) -> None:
 def open_run(run: str) -> Opened:
     """A run of MBQ_HOME's store."""
     store_uri = default_store()
-    return Opened(Job(store_uri, locate(run, store_uri)[1].run, "cpu"))
+    return Opened(RunRef(store_uri, locate(run, store_uri)[1].run, "cpu"))
 
 
 def provenance() -> dict[str, Any]:

@@ -84,7 +84,7 @@ def other_bits(linears: Sequence[Linear], spec: RunSpec, variant: str, method: s
     kind, _ = parse(variant)
     if kind == ROUNDED:
         return 32 / spec.group_size
-    weights = sum(linear.out_features * linear.in_features for linear in linears)
+    weights = sum(linear.weights for linear in linears)
     channels = sum(linear.out_features for linear in linears)
     learned = spec.routing.learned
     routers = {ROUTED: method, "norm": "norm", "learned": learned, "shuffled": learned}.get(kind)

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from mbq.artifacts.manifest import Results, Row, ValidationRecord
 from mbq.orchestrator.status import RunState
-from mbq.workers.variants import PACKED, ROUTED, parse
+from mbq.workers.variants import FULL, PACKED, ROUNDED, ROUTED, parse
 
 # Without a terminal rich assumes 80 columns and breaks the lines of a table.
 _PIPE_COLUMNS = 120
@@ -146,11 +146,11 @@ def result_table(results: Results) -> Table:
     for column in columns:
         table.add_column(column, justify="right")
     rows = {row.variant: row for row in results.rows}
-    full = rows["full"]
+    full = rows[FULL]
     table.add_row("full", "", "", f"{full.perplexity:.3f} ± {full.perplexity_error:.3f}")
     for row in _by_width(results):
-        uniform = row.variant.startswith("mbq-")
-        rounded = rows.get(f"rtn-{row.bits:g}")
+        uniform = parse(row.variant)[0] == PACKED
+        rounded = rows.get(f"{ROUNDED}-{row.bits:g}")
         table.add_row(
             f"{row.bits:g}" if uniform else f"average {row.bits:g}",
             f"{row.realised_bits:.2f}",

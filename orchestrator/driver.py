@@ -34,12 +34,12 @@ from mbq.orchestrator.plan import (
     task_memory_bytes,
 )
 from mbq.workers import tasks
-from mbq.workers.opened import Job
+from mbq.workers.opened import RunRef
 from mbq.workers.settle import choose
 from mbq.workers.variants import of_source
 
 # Packing only moves bytes: it takes no GPU from calibration.
-PACKING = TaskResources(cpus=1)
+BYTES_ONLY = TaskResources(cpus=1)
 
 
 @dataclass
@@ -77,8 +77,8 @@ class Driver:
     pace_from: tuple[float, float] | None = None
 
     @property
-    def job(self) -> Job:
-        return Job(self.store.uri, self.document.run, "cuda" if self.resources.gpus else "cpu")
+    def ref(self) -> RunRef:
+        return RunRef(self.store.uri, self.document.run, "cuda" if self.resources.gpus else "cpu")
 
     @property
     def routing(self) -> RoutingRecord | None:
@@ -169,7 +169,7 @@ def adopt_measurements(driver: Driver) -> None:
         driver.done |= {*driver.plan.samples}
 
 
-def packs(task: Task) -> bool:
+def moves_bytes(task: Task) -> bool:
     """Whether a task only moves bytes."""
     return task.kind in ("pack", "route")
 
@@ -177,31 +177,31 @@ def packs(task: Task) -> bool:
 def call_of(driver: Driver, task: Task) -> tuple[Call, TaskResources]:
     """How a task of the plan is run."""
     name = f"{driver.document.name}: {task.name}"
-    job, resources = driver.job, driver.resources
+    ref, resources = driver.ref, driver.resources
     if task.kind == "capture":
         before = driver.held[task.block - 1] if task.block else None
-        return Call(name, tasks.capture, (job, task.block, before)), resources
+        return Call(name, tasks.capture, (ref, task.block, before)), resources
     if task.kind == "calibrate":
         attempt = driver.failure_counts[task] + 1
         hidden = driver.held[task.block]
-        return Call(name, tasks.calibrate, (job, task.block, attempt, hidden)), resources
+        return Call(name, tasks.calibrate, (ref, task.block, attempt, hidden)), resources
     if task.kind == "sensitivity":
-        return Call(name, tasks.sensitivity, (job,)), resources
+        return Call(name, tasks.sensitivity, (ref,)), resources
     if task.kind == "settle":
-        return Call(name, tasks.settle, (job, task.target)), resources
+        return Call(name, tasks.settle, (ref, task.target)), resources
     if task.kind == "pack":
-        return Call(name, tasks.pack, (job, task.target)), PACKING
+        return Call(name, tasks.pack, (ref, task.target)), BYTES_ONLY
     if task.kind == "route":
         assert driver.routing is not None
-        return Call(name, tasks.route, (job, driver.routing.method)), PACKING
+        return Call(name, tasks.route, (ref, driver.routing.method)), BYTES_ONLY
     if task.kind == "validate":
-        return Call(name, tasks.validate, (job, task.target)), resources
+        return Call(name, tasks.validate, (ref, task.target)), resources
     if task.kind == "sample":
         averages = default_averages(driver.document.spec)
-        arguments = (job, driver.document.sample_tokens, averages)
+        arguments = (ref, driver.document.sample_tokens, averages)
         return Call(name, tasks.sample, arguments), resources
     text = driver.document.evaluation_tokens
-    return Call(name, tasks.evaluate, (job, task.target, text)), resources
+    return Call(name, tasks.evaluate, (ref, task.target, text)), resources
 
 
 def _choose_resources(

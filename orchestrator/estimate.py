@@ -11,12 +11,9 @@ def estimate(document: RunDocument) -> dict[str, Any]:
     plan = build_plan(document)
     spec = document.spec
     hidden_size = int(document.source.config["hidden_size"])
-    item = 2 if spec.dtype == "bfloat16" else 4
     tokens = spec.calibration.samples * spec.calibration.sequence_length
-    # Those of the quantized model for each trained width, beside those of the full one.
-    streams = 1 + len(spec.optimisation.widths) * (spec.propagation == "sequential")
     files = [sum(entry.size_bytes for entry in shard.entries) for shard in plan.shards]
-    codes = sum(linear.out_features * linear.in_features for linear in plan.linears)
+    codes = sum(linear.weights for linear in plan.linears)
     return {
         "run": document.run,
         "model": document.name,
@@ -26,7 +23,7 @@ def estimate(document: RunDocument) -> dict[str, Any]:
         "quantized_weights": codes,
         "calibration_tokens": tokens,
         "task_memory_bytes": task_memory_bytes(plan, spec, hidden_size),
-        "hidden_state_bytes": streams * tokens * hidden_size * item,
+        "hidden_state_bytes": (1 + len(spec.streams)) * tokens * hidden_size * spec.element_bytes,
         "checkpoint_bytes": sum(files),
         "store_bytes": sum(files) + codes,
         "flops": sum(task.flops for task in plan.tasks),

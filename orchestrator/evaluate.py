@@ -4,8 +4,6 @@ Unlike a run's own evaluation tasks, which go block by block, this loads the who
 transformers in this process and changes its width while running.
 """
 
-import math
-import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -63,7 +61,7 @@ def evaluate(
 
     from mbq.artifacts.loading import load_model
     from mbq.workers.determinism import attention
-    from mbq.workers.evaluate import losses_of_logits, sequences_at_once
+    from mbq.workers.evaluate import losses_of_logits, perplexity_of, sequences_at_once
 
     disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -77,15 +75,14 @@ def evaluate(
         with torch.inference_mode(), attention():
             for part in torch.from_numpy(tokens).long().split(size):
                 losses += losses_of_logits(model(part.to(device)).logits, part)
-        perplexity = math.exp(statistics.fmean(losses))
-        error = statistics.stdev(losses) / math.sqrt(len(losses))
+        perplexity, error = perplexity_of(losses)
         say(f"evaluated {tokens.size:,} tokens at {width:g} bits")
         rows.append(
             {
                 kind: width,
                 "realised_bits": model.realised_bits(),
                 "perplexity": perplexity,
-                "perplexity_error": perplexity * error,
+                "perplexity_error": error,
             }
         )
     return rows

@@ -142,7 +142,7 @@ class Progress:
     published: bool
 
     @property
-    def settled(self) -> Set[Task]:
+    def over(self) -> Set[Task]:
         """Tasks that will not run again."""
         return self.done | self.failed
 
@@ -156,21 +156,21 @@ def build_plan(document: RunDocument) -> Plan:
     blocks = 1 + max(linear.block for linear in linears)
     weights = [0] * blocks
     for linear in linears:
-        weights[linear.block] += linear.out_features * linear.in_features
+        weights[linear.block] += linear.weights
 
     calibration_tokens = spec.calibration.samples * spec.calibration.sequence_length
     # Forward and backward of two widths per pass, in the last stage of one, and a few forward
     # passes around them, most of which add up Gram matrices.
     trained = 2 * len(spec.optimisation.widths) - 1
     per_weight = calibration_tokens * (6.0 * trained * spec.optimisation.passes + 6.0)
-    streams = 1 + len(spec.optimisation.widths) * (spec.propagation == "sequential")
+    streams = 1 + len(spec.streams)
     evaluation = spec.evaluation
     head = 2.0 * document.source.config["vocab_size"] * document.source.config["hidden_size"]
     forward = 2.0 * sum(weights) + head
     evaluated = evaluation.tokens * forward if evaluation else 0.0
     sensed = min(spec.routing.sensitivity_samples, spec.calibration.samples)
     reverse = 3.0 * sensed * spec.calibration.sequence_length * forward
-    settled = _SETTLE_PASSES * min(calibration_tokens, spec.routing.settle_tokens) * forward
+    settling = _SETTLE_PASSES * min(calibration_tokens, spec.routing.settle_tokens) * forward
     shared = spec.slices > 1
     return Plan(
         captures=tuple(
@@ -185,7 +185,7 @@ def build_plan(document: RunDocument) -> Plan:
         calibrations=tuple(
             Task("calibrate", f"{b:03d}", per_weight * weights[b]) for b in range(blocks)
         ),
-        settles=tuple(Task("settle", method, settled) for method in settled_methods(spec)),
+        settles=tuple(Task("settle", method, settling) for method in settled_methods(spec)),
         routes=(Task("route", ROUTING_FILE, 0.0),) if shared else (),
         packs=tuple(
             Task("pack", shard.file, 200.0 * sum(e.size_bytes for e in shard.entries))
@@ -212,25 +212,25 @@ def ready(plan: Plan, progress: Progress, workers: int) -> list[Task]:
     tasks = [
         task
         for task in plan.tasks
-        if task not in progress.settled
+        if task not in progress.over
         and task not in progress.busy
         and _is_ready(task, plan, progress, workers)
     ]
     return sorted(tasks, key=lambda task: _PRIORITY[task.kind])
 
 
-def needed_captures(plan: Plan, settled: Set[Task]) -> int:
+def needed_captures(plan: Plan, over: Set[Task]) -> int:
     """How long the chain of hidden states must be: up to the last block to calibrate."""
-    return max((t.block + 1 for t in plan.calibrations if t not in settled), default=0)
+    return max((t.block + 1 for t in plan.calibrations if t not in over), default=0)
 
 
 def releasable(plan: Plan, progress: Progress) -> set[int]:
     """Blocks whose hidden states nobody needs any more."""
-    last = needed_captures(plan, progress.settled) - 1
+    last = needed_captures(plan, progress.over) - 1
     return {
         block
         for block in progress.held
-        if plan.calibrations[block] in progress.settled
+        if plan.calibrations[block] in progress.over
         and (block >= last or plan.captures[block + 1] in progress.done)
     }
 
@@ -260,12 +260,11 @@ def task_memory_bytes(plan: Plan, spec: RunSpec, hidden_size: int) -> int:
     weights: dict[int, int] = {}
     grams: dict[int, int] = {}
     for linear in plan.linears:
-        size = linear.out_features * linear.in_features
-        weights[linear.block] = weights.get(linear.block, 0) + size
+        weights[linear.block] = weights.get(linear.block, 0) + linear.weights
         grams[linear.block] = grams.get(linear.block, 0) + linear.in_features**2
-    item = 2 if spec.dtype == "bfloat16" else 4
+    item = spec.element_bytes
     tokens = spec.calibration.samples * spec.calibration.sequence_length
-    quantized = len(spec.optimisation.widths) * (spec.propagation == "sequential")
+    quantized = len(spec.streams)
     hidden = (2 + quantized) * tokens * hidden_size * item
     widest = max(linear.out_features + linear.in_features for linear in plan.linears)
     activations = 12 * spec.microbatch * spec.calibration.sequence_length * widest * item
@@ -279,7 +278,7 @@ def _is_ready(task: Task, plan: Plan, progress: Progress, workers: int) -> bool:
     if task.kind == "capture":
         block = task.block
         if (
-            block >= needed_captures(plan, progress.settled)
+            block >= needed_captures(plan, progress.over)
             or len(progress.held) >= workers + _LOOK_AHEAD
         ):
             return False

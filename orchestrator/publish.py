@@ -99,6 +99,6 @@ def _realised_bits(plan: Plan, measured: VariantLosses) -> float:
     """Code bits per weight that a variant read; a static width reads what it says."""
     if not measured.linear_bits:
         return parse(measured.variant)[1] or 0.0
-    weights = {linear.name: linear.out_features * linear.in_features for linear in plan.linears}
+    weights = {linear.name: linear.weights for linear in plan.linears}
     read = sum(bits * weights[name] for name, bits in measured.linear_bits.items())
     return read / sum(weights.values())

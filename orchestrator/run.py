@@ -24,7 +24,7 @@ from mbq.artifacts.manifest import Failure, RunDocument, Running, Status, find_r
 from mbq.artifacts.sealed import find_document, put_document
 from mbq.artifacts.store import PROBES, WORKING_SECONDS, Store, open_store, probe
 from mbq.cluster.runner import Call, Handle, InputLost, Runner, TaskCrashed
-from mbq.orchestrator.driver import Driver, begin, call_of, packs
+from mbq.orchestrator.driver import Driver, begin, call_of, moves_bytes
 from mbq.orchestrator.plan import Task, ready, releasable, remaining_flops
 from mbq.orchestrator.publish import publish, write_results
 from mbq.workers import tasks
@@ -91,7 +91,7 @@ def _check_cluster(driver: Driver) -> None:
     probe(driver.store)
     key = f"{PROBES}/{secrets.token_hex(8)}"
     driver.store.put(key, [b"mbq"])
-    call = Call("inspect", tasks.inspect, (driver.job, key))
+    call = Call("inspect", tasks.inspect, (driver.ref, key))
     try:
         hosts = driver.runner.on_every_node(call)
     finally:
@@ -147,8 +147,8 @@ def _submit(driver: Driver) -> None:
     driver.waiting = {task: due for task, due in driver.waiting.items() if due > now}
     for task in ready(driver.plan, driver.progress, driver.workers):
         # Packing waits for nobody's GPU, and nobody for packing.
-        alike = [other for other in driver.running.values() if packs(other) == packs(task)]
-        if len(alike) < driver.workers:
+        alike = sum(moves_bytes(other) == moves_bytes(task) for other in driver.running.values())
+        if alike < driver.workers:
             call, resources = call_of(driver, task)
             driver.running[driver.runner.submit(call, resources)] = task
 

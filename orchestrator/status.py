@@ -149,7 +149,7 @@ def validations_of(store: Store, document: RunDocument) -> list[ValidationRecord
 
 def checkpoint_location(store: Store, document: RunDocument) -> str:
     """Where the packed checkpoint lies: a path for a local store, a URI otherwise."""
-    uri = f"{store.uri}/{keys.checkpoint_key(document.run, '')}".rstrip("/")
+    uri = f"{store.uri}/{keys.checkpoint_prefix(document.run)}"
     return unquote(urlparse(uri).path) if uri.startswith("file://") else uri
 
 

@@ -28,10 +28,10 @@ from mbq.artifacts.s3 import S3Store
 from mbq.artifacts.sealed import put_document
 from mbq.artifacts.spec_file import parse_spec
 from mbq.artifacts.store import LocalStore, Store
-from mbq.cluster.runner import LocalRunner
 from mbq.orchestrator.run import drive
 from mbq.orchestrator.submit import prepare
 from tests.support import servers
+from tests.support.local_runner import LocalRunner
 from tests.support.proxy import Proxy
 from tests.support.servers import BUCKET, Server
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mbq.artifacts import keys
+from mbq.artifacts.checkpoint import block_prefix
 from mbq.artifacts.config import CONFIG_FILE, read_config
 from mbq.artifacts.digests import CheckedObject
 from mbq.artifacts.elastic import elastic_linears
@@ -99,7 +100,7 @@ def _counted(model: Model, make: Callable[[int], nn.Module]) -> VariantBlocks:
             names = {module: name for name, module in block.named_modules()}
             for linear in elastic_linears(block):
                 read = linear.bits_read / linear.tokens
-                linear_bits[f"model.layers.{index}.{names[linear]}"] = read
+                linear_bits[block_prefix(index) + names[linear]] = read
 
     return VariantBlocks(model, blocks(), linear_bits)
 
@@ -149,7 +150,7 @@ def _oracle_threshold(opened: Opened, precision: Precision, bits: float, ids_BT:
         opened.model,
         lambda: (_oracle_block(opened, b, precision) for b in blocks),
         precision,
-        opened.weights(0),
+        opened.router_weights,
     )
     earned, _ = run_settings(
         routed,

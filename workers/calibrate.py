@@ -36,7 +36,7 @@ from mbq.artifacts.errors import NumericError
 from mbq.artifacts.spec import Optimisation
 from mbq.kernels.widths import CODE_BITS, SLICE_BITS, WIDTHS
 from mbq.workers.gptq import factor, gram_matrices
-from mbq.workers.model import linears
+from mbq.workers.model import hooked, linears
 from mbq.workers.trainable import CalibratedLinear, TrainableLinear
 
 Run = Callable[[nn.Module, Tensor], Tensor]
@@ -137,10 +137,9 @@ def _target(
     def note(name: str, linear: nn.Module, arguments: object, out: Tensor) -> None:
         squares[name].append(out.float().square().mean())
 
-    hooks = [m.register_forward_hook(partial(note, name)) for name, m in linears(block).items()]
-    target_BTH = _forward(block, run, inputs_BTH, microbatch)
-    for hook in hooks:
-        hook.remove()
+    hooks = (m.register_forward_hook(partial(note, name)) for name, m in linears(block).items())
+    with hooked(hooks):
+        target_BTH = _forward(block, run, inputs_BTH, microbatch)
     rms = {name: torch.stack(found).mean().sqrt().item() for name, found in squares.items()}
     return target_BTH, rms
 

@@ -102,6 +102,13 @@ def rounded_block(block: nn.Module, bits: int, group_size: int) -> nn.Module:
     return block
 
 
+def perplexity_of(losses: Sequence[float]) -> tuple[float, float]:
+    """Perplexity, and its standard error, from the mean losses of two sequences or more."""
+    perplexity = math.exp(statistics.fmean(losses))
+    # First order: the error of exp(x) is exp(x) times the error of x.
+    return perplexity, perplexity * _standard_error(losses)
+
+
 def table(
     losses: Mapping[str, Sequence[float]],
     realised_bits: Mapping[str, float],
@@ -128,15 +135,14 @@ def _row(
     other_bits: float,
 ) -> Row:
     gaps = [value - reference for value, reference in zip(values, full, strict=True)]
-    perplexity = math.exp(statistics.fmean(values))
+    perplexity, perplexity_error = perplexity_of(values)
     return Row(
         variant=variant,
         bits=parse(variant)[1],
         realised_bits=realised_bits,
         total_bits=None if realised_bits is None else realised_bits + other_bits,
         perplexity=perplexity,
-        # First order: the error of exp(x) is exp(x) times the error of x.
-        perplexity_error=perplexity * _standard_error(values),
+        perplexity_error=perplexity_error,
         gap=statistics.fmean(gaps),
         gap_error=_standard_error(gaps),
     )

@@ -17,15 +17,15 @@ too.
 Legend: N out_features, K in_features, G groups, g inputs per group, C candidate codes.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from mbq.artifacts.errors import NumericError
 from mbq.kernels.widths import CODE_BITS
-from mbq.workers.model import linears
+from mbq.workers.model import hooked, linears
 
 # Least that is added to the Gram matrix, as a share of its mean diagonal (GPTQ's default).
 _DAMPING = 0.01
@@ -49,7 +49,21 @@ def gram_matrices(block: nn.Module, run: Callable[[], object]) -> dict[str, Tens
         NumericError: what enters a linear is not finite.
     """
     found: dict[str, Tensor] = {}
-    with _watched(block, found), torch.no_grad():
+    # What entered the linear before, and its name.
+    latest: tuple[Tensor, str] | None = None
+
+    def add(name: str, linear: nn.Module, arguments: tuple[Tensor]) -> None:
+        nonlocal latest
+        if latest is not None and latest[0] is arguments[0]:
+            found[name] = found[latest[1]]
+            return
+        latest = arguments[0], name
+        x_TK = arguments[0].flatten(0, -2).float()
+        gram_KK = x_TK.T @ x_TK
+        found[name] = found[name].add_(gram_KK) if name in found else gram_KK
+
+    hooks = (m.register_forward_pre_hook(partial(add, n)) for n, m in linears(block).items())
+    with hooked(hooks), torch.no_grad():
         run()
     for name, gram_KK in found.items():
         if not gram_KK.isfinite().all():
@@ -142,31 +156,3 @@ def _inside(exact: Tensor, code: Tensor, bits: int, margin: float) -> Tensor:
 def bin_ends(code: Tensor, bits: int, margin: float) -> tuple[Tensor, Tensor]:
     """Where the bins of codes of some bits begin and end, less a margin, in 2-bit bins."""
     return (code + margin) * 2.0 ** (2 - bits), (code + 1 - margin) * 2.0 ** (2 - bits)
-
-
-@contextmanager
-def _watched(block: nn.Module, found: dict[str, Tensor]) -> Iterator[None]:
-    """Add up what enters each linear while the block runs."""
-
-    # What entered the linear before, and its name.
-    latest: tuple[Tensor, str] | None = None
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
-        def add(linear: nn.Module, arguments: tuple[Tensor]) -> None:
-            nonlocal latest
-            if latest is not None and latest[0] is arguments[0]:
-                found[name] = found[latest[1]]
-                return
-            latest = arguments[0], name
-            x_TK = arguments[0].flatten(0, -2).float()
-            gram_KK = x_TK.T @ x_TK
-            found[name] = found[name].add_(gram_KK) if name in found else gram_KK
-
-        return add
-
-    hooks = [m.register_forward_pre_hook(watch(name)) for name, m in linears(block).items()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -7,16 +7,19 @@ Legend: B sequences, T tokens, H hidden_size, V vocabulary.
 """
 
 import copy
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from mbq.artifacts.checkpoint import block_prefix
 from mbq.artifacts.source import Source
 from mbq.artifacts.tensors import TensorFile
 from mbq.workers.tensors import read_tensor
@@ -70,7 +73,7 @@ class Model:
 
     def block_tensors(self, index: int, without: Container[str] = ()) -> dict[str, Tensor]:
         """Tensors of block `index` by name inside it, those left out that are named."""
-        return self._placed(f"model.layers.{index}.", without)
+        return self._placed(block_prefix(index), without)
 
     def run(self, block: nn.Module, index: int, hidden_BTH: Tensor) -> Tensor:
         """Hidden states [B, T, H] that leave block `index`, given those that enter it."""
@@ -141,6 +144,17 @@ def open_model(source: Source, dtype: torch.dtype, device: torch.device) -> Mode
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     return Model(source, config, skeleton, dtype, device)
+
+
+@contextmanager
+def hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks that are taken off in the end, whatever happens."""
+    placed = list(hooks)
+    try:
+        yield
+    finally:
+        for hook in placed:
+            hook.remove()
 
 
 def linears(block: nn.Module) -> dict[str, nn.Linear]:

@@ -21,6 +21,7 @@ from mbq.artifacts.checkpoint import (
     Linear,
     RouterShape,
     Shard,
+    block_prefix,
     find_linears,
     find_routers,
     plan_shards,
@@ -55,8 +56,8 @@ from mbq.workers.tensors import read_tensor
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every task of a run is given."""
+class RunRef:
+    """Which run, and where: what every task is given."""
 
     store_uri: str
     run: str
@@ -72,13 +73,13 @@ class _Packed:
 
 
 class Opened:
-    """A job with its documents read; opened once per task."""
+    """A run with its documents read; opened once per task."""
 
-    def __init__(self, job: Job) -> None:
-        self.store: Store = open_store(job.store_uri, WORKING_SECONDS)
-        self.document: RunDocument = find_run(self.store, job.run)
+    def __init__(self, ref: RunRef) -> None:
+        self.store: Store = open_store(ref.store_uri, WORKING_SECONDS)
+        self.document: RunDocument = find_run(self.store, ref.run)
         self.spec = self.document.spec
-        self.device = torch.device(job.device)
+        self.device = torch.device(ref.device)
         pin(self.spec.threads)
 
     @cached_property
@@ -109,11 +110,6 @@ class Opened:
     def sensitivity(self) -> dict[str, float]:
         key = keys.sensitivity_key(self.document.run)
         return get_document(self.store, key, SensitivityRecord).sensitivity
-
-    @property
-    def streams(self) -> tuple[int, ...]:
-        """Widths with hidden states of their own."""
-        return self.spec.optimisation.widths if self.spec.propagation == "sequential" else ()
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -162,22 +158,20 @@ class Opened:
         return tensors
 
     def linear(self, block: int, local_name: str) -> Linear:
-        return self.linears[f"model.layers.{block}.{local_name}"]
+        return self.linears[block_prefix(block) + local_name]
 
     def log_worths(self, block: int, served: Sequence[str]) -> list[float]:
         """What turns log benefits of some linears of a block into log earnings."""
         linears = [self.linear(block, name) for name in served]
-        return [
-            log_worth(self.sensitivity[x.name], x.out_features * x.in_features) for x in linears
-        ]
+        return [log_worth(self.sensitivity[linear.name], linear.weights) for linear in linears]
 
-    def weights(self, block: int) -> dict[str, tuple[int, ...]]:
-        """Parameters of the linears that each router of a block serves."""
-        found = {}
-        for router, served in self.routers.items():
-            shapes = [self.linear(block, name) for name in served]
-            found[router] = tuple(s.out_features * s.in_features for s in shapes)
-        return found
+    @cached_property
+    def router_weights(self) -> dict[str, tuple[int, ...]]:
+        """Weights of the linears that each router of a block serves; blocks are alike."""
+        return {
+            router: tuple(self.linear(0, name).weights for name in served)
+            for router, served in self.routers.items()
+        }
 
     def elastic_block(
         self, block: int, precision: Precision, method: str | None = None
@@ -210,7 +204,7 @@ class Opened:
         elastic = list(self.routers) if routing else []
         elastic += [linear.local_name for linear in self.linears.values() if linear.block == block]
         tensors = self._packed_tensors(
-            block, shards, {f"model.layers.{block}.{n}" for n in elastic}
+            block, shards, {block_prefix(block) + name for name in elastic}
         )
         model, group_size = self.packed_model, self.spec.group_size
         return elastic_block(model, block, tensors, group_size, precision, routing)
@@ -226,6 +220,6 @@ class Opened:
             for entry in shard.entries:
                 module, _, buffer = entry.name.rpartition(".")
                 if module in modules and buffer != "bias":
-                    name = entry.name.removeprefix(f"model.layers.{block}.")
+                    name = entry.name.removeprefix(block_prefix(block))
                     tensors[name] = read_tensor(file, entry.name)
         return tensors

@@ -27,6 +27,7 @@ the trunk, F features (H + 2), Q knots, C bins.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ from mbq.kernels.quantize import dequantize, unpack_pair
 from mbq.kernels.router import features, pack_halves, score, unpack_halves
 from mbq.kernels.widths import SLICE_BITS, WIDTHS, steps_up_to, widths_up_to
 from mbq.workers.calibrate import Run
+from mbq.workers.model import hooked
 from mbq.workers.trainable import CalibratedLinear
 
 # One token in four is kept for the maps.
@@ -199,19 +201,17 @@ def _collect(
     """Tokens [T, K] that enter each input, from the first sequences that hold enough."""
     found: dict[str, list[Tensor]] = {name: [] for name in leaders}
 
-    def watch(name: str) -> object:
-        return lambda module, arguments: found[name].append(arguments[0].flatten(0, 1))
+    def note(name: str, leader: nn.Module, arguments: tuple[Tensor]) -> None:
+        found[name].append(arguments[0].flatten(0, 1))
 
-    hooks = [
-        block.get_submodule(leader).register_forward_pre_hook(watch(name))  # type: ignore[arg-type]
+    hooks = (
+        block.get_submodule(leader).register_forward_pre_hook(partial(note, name))
         for name, leader in leaders.items()
-    ]
+    )
     sequences = math.ceil(tokens / hidden_BTH.shape[1])
-    with torch.no_grad():
+    with hooked(hooks), torch.no_grad():
         for part in hidden_BTH[:sequences].split(microbatch):
             run(block, part)
-    for hook in hooks:
-        hook.remove()
     return {name: torch.cat(parts)[:tokens] for name, parts in found.items()}
 
 

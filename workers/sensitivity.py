@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mbq.artifacts.checkpoint import block_prefix
 from mbq.artifacts.errors import NumericError
 from mbq.workers.model import Model, linears
 
@@ -47,7 +48,7 @@ def measure_sensitivity(
     for index in reversed(range(model.block_count)):
         sums, gradient_BTH = backward_block(model, index, entering.pop(), gradient_BTH, microbatch)
         for name, total in sums.items():
-            found[f"model.layers.{index}.{name}"] = total
+            found[block_prefix(index) + name] = total
         report((steps - 2 * index) / steps)
     return dict(sorted(found.items()))
 

@@ -30,7 +30,7 @@ from mbq.artifacts.manifest import RoutingRecord, SettledWidth
 from mbq.kernels.router import Precision, Router
 from mbq.workers.allocate import Earnings, budget_curve, realised_bits, thresholds
 from mbq.workers.evaluate import sequences_at_once
-from mbq.workers.model import Model
+from mbq.workers.model import Model, hooked
 from mbq.workers.rivals import OracleRouter
 
 # Average widths that are settled, as far as the highest ceiling allows; others are interpolated.
@@ -194,13 +194,12 @@ def run_settings(
             precision.max_bits = setting.ceiling_bits
             precision.log_threshold = setting.log_threshold
             seen: dict[str, list[Tensor]] = {name: [] for name in routers}
-            hooks = [
+            hooks = (
                 leaders[router].register_forward_pre_hook(_watch(router, seen[name]))
                 for name, router in routers.items()
-            ]
-            model.advance(block, index, hidden[number], microbatch)
-            for hook in hooks:
-                hook.remove()
+            )
+            with hooked(hooks):
+                model.advance(block, index, hidden[number], microbatch)
             earned[number] += [Earnings(_joined(seen[n]), routed.weights[n]) for n in routers]
         # The next block is made with all its bits.
         precision.max_bits = loaded

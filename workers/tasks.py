@@ -48,7 +48,7 @@ from mbq.workers.calibrate import calibrate_block
 from mbq.workers.capture import Hidden
 from mbq.workers.determinism import attention, hardware_kind, seed_of
 from mbq.workers.evaluate import sequence_losses, token_bits
-from mbq.workers.opened import Job, Opened
+from mbq.workers.opened import Opened, RunRef
 from mbq.workers.pack import encode_block, encode_routing, encode_shard
 from mbq.workers.route import fit_routers
 from mbq.workers.sensitivity import measure_sensitivity
@@ -71,16 +71,16 @@ class Host:
     fault: str | None
 
 
-def capture(job: Job, block: int, before: Hidden | None, report: Report) -> Hidden:
+def capture(ref: RunRef, block: int, before: Hidden | None, report: Report) -> Hidden:
     """Hidden states that enter `block`, given those that enter the block before it."""
-    opened = Opened(job)
+    opened = Opened(ref)
     with attention():
         if before is None:
             ids = opened.tokens(opened.document.calibration_tokens)
-            hidden = capturing.first_hidden(opened.model, ids, opened.streams)
+            hidden = capturing.first_hidden(opened.model, ids, opened.spec.streams)
         else:
             quantized = None
-            if opened.streams:
+            if opened.spec.streams:
                 precision = Precision(opened.spec.max_bits)
                 quantized = opened.elastic_block(block - 1, precision), precision
             hidden = capturing.run_block(
@@ -90,22 +90,22 @@ def capture(job: Job, block: int, before: Hidden | None, report: Report) -> Hidd
     return hidden
 
 
-def sensitivity(job: Job, report: Report) -> SensitivityRecord:
+def sensitivity(ref: RunRef, report: Report) -> SensitivityRecord:
     """Measure the sensitivity of every linear."""
-    opened = Opened(job)
+    opened = Opened(ref)
     samples = opened.spec.routing.sensitivity_samples
     ids = opened.tokens(opened.document.calibration_tokens)[:samples]
     with attention():
         found = measure_sensitivity(opened.model, ids, opened.spec.microbatch, report)
     record = SensitivityRecord(sensitivity=found)
-    put_document(opened.store, keys.sensitivity_key(job.run), record)
+    put_document(opened.store, keys.sensitivity_key(ref.run), record)
     return record
 
 
-def calibrate(job: Job, block: int, attempt: int, hidden: Hidden, report: Report) -> BlockRecord:
+def calibrate(ref: RunRef, block: int, attempt: int, hidden: Hidden, report: Report) -> BlockRecord:
     """Calibrate one block and fit its routers, unless its record is there already."""
-    opened = Opened(job)
-    record_key = keys.block_key(job.run, block)
+    opened = Opened(ref)
+    record_key = keys.block_key(ref.run, block)
     done = find_document(opened.store, record_key, BlockRecord)
     if done is not None and is_stored(opened.store, done.blob):
         return done
@@ -118,7 +118,7 @@ def calibrate(job: Job, block: int, attempt: int, hidden: Hidden, report: Report
         for key, array in arrays.items()
     }
     full = placed[id(hidden[capturing.FULL])]
-    widths = opened.streams or widths_up_to(spec.max_bits)
+    widths = opened.spec.streams or widths_up_to(spec.max_bits)
     inputs = {bits: placed[id(hidden.get(str(bits), hidden[capturing.FULL]))] for bits in widths}
     seed = seed_of(spec.calibration.seed, block)
     with attention():
@@ -160,22 +160,22 @@ def calibrate(job: Job, block: int, attempt: int, hidden: Hidden, report: Report
     return record
 
 
-def pack(job: Job, file: str, report: Report) -> ShardRecord:
+def pack(ref: RunRef, file: str, report: Report) -> ShardRecord:
     """Write one file of the checkpoint and read it back.
 
     Raises:
         CorruptError: the store returns other bytes than were written.
     """
-    opened = Opened(job)
+    opened = Opened(ref)
     shard = next(shard for shard in opened.shards if shard.file == file)
     blobs = {block: opened.blob(block) for block in shard.blocks}
     chunks = encode_shard(shard, opened.linears, blobs, opened.model)
     return _write_file(opened, file, shard.blocks, chunks, None, report)
 
 
-def settle(job: Job, method: str, report: Report) -> RoutingRecord:
+def settle(ref: RunRef, method: str, report: Report) -> RoutingRecord:
     """Find the thresholds of one method on calibration text."""
-    opened = Opened(job)
+    opened = Opened(ref)
     spec = opened.spec
     precision = Precision(spec.max_bits)
     blocks = range(opened.model.block_count)
@@ -188,7 +188,7 @@ def settle(job: Job, method: str, report: Report) -> RoutingRecord:
                 opened.model,
                 lambda: (opened.elastic_block(b, precision, method) for b in blocks),
                 precision,
-                opened.weights(0),
+                opened.router_weights,
             ),
             ids[-sequences:],
             spec.microbatch,
@@ -197,22 +197,22 @@ def settle(job: Job, method: str, report: Report) -> RoutingRecord:
             router_bits([*opened.linears.values()], spec.max_bits, opened.shape(method)),
             report,
         )
-    put_document(opened.store, keys.routing_key(job.run, method), record)
+    put_document(opened.store, keys.routing_key(ref.run, method), record)
     return record
 
 
-def route(job: Job, method: str, report: Report) -> ShardRecord:
+def route(ref: RunRef, method: str, report: Report) -> ShardRecord:
     """Write the routers' file of the checkpoint and read it back. Raises CorruptError like pack."""
-    opened = Opened(job)
+    opened = Opened(ref)
     shape = opened.shape(method)
     shard = routing_shard([*opened.linears.values()], opened.spec.max_bits, shape)
     chunks = encode_routing(shard, lambda block: opened.router_tensors(block, method))
     return _write_file(opened, ROUTING_FILE, shard.blocks, chunks, method, report)
 
 
-def evaluate(job: Job, variant: str, text: Digest, report: Report) -> VariantLosses:
+def evaluate(ref: RunRef, variant: str, text: Digest, report: Report) -> VariantLosses:
     """Losses of one variant over a token file; packed variants are read back from the store."""
-    opened = Opened(job)
+    opened = Opened(ref)
     ids = opened.tokens(text)
     with attention():
         made = variant_blocks(opened, variant, ids)
@@ -223,30 +223,30 @@ def evaluate(job: Job, variant: str, text: Digest, report: Report) -> VariantLos
         losses=tuple(losses),
         linear_bits=made.linear_bits,
     )
-    put_document(opened.store, keys.evaluation_key(job.run, text.sha256, variant), document)
+    put_document(opened.store, keys.evaluation_key(ref.run, text.sha256, variant), document)
     return document
 
 
-def validate(job: Job, shape: str, report: Report) -> ValidationRecord:
+def validate(ref: RunRef, shape: str, report: Report) -> ValidationRecord:
     """Check and time a linear of the packed checkpoint, read back from the store.
 
     Raises:
         KernelError: an output is wrong.
     """
-    opened = Opened(job)
-    root = f"{job.store_uri}/{keys.checkpoint_prefix(job.run)}"
+    opened = Opened(ref)
+    root = f"{ref.store_uri}/{keys.checkpoint_prefix(ref.run)}"
     files = tensor_files(open_checkpoint(open_store(root, WORKING_SECONDS)))
     name = shapes(files)[shape]
     linear = open_linear(files, name, opened.spec.group_size, opened.device)
     record = validate_linear(linear, name, _manifest(opened), report)
-    put_document(opened.store, keys.validation_key(job.run, shape), record)
+    put_document(opened.store, keys.validation_key(ref.run, shape), record)
     report(1.0)
     return record
 
 
-def sample(job: Job, text: Digest, average_bits: Iterable[float], report: Report) -> TokenBits:
+def sample(ref: RunRef, text: Digest, average_bits: Iterable[float], report: Report) -> TokenBits:
     """Average bits of every token of the sample text in the packed checkpoint."""
-    opened = Opened(job)
+    opened = Opened(ref)
     ids = opened.tokens(text)
     bits = {}
     with attention():
@@ -254,16 +254,16 @@ def sample(job: Job, text: Digest, average_bits: Iterable[float], report: Report
             made = variant_blocks(opened, f"{ROUTED}-{average:g}", ids)
             bits[f"{average:g}"] = tuple(token_bits(made.model, made.blocks, ids))
     document = TokenBits(manifest_sha256=_manifest(opened), ids=tuple(ids[0].tolist()), bits=bits)
-    put_document(opened.store, keys.sample_key(job.run), document)
+    put_document(opened.store, keys.sample_key(ref.run), document)
     report(1.0)
     return document
 
 
-def inspect(job: Job, probe_key: str, report: Report) -> Host:
+def inspect(ref: RunRef, probe_key: str, report: Report) -> Host:
     """What this node runs, and whether it can use the store that the driver writes to."""
     fault = None
     try:
-        store = open_store(job.store_uri)
+        store = open_store(ref.store_uri)
         if store.stat(probe_key) is None:
             fault = "it does not hold what the driver wrote there"
         probe(store)

@@ -19,13 +19,12 @@ from mbq.cluster.runner import (
     Call,
     Handle,
     InputLost,
-    LocalHandle,
-    LocalRunner,
     TaskCrashed,
     TaskResources,
 )
 from mbq.orchestrator.run import Stopped, Superseded
 from mbq.orchestrator.run import drive as drive_patiently
+from tests.support.local_runner import LocalHandle, LocalRunner
 
 Make = Callable[..., dict[str, Any]]
 

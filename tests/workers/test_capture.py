@@ -8,7 +8,7 @@ import torch
 
 from mbq.kernels.router import Precision
 from mbq.workers.capture import first_hidden, from_array, run_block, to_array
-from mbq.workers.opened import Job, Opened
+from mbq.workers.opened import Opened, RunRef
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -31,7 +31,7 @@ def test_shares_read_only_memory_without_a_copy_or_a_warning(
 
 
 def test_every_stream_runs_at_its_own_width(finished_run: Any) -> None:
-    opened = Opened(Job(finished_run.store.uri, finished_run.document.run, "cpu"))
+    opened = Opened(RunRef(finished_run.store.uri, finished_run.document.run, "cpu"))
     model, precision = opened.model, Precision(8)
     ids = opened.tokens(opened.document.calibration_tokens)[:3]
     hidden = first_hidden(model, ids, (2, 3, 4))

@@ -8,7 +8,7 @@ import torch
 from mbq.artifacts.source import Source
 from mbq.workers.blocks import variant_blocks
 from mbq.workers.evaluate import sequence_losses
-from mbq.workers.opened import Job, Opened
+from mbq.workers.opened import Opened, RunRef
 
 
 @pytest.mark.parametrize("variant", ["mbq-2", "mbq-8", "routed-2.5"])
@@ -16,7 +16,7 @@ def test_packed_variants_read_nothing_of_the_source(
     finished_run: Any, monkeypatch: pytest.MonkeyPatch, variant: str
 ) -> None:
     document = finished_run.document
-    opened = Opened(Job(finished_run.store.uri, document.run, "cpu"))
+    opened = Opened(RunRef(finished_run.store.uri, document.run, "cpu"))
     ids = opened.tokens(document.evaluation_tokens)[:2]
     # What is planned is planned by the source's headers.
     assert opened.linears and opened.shards and opened.model

@@ -12,7 +12,7 @@ from mbq.artifacts.manifest import RoutingRecord, SettledWidth
 from mbq.artifacts.sealed import get_document
 from mbq.kernels.router import Curve, Precision
 from mbq.workers.allocate import realised_bits
-from mbq.workers.opened import Job, Opened
+from mbq.workers.opened import Opened, RunRef
 from mbq.workers.settle import RoutedModel, Setting, choose, run_settings
 
 
@@ -65,7 +65,7 @@ def test_the_routed_model_reads_what_was_asked(finished_run: Any, method: str) -
 
 
 def test_curves_hold_between_the_settled_widths(finished_run: Any) -> None:
-    opened = Opened(Job(finished_run.store.uri, finished_run.document.run, "cpu"))
+    opened = Opened(RunRef(finished_run.store.uri, finished_run.document.run, "cpu"))
     ids = opened.tokens(opened.document.calibration_tokens)[-4:]
     for ceiling in (4, 6, 8):
         curve = opened.curve("norm", ceiling)
@@ -74,7 +74,7 @@ def test_curves_hold_between_the_settled_widths(finished_run: Any) -> None:
         settings = [Setting(ceiling, bits, curve.log_threshold(bits)) for bits in asked]
         precision = Precision(8)
         blocks = [opened.elastic_block(b, precision, "norm") for b in range(3)]
-        routed = RoutedModel(opened.model, partial(list, blocks), precision, opened.weights(0))
+        routed = RoutedModel(opened.model, partial(list, blocks), precision, opened.router_weights)
         earned, _ = run_settings(routed, ids, 2, settings)
         for setting, earnings in zip(settings, earned, strict=True):
             found = realised_bits(earnings, setting.log_threshold, ceiling)
@@ -84,12 +84,12 @@ def test_curves_hold_between_the_settled_widths(finished_run: Any) -> None:
 
 def test_what_is_expected_is_what_is_read(finished_run: Any) -> None:
     # The share that earnings promise and the bits that linears then read are the same number.
-    opened = Opened(Job(finished_run.store.uri, finished_run.document.run, "cpu"))
+    opened = Opened(RunRef(finished_run.store.uri, finished_run.document.run, "cpu"))
     ids = opened.tokens(opened.document.calibration_tokens)[:4]
     precision = Precision(8)
     blocks = [opened.elastic_block(b, precision, "token") for b in range(3)]
     threshold = opened.curve("token", 8).log_threshold(3.0)
-    routed = RoutedModel(opened.model, lambda: blocks, precision, opened.weights(0))
+    routed = RoutedModel(opened.model, lambda: blocks, precision, opened.router_weights)
     earned, hidden = run_settings(routed, ids, 2, [Setting(8, 3.0, threshold)])
     linears = [linear for block in blocks for linear in elastic_linears(block)]
     read = sum(linear.bits_read * linear.weights for linear in linears)
