@@ -122,27 +122,23 @@ def calibrate(
     started = time.monotonic()
     with attention():
         done = calibrate_block(
-            model.block(0),
-            lambda block, x: model.run(block, 0, x),
+            model.runner(0, options["microbatch"]),
             dict.fromkeys(WIDTHS, hidden),
             hidden,
             Optimisation(passes=options["passes"]),
             group_size=128,
-            microbatch=options["microbatch"],
             seed=0,
             report=Progress(),
         )
         _finish(model.device)
         calibrated = time.monotonic()
         routers = fit_routers(
-            model.block(0),
-            lambda block, x: model.run(block, 0, x),
+            model.runner(0, options["microbatch"]),
             find_routers(find_linears(source.tensors)),
             done.linears,
             hidden,
             Routing(),
             max_bits=CODE_BITS,
-            microbatch=options["microbatch"],
             seed=0,
         )
         _finish(model.device)

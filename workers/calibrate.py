@@ -36,10 +36,9 @@ from mbq.artifacts.errors import NumericError
 from mbq.artifacts.spec import Optimisation
 from mbq.kernels.widths import CODE_BITS, SLICE_BITS, WIDTHS
 from mbq.workers.gptq import factor, gram_matrices
-from mbq.workers.model import hooked, linears
+from mbq.workers.model import BlockRunner, hooked, linears
 from mbq.workers.trainable import CalibratedLinear, TrainableLinear
 
-Run = Callable[[nn.Module, Tensor], Tensor]
 # By width, then by the linear's name.
 Factors = dict[int, dict[str, Tensor]]
 
@@ -87,39 +86,35 @@ class Calibration:
 
 
 def calibrate_block(
-    block: nn.Module,
-    run: Run,
+    block: BlockRunner,
     inputs: Mapping[int, Tensor],
     target_inputs_BTH: Tensor,
     settings: Optimisation,
     group_size: int,
-    microbatch: int,
     seed: int,
     report: Callable[[float], None],
 ) -> Calibration:
     """Train one block and quantize it.
 
     Args:
-        block: the full-precision block; its linears are replaced in place.
-        run: forward pass of the block.
+        block: the full-precision one; its linears are replaced in place.
         inputs: hidden states [B, T, H] that enter the block, by width.
         target_inputs_BTH: hidden states of the full-precision model; the block's output on them,
             before any linear is replaced, is the target.
-        microbatch: sequences per forward pass.
         seed: of the order of sequences and of the widths drawn.
         report: called with the finished fraction after every step.
 
     Raises:
         NumericError: a loss, or what enters a linear, is not finite.
     """
-    target_BTH, output_rms = _target(block, run, target_inputs_BTH, microbatch)
+    target_BTH, output_rms = _target(block, target_inputs_BTH)
     stages = _stages(settings)
-    factors = _factors(block, run, inputs, target_inputs_BTH, stages, microbatch)
-    trainables = _replace_linears(block, group_size, output_rms)
-    before = _token_errors(block, trainables, run, inputs, target_BTH, microbatch)
-    _train(block, trainables, run, inputs, target_BTH, factors, settings, microbatch, seed, report)
+    factors = _factors(block, inputs, target_inputs_BTH, stages)
+    trainables = _replace_linears(block.module, group_size, output_rms)
+    before = _token_errors(block, trainables, inputs, target_BTH)
+    _train(block, trainables, inputs, target_BTH, factors, settings, stages, seed, report)
     finished = {name: linear.finish() for name, linear in trainables.items()}
-    after = _token_errors(block, trainables, run, inputs, target_BTH, microbatch)
+    after = _token_errors(block, trainables, inputs, target_BTH)
     return Calibration(
         finished,
         {bits: error.mean().item() for bits, error in before.items()},
@@ -128,29 +123,26 @@ def calibrate_block(
     )
 
 
-def _target(
-    block: nn.Module, run: Run, inputs_BTH: Tensor, microbatch: int
-) -> tuple[Tensor, dict[str, float]]:
+def _target(block: BlockRunner, inputs_BTH: Tensor) -> tuple[Tensor, dict[str, float]]:
     """What the block outputs, and the root mean square of what each of its linears does."""
-    squares: dict[str, list[Tensor]] = {name: [] for name in linears(block)}
+    by_name = linears(block.module)
+    squares: dict[str, list[Tensor]] = {name: [] for name in by_name}
 
     def note(name: str, linear: nn.Module, arguments: object, out: Tensor) -> None:
         squares[name].append(out.float().square().mean())
 
-    hooks = (m.register_forward_hook(partial(note, name)) for name, m in linears(block).items())
+    hooks = (m.register_forward_hook(partial(note, name)) for name, m in by_name.items())
     with hooked(hooks):
-        target_BTH = _forward(block, run, inputs_BTH, microbatch)
+        target_BTH = block.forward(inputs_BTH)
     rms = {name: torch.stack(found).mean().sqrt().item() for name, found in squares.items()}
     return target_BTH, rms
 
 
 def _factors(
-    block: nn.Module,
-    run: Run,
+    block: BlockRunner,
     inputs: Mapping[int, Tensor],
     target_inputs_BTH: Tensor,
     stages: Sequence[_Stage],
-    microbatch: int,
 ) -> Factors:
     """`gptq.factor` of what enters each linear, for the widths that bits are chosen for.
 
@@ -160,7 +152,7 @@ def _factors(
     streams = {bits: inputs.get(bits, target_inputs_BTH) for bits in chosen}
     found = {}
     for x_BTH in {id(x_BTH): x_BTH for x_BTH in streams.values()}.values():
-        grams = gram_matrices(block, partial(_forward, block, run, x_BTH, microbatch))
+        grams = gram_matrices(block.module, partial(block.forward, x_BTH))
         tokens = x_BTH[..., 0].numel()
         distinct = {id(gram_KK): gram_KK for gram_KK in grams.values()}
         factors = {key: factor(gram_KK, tokens) for key, gram_KK in distinct.items()}
@@ -169,20 +161,18 @@ def _factors(
 
 
 def _train(
-    block: nn.Module,
+    block: BlockRunner,
     trainables: Mapping[str, TrainableLinear],
-    run: Run,
     inputs: Mapping[int, Tensor],
     target_BTH: Tensor,
     factors: Factors,
     settings: Optimisation,
-    microbatch: int,
+    stages: Sequence[_Stage],
     seed: int,
     report: Callable[[float], None],
 ) -> None:
     """Descend on the joint loss, stage by stage. Arguments as `calibrate_block`'s."""
-    running: dict[int, float] = {}
-    stages = _stages(settings)
+    usual: dict[int, float] = {}
     steps_done = 0
     batches = math.ceil(len(target_BTH) / settings.batch_size)
     steps_total = batches * sum(stage.passes for stage in stages)
@@ -200,24 +190,42 @@ def _train(
             optimiser.zero_grad(set_to_none=True)
             for bits in _draw(stage.trained, generator):
                 _set_bits(trainables, bits)
-                loss = 0.0
-                for part in batch.split(microbatch):
-                    error = _error(run(block, inputs[bits][part]), target_BTH[part])
-                    share = len(part) / len(batch)
-                    loss += error.item() * share
-                    usual = running.setdefault(bits, max(error.item(), _SMALLEST_LOSS))
-                    (error * (share / usual**settings.balance)).backward()
-                if not math.isfinite(loss):
-                    raise NumericError(
-                        f"the loss at {bits} bits is {loss}; lower the learning rates"
-                    )
-                usual = _RUNNING_MEAN_DECAY * usual + (1 - _RUNNING_MEAN_DECAY) * loss
-                running[bits] = max(usual, _SMALLEST_LOSS)
+                _descend(block, bits, inputs[bits], target_BTH, batch, usual, settings.balance)
             optimiser.step()
             schedule.step()
             _keep(bins)
             steps_done += 1
             report(steps_done / steps_total)
+
+
+def _descend(
+    block: BlockRunner,
+    bits: int,
+    inputs_BTH: Tensor,
+    target_BTH: Tensor,
+    batch: Tensor,
+    usual: dict[int, float],
+    balance: float,
+) -> None:
+    """Add the gradients of one width's loss on a batch.
+
+    Args:
+        usual: running means of the losses by width; that of this one is renewed.
+
+    Raises:
+        NumericError: the loss is not finite.
+    """
+    loss = 0.0
+    for part in batch.split(block.microbatch):
+        error = _error(block(inputs_BTH[part]), target_BTH[part])
+        share = len(part) / len(batch)
+        loss += error.item() * share
+        mean = usual.setdefault(bits, max(error.item(), _SMALLEST_LOSS))
+        (error * (share / mean**balance)).backward()
+    if not math.isfinite(loss):
+        raise NumericError(f"the loss at {bits} bits is {loss}; lower the learning rates")
+    mean = _RUNNING_MEAN_DECAY * usual[bits] + (1 - _RUNNING_MEAN_DECAY) * loss
+    usual[bits] = max(mean, _SMALLEST_LOSS)
 
 
 @torch.no_grad()
@@ -302,11 +310,6 @@ def _error(out: Tensor, target: Tensor) -> Tensor:
     return (out.float() - target.float()).square().mean()
 
 
-@torch.no_grad()
-def _forward(block: nn.Module, run: Run, inputs_BTH: Tensor, microbatch: int) -> Tensor:
-    return torch.cat([run(block, part) for part in inputs_BTH.split(microbatch)])
-
-
 def outlier_overlap(errors: Mapping[int, Tensor]) -> dict[int, dict[int, float]]:
     """How far the worst tokens of one width are the worst of another.
 
@@ -328,19 +331,17 @@ def outlier_overlap(errors: Mapping[int, Tensor]) -> dict[int, dict[int, float]]
 
 @torch.no_grad()
 def _token_errors(
-    block: nn.Module,
+    block: BlockRunner,
     trainables: Mapping[str, TrainableLinear],
-    run: Run,
     inputs: Mapping[int, Tensor],
     target_BTH: Tensor,
-    microbatch: int,
 ) -> dict[int, Tensor]:
     """Mean squared output error of every token [T] of the first sequences, by width."""
     shown = slice(0, _SHOWN_SEQUENCES)
     errors = {}
     for bits, inputs_BTH in sorted(inputs.items()):
         _set_bits(trainables, bits)
-        out = _forward(block, run, inputs_BTH[shown], microbatch)
+        out = block.forward(inputs_BTH[shown])
         squared = (out.float() - target_BTH[shown].float()).square()
         errors[bits] = squared.mean(2).flatten()
     return errors

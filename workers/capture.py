@@ -62,6 +62,18 @@ def run_block(
     return out
 
 
+def place(hidden: Hidden, model: Model, widths: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
+    """Hidden states where the model runs: of the full-precision model, and by width.
+
+    Widths without a stream of their own get those of the full-precision model. Equal streams are
+    one tensor, as before block 0.
+    """
+    arrays = {id(array): array for array in hidden.values()}
+    placed = {key: from_array(array, model.dtype).to(model.device) for key, array in arrays.items()}
+    inputs = {bits: placed[id(hidden.get(str(bits), hidden[FULL]))] for bits in widths}
+    return placed[id(hidden[FULL])], inputs
+
+
 def to_array(hidden_BTH: Tensor) -> NDArray[Any]:
     """numpy has no bfloat16: its bits travel as uint16."""
     hidden_BTH = hidden_BTH.detach().cpu().contiguous()

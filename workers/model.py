@@ -7,7 +7,7 @@ Legend: B sequences, T tokens, H hidden_size, V vocabulary.
 """
 
 import copy
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -74,6 +74,10 @@ class Model:
     def block_tensors(self, index: int, without: Container[str] = ()) -> dict[str, Tensor]:
         """Tensors of block `index` by name inside it, those left out that are named."""
         return self._placed(block_prefix(index), without)
+
+    def runner(self, index: int, microbatch: int) -> "BlockRunner":
+        """Block `index`, freshly read, and its forward pass."""
+        return BlockRunner(self.block(index), lambda b, x: self.run(b, index, x), microbatch)
 
     def run(self, block: nn.Module, index: int, hidden_BTH: Tensor) -> Tensor:
         """Hidden states [B, T, H] that leave block `index`, given those that enter it."""
@@ -144,6 +148,29 @@ def open_model(source: Source, dtype: torch.dtype, device: torch.device) -> Mode
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     return Model(source, config, skeleton, dtype, device)
+
+
+@dataclass(frozen=True)
+class BlockRunner:
+    """A block and its forward pass.
+
+    Attributes:
+        run: given the block and hidden states [B, T, H], makes those that leave it.
+        microbatch: sequences of a pass.
+    """
+
+    module: nn.Module
+    run: Callable[[nn.Module, Tensor], Tensor]
+    microbatch: int
+
+    def __call__(self, hidden_BTH: Tensor) -> Tensor:
+        """One pass, which may record gradients."""
+        return self.run(self.module, hidden_BTH)
+
+    @torch.no_grad()
+    def forward(self, hidden_BTH: Tensor) -> Tensor:
+        """As many passes as the sequences take."""
+        return torch.cat([self(part) for part in hidden_BTH.split(self.microbatch)])
 
 
 @contextmanager

@@ -38,8 +38,7 @@ from mbq.artifacts.spec import Routing
 from mbq.kernels.quantize import dequantize, unpack_pair
 from mbq.kernels.router import features, pack_halves, score, unpack_halves
 from mbq.kernels.widths import SLICE_BITS, WIDTHS, steps_up_to, widths_up_to
-from mbq.workers.calibrate import Run
-from mbq.workers.model import hooked
+from mbq.workers.model import BlockRunner, hooked
 from mbq.workers.trainable import CalibratedLinear
 
 # One token in four is kept for the maps.
@@ -84,31 +83,32 @@ def norm_head(extra: int, linears: int) -> Tensor:
 
 
 def fit_routers(
-    block: nn.Module,
-    run: Run,
+    block: BlockRunner,
     inputs: Mapping[str, Sequence[str]],
     calibrated: Mapping[str, CalibratedLinear],
     hidden_BTH: Tensor,
     settings: Routing,
     max_bits: int,
-    microbatch: int,
     seed: int,
 ) -> dict[str, FittedInput]:
     """Fit every input of a block.
 
     Args:
-        block: the full-precision block.
+        block: the full-precision one.
         inputs: the linears that read each input, by the input's name.
         calibrated: the block's linears as they were quantized.
         hidden_BTH: hidden states of the full-precision model that enter the block.
         seed: of everything drawn.
     """
     leaders = {name: linears[0] for name, linears in inputs.items()}
-    x = _collect(block, run, leaders, hidden_BTH, settings.tokens, microbatch)
+    x = _collect(block, leaders, hidden_BTH, settings.tokens)
     fitted = {}
     for number, (name, linears) in enumerate(inputs.items()):
         benefit_ELT = torch.stack(
-            [_benefits(block.get_submodule(n), calibrated[n], x[name], max_bits) for n in linears],
+            [
+                _benefits(block.module.get_submodule(n), calibrated[n], x[name], max_bits)
+                for n in linears
+            ],
             1,
         )
         generator = torch.Generator().manual_seed(seed + number)
@@ -191,12 +191,7 @@ def isotonic(values: Sequence[float]) -> list[float]:
 
 
 def _collect(
-    block: nn.Module,
-    run: Run,
-    leaders: Mapping[str, str],
-    hidden_BTH: Tensor,
-    tokens: int,
-    microbatch: int,
+    block: BlockRunner, leaders: Mapping[str, str], hidden_BTH: Tensor, tokens: int
 ) -> dict[str, Tensor]:
     """Tokens [T, K] that enter each input, from the first sequences that hold enough."""
     found: dict[str, list[Tensor]] = {name: [] for name in leaders}
@@ -205,13 +200,12 @@ def _collect(
         found[name].append(arguments[0].flatten(0, 1))
 
     hooks = (
-        block.get_submodule(leader).register_forward_pre_hook(partial(note, name))
+        block.module.get_submodule(leader).register_forward_pre_hook(partial(note, name))
         for name, leader in leaders.items()
     )
     sequences = math.ceil(tokens / hidden_BTH.shape[1])
-    with hooked(hooks), torch.no_grad():
-        for part in hidden_BTH[:sequences].split(microbatch):
-            run(block, part)
+    with hooked(hooks):
+        block.forward(hidden_BTH[:sequences])
     return {name: torch.cat(parts)[:tokens] for name, parts in found.items()}
 
 

@@ -111,39 +111,27 @@ def calibrate(ref: RunRef, block: int, attempt: int, hidden: Hidden, report: Rep
         return done
     started = time.monotonic()
     spec, model = opened.spec, opened.model
-    # One tensor for equal streams, as before block 0.
-    arrays = {id(array): array for array in hidden.values()}
-    placed = {
-        key: capturing.from_array(array, model.dtype).to(model.device)
-        for key, array in arrays.items()
-    }
-    full = placed[id(hidden[capturing.FULL])]
-    widths = opened.spec.streams or widths_up_to(spec.max_bits)
-    inputs = {bits: placed[id(hidden.get(str(bits), hidden[capturing.FULL]))] for bits in widths}
+    full, inputs = capturing.place(hidden, model, spec.streams or widths_up_to(spec.max_bits))
     seed = seed_of(spec.calibration.seed, block)
     with attention():
         calibration = calibrate_block(
-            model.block(block),
-            lambda module, x: model.run(module, block, x),
+            model.runner(block, spec.microbatch),
             inputs,
             full,
             spec.optimisation,
             spec.group_size,
-            spec.microbatch,
             seed,
             lambda fraction: report(_TRAINING_SHARE * fraction),
         )
         routers = {}
         if spec.slices > 1:
             routers = fit_routers(
-                model.block(block),
-                lambda module, x: model.run(module, block, x),
+                model.runner(block, spec.microbatch),
                 opened.routers,
                 calibration.linears,
                 full,
                 spec.routing,
                 spec.max_bits,
-                spec.microbatch,
                 seed,
             )
     record = BlockRecord(

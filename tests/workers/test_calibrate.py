@@ -16,7 +16,7 @@ from mbq.kernels.quantize import dequantize, quantize, unpack_pair
 from mbq.kernels.widths import WIDTHS
 from mbq.workers.calibrate import Calibration, _factors, _stages, calibrate_block
 from mbq.workers.gptq import factor
-from mbq.workers.model import open_model
+from mbq.workers.model import BlockRunner, open_model
 from mbq.workers.trainable import TrainableLinear
 
 
@@ -26,13 +26,11 @@ def _calibrate(folder: Path, microbatch: int = 4, seed: int = 3, **options: Any)
     hidden = torch.randn(16, 24, 64, generator=generator)
     fractions: list[float] = []
     result = calibrate_block(
-        model.block(0),
-        lambda block, x: model.run(block, 0, x),
+        model.runner(0, microbatch),
         dict.fromkeys(WIDTHS, hidden),
         hidden,
         Optimisation(**({"passes": 6, "batch_size": 4} | options)),
         group_size=32,
-        microbatch=microbatch,
         seed=seed,
         report=fractions.append,
     )
@@ -61,13 +59,11 @@ def test_reduces_the_error_at_two_bits_and_keeps_the_order_of_widths(
     block[0].weight = nn.Parameter(weight, requires_grad=False)
     x = torch.randn(32, 8, 128)
     result = calibrate_block(
-        block,
-        lambda module, x: module(x),
+        BlockRunner(block, lambda module, x: module(x), 4),
         dict.fromkeys(WIDTHS, x),
         x,
         Optimisation(method=method, passes=30, batch_size=4, clip_rate=0.05),
         group_size=128,
-        microbatch=4,
         seed=3,
         report=lambda fraction: None,
     )
@@ -105,13 +101,11 @@ def test_low_digits_make_up_for_what_keeping_the_trained_ones_costs() -> None:
     source_NK = block[0].weight.detach().clone()
     x = torch.randn(32, 8, 64) @ torch.randn(64, 64)
     result = calibrate_block(
-        block,
-        lambda module, x: module(x),
+        BlockRunner(block, lambda module, x: module(x), 4),
         dict.fromkeys(WIDTHS, x),
         x,
         Optimisation(passes=6, batch_size=4, weight_rate=0.05),
         group_size=32,
-        microbatch=4,
         seed=3,
         report=lambda fraction: None,
     )
@@ -147,13 +141,11 @@ def test_a_loss_that_is_not_finite_is_an_error(tiny_model: Path) -> None:
     hidden = torch.randn(2, 4, 32)
     with pytest.raises(NumericError, match="lower the learning rates"):
         calibrate_block(
-            Broken(),
-            lambda block, x: block(x),
+            BlockRunner(Broken(), lambda block, x: block(x), 2),
             {2: hidden, 3: hidden, 4: hidden, 8: hidden},
             hidden,
             Optimisation(passes=2),
             32,
-            2,
             0,
             lambda fraction: None,
         )
@@ -169,13 +161,11 @@ def test_training_is_never_worse_than_its_start(seed: int, tails: float, passes:
         linear.weight = nn.Parameter(weight, requires_grad=False)
     x = torch.randn(32, 8, 64)
     result = calibrate_block(
-        block,
-        lambda module, x: module(x),
+        BlockRunner(block, lambda module, x: module(x), 4),
         dict.fromkeys(WIDTHS, x),
         x,
         Optimisation(passes=passes, batch_size=4),
         group_size=32,
-        microbatch=4,
         seed=seed,
         report=lambda fraction: None,
     )
@@ -192,13 +182,11 @@ def test_every_width_learns_from_its_own_inputs_what_full_precision_outputs() ->
     # As if the blocks before had left each width with hidden states of another size.
     inputs = {2: 0.5 * x, 3: 2.0 * x, 4: 0.25 * x}
     result = calibrate_block(
-        nn.Sequential(linear),
-        lambda module, x: module(x),
+        BlockRunner(nn.Sequential(linear), lambda module, x: module(x), 4),
         inputs,
         x,
         Optimisation(passes=60, batch_size=4, gain_rate=0.05),
         group_size=64,
-        microbatch=4,
         seed=3,
         report=lambda fraction: None,
     )
@@ -218,7 +206,8 @@ def test_bits_are_chosen_by_the_inputs_of_their_width() -> None:
     full, two, four = (torch.randn(8, 4, 32) * torch.rand(32) for _ in range(3))
     stages = _stages(Optimisation(widths=(2, 4)))
     inputs = {2: two, 4: four}
-    factors = _factors(block, lambda module, x: module(x), inputs, full, stages, 4)
+    runner = BlockRunner(block, lambda module, x: module(x), 4)
+    factors = _factors(runner, inputs, full, stages)
     for bits, own in {2: two, 4: four, 8: full}.items():
         x_TK = own.flatten(0, 1)
         expected_KK = factor(x_TK.T @ x_TK, len(x_TK))
@@ -266,13 +255,11 @@ def _scaled(folder: Path, scale: float) -> Calibration:
         linear.weight.mul_(scale)
     hidden = scale * torch.randn(16, 24, 64, generator=torch.Generator().manual_seed(5))
     return calibrate_block(
-        block,
-        lambda block, x: model.run(block, 0, x),
+        BlockRunner(block, lambda block, x: model.run(block, 0, x), 4),
         dict.fromkeys(WIDTHS, hidden),
         hidden,
         Optimisation(passes=6, batch_size=4),
         group_size=32,
-        microbatch=4,
         seed=3,
         report=lambda fraction: None,
     )

@@ -27,9 +27,8 @@ hidden = torch.randn(8, 40, 64, generator=torch.Generator().manual_seed(1))
 junk = [torch.randn(n * 13 + 1) for n in range(int(sys.argv[3]))]  # moves later allocations
 with attention():
     done = calibrate_block(
-        model.block(0), lambda block, x: model.run(block, 0, x),
-        dict.fromkeys(WIDTHS, hidden), hidden, Optimisation(passes=4, batch_size=4),
-        32, 4, 0, lambda fraction: None,
+        model.runner(0, 4), dict.fromkeys(WIDTHS, hidden), hidden,
+        Optimisation(passes=4, batch_size=4), 32, 0, lambda fraction: None,
     )
 print(hashlib.sha256(b"".join(encode_block(done.linears, {}))).hexdigest())
 """

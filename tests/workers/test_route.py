@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mbq.artifacts.spec import Routing
 from mbq.kernels.router import features
 from mbq.kernels.widths import WIDTHS
+from mbq.workers.model import BlockRunner
 from mbq.workers.route import (
     FittedInput,
     fit_input,
@@ -171,14 +172,12 @@ def test_benefits_are_what_each_step_removes_of_the_error_per_bit() -> None:
         calibrated[name] = CalibratedLinear(code, pack_pair(scale, zero), gain_bias)
     hidden = torch.randn(4, 6, K)
     found = fit_routers(
-        block,
-        lambda module, x: module(x),
+        BlockRunner(block, lambda module, x: module(x), 3),
         {"both_router": ("one", "two")},
         calibrated,
         hidden,
         Routing(steps=1, tokens=64),
         max_bits=6,
-        microbatch=3,
         seed=0,
     )
     # Without scores, the map holds the mean benefit per bit of the tokens that were held out: a
