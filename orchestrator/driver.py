@@ -111,23 +111,7 @@ def begin(store: Store, document: RunDocument, runner: Runner, attempt: int) -> 
     driver.records = block_records(store, document.run, len(plan.calibrations))
     driver.done |= {plan.calibrations[block] for block in driver.records}
     _adopt_routing(driver)
-    blocks = {shard.file: shard.blocks for shard in plan.shards}
-    for task in (*plan.packs, *plan.routes):
-        record = find_document(store, keys.shard_key(document.run, task.target), ShardRecord)
-        stat = store.stat(keys.checkpoint_key(document.run, task.target))
-        made_of = blocks.get(task.target, range(len(plan.calibrations)))
-        # A file may outlive the blobs it was made from; then it is made again.
-        blobs = [r.blob.sha256 for b in made_of if (r := driver.records.get(b)) is not None]
-        method = driver.routing.method if driver.routing and task.kind == "route" else None
-        if (
-            record is not None
-            and stat is not None
-            and record.file.size_bytes == stat.size_bytes
-            and list(record.blobs) == blobs
-            and record.method == method
-        ):
-            driver.shards[task.target] = record
-            driver.done.add(task)
+    _adopt_files(driver)
     adopt_measurements(driver)
     return driver
 
@@ -143,6 +127,23 @@ def _adopt_routing(driver: Driver) -> None:
         blobs = [r.blob.sha256 for _, r in sorted(driver.records.items())]
         if record is not None and list(record.blobs) == blobs:
             driver.settled[task.target] = record
+            driver.done.add(task)
+
+
+def _adopt_files(driver: Driver) -> None:
+    """Take over files of the checkpoint; one that outlived what it was made from is made again."""
+    store, run, plan = driver.store, driver.document.run, driver.plan
+    blocks = {shard.file: shard.blocks for shard in plan.shards}
+    for task in (*plan.packs, *plan.routes):
+        record = find_document(store, keys.shard_key(run, task.target), ShardRecord)
+        stat = store.stat(keys.checkpoint_key(run, task.target))
+        if record is None or stat is None or record.file.size_bytes != stat.size_bytes:
+            continue
+        made_of = blocks.get(task.target, range(len(plan.calibrations)))
+        blobs = [r.blob.sha256 for b in made_of if (r := driver.records.get(b)) is not None]
+        method = driver.routing.method if driver.routing and task.kind == "route" else None
+        if list(record.blobs) == blobs and record.method == method:
+            driver.shards[task.target] = record
             driver.done.add(task)
 
 

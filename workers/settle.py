@@ -71,64 +71,53 @@ _SCORING = (Router, OracleRouter)
 
 
 def settle(
-    routed: RoutedModel,
-    ids_BT: Tensor,
-    microbatch: int,
-    method: str,
-    blobs: tuple[str, ...],
-    router_bits: float,
-    report: Callable[[float], None],
-) -> RoutingRecord:
-    """Curves of every ceiling, and what the settled widths cost.
+    routed: RoutedModel, ids_BT: Tensor, microbatch: int, report: Callable[[float], None]
+) -> tuple[dict[int, StoredCurve], tuple[SettledWidth, ...]]:
+    """A curve for every ceiling in bits, and what the settled widths cost.
 
     Args:
-        blobs: sha256 of every block's codes.
-        router_bits: what the method reads beside the codes, per weight.
         report: called with the finished fraction.
     """
     most = routed.precision.max_bits
     below = {ceiling: widths for ceiling, widths in _SETTLED_BELOW.items() if ceiling < most}
     widths = below | {most: tuple(bits for bits in _SETTLED if bits < most)}
     wanted = [(ceiling, bits) for ceiling in widths for bits in widths[ceiling]]
-    everything = [Setting(most, float(most), -math.inf)]
-    at_most, _ = run_settings(routed, ids_BT, microbatch, everything)
+    all_bits = [Setting(most, float(most), -math.inf)]
+    with_all_bits, _ = run_settings(routed, ids_BT, microbatch, all_bits)
     report(1 / 6)
-    first = _solve(wanted, at_most * len(wanted))
-    earned = at_most * len(wanted)
+    earned = with_all_bits * len(wanted)
     # Where tokens are alike, nothing depends on what a linear sees.
-    if any(earnings.log_ELT.shape[2] > 1 for earnings in at_most[0]):
-        earned, _ = run_settings(routed, ids_BT, microbatch, first)
+    if any(earnings.log_ELT.shape[2] > 1 for earnings in with_all_bits[0]):
+        first_settings = _solve(wanted, earned)
+        earned, _ = run_settings(routed, ids_BT, microbatch, first_settings)
     report(3 / 6)
-    second = _solve(wanted, earned)
-    measured, hidden = run_settings(routed, ids_BT, microbatch, second)
+    settings = _solve(wanted, earned)
+    measured, hidden = run_settings(routed, ids_BT, microbatch, settings)
     report(5 / 6)
-    curves = {}
-    for ceiling in widths:
-        settled = {
-            setting.average_bits: earnings
-            for setting, earnings in zip(first, earned, strict=True)
-            if setting.ceiling_bits == ceiling
-        }
-        curve = budget_curve(settled, ceiling)
-        curves[ceiling] = StoredCurve(
-            average_bits=curve.average_bits, log_thresholds=curve.log_thresholds
-        )
     costs = _divergences(routed.model, _full_hidden(routed.model, ids_BT, microbatch), hidden)
-    return RoutingRecord(
-        method=method,
-        blobs=blobs,
-        router_bits=router_bits,
-        curves=curves,
-        settled=tuple(
-            SettledWidth(
-                ceiling_bits=setting.ceiling_bits,
-                average_bits=setting.average_bits,
-                realised_bits=realised_bits(e, setting.log_threshold, setting.ceiling_bits),
-                divergence=cost,
-            )
-            for setting, e, cost in zip(second, measured, costs, strict=True)
-        ),
+    settled = tuple(
+        SettledWidth(
+            ceiling_bits=setting.ceiling_bits,
+            average_bits=setting.average_bits,
+            realised_bits=realised_bits(e, setting.log_threshold, setting.ceiling_bits),
+            divergence=cost,
+        )
+        for setting, e, cost in zip(settings, measured, costs, strict=True)
     )
+    return {ceiling: _curve(ceiling, wanted, earned) for ceiling in widths}, settled
+
+
+def _curve(
+    ceiling: int, wanted: Sequence[tuple[int, float]], earned: Sequence[Sequence[Earnings]]
+) -> StoredCurve:
+    """The curve of one ceiling, from what steps earn at each of its average widths."""
+    of_ceiling = {
+        bits: earnings
+        for (other, bits), earnings in zip(wanted, earned, strict=True)
+        if other == ceiling
+    }
+    curve = budget_curve(of_ceiling, ceiling)
+    return StoredCurve(average_bits=curve.average_bits, log_thresholds=curve.log_thresholds)
 
 
 def choose(records: Sequence[RoutingRecord]) -> RoutingRecord:

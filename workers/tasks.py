@@ -170,21 +170,21 @@ def settle(ref: RunRef, method: str, report: Report) -> RoutingRecord:
     ids = opened.tokens(opened.document.calibration_tokens)
     # The last sequences: routers were fitted on the first ones.
     sequences = max(1, spec.routing.settle_tokens // ids.shape[1])
+    routed = RoutedModel(
+        opened.model,
+        lambda: (opened.elastic_block(b, precision, method) for b in blocks),
+        precision,
+        opened.router_weights,
+    )
     with attention():
-        record = settle_thresholds(
-            RoutedModel(
-                opened.model,
-                lambda: (opened.elastic_block(b, precision, method) for b in blocks),
-                precision,
-                opened.router_weights,
-            ),
-            ids[-sequences:],
-            spec.microbatch,
-            method,
-            tuple(opened.record(block).blob.sha256 for block in blocks),
-            router_bits([*opened.linears.values()], spec.max_bits, opened.shape(method)),
-            report,
-        )
+        curves, settled = settle_thresholds(routed, ids[-sequences:], spec.microbatch, report)
+    record = RoutingRecord(
+        method=method,
+        blobs=tuple(opened.record(block).blob.sha256 for block in blocks),
+        router_bits=router_bits([*opened.linears.values()], spec.max_bits, opened.shape(method)),
+        curves=curves,
+        settled=settled,
+    )
     put_document(opened.store, keys.routing_key(ref.run, method), record)
     return record
 
