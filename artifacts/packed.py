@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from mbq.artifacts.checkpoint import INDEX_FILE, Shard, index_document
 from mbq.artifacts.config import CONFIG_FILE, MAX_CONFIG_BYTES, config_bits, cut_config
 from mbq.artifacts.digests import PART_BYTES, CheckedObject, Digest, part_size, read_part
+from mbq.artifacts.documents import Manifest
 from mbq.artifacts.errors import CorruptError, InputError, NotFoundError
 from mbq.artifacts.keys import MANIFEST_FILE
-from mbq.artifacts.manifest import Manifest
 from mbq.artifacts.sealed import get_document
 from mbq.artifacts.spec import FORMAT_VERSION
 from mbq.artifacts.store import Store

@@ -21,9 +21,9 @@ from pathlib import Path
 from mbq.artifacts.checkpoint import INDEX_FILE
 from mbq.artifacts.config import CONFIG_FILE, config_bits, cut_config
 from mbq.artifacts.digests import Digest, is_part, read_part
+from mbq.artifacts.documents import Manifest
 from mbq.artifacts.errors import CorruptError, InputError, StoreError
 from mbq.artifacts.keys import MANIFEST_FILE
-from mbq.artifacts.manifest import Manifest
 from mbq.artifacts.packed import (
     READERS,
     PackedCheckpoint,

@@ -24,7 +24,7 @@ from quality import provenance
 from safetensors.torch import load, save_file
 from static import ROWS, make
 
-from mbq.artifacts.manifest import block_records
+from mbq.artifacts.runs import block_records
 from mbq.artifacts.store import LocalStore
 from mbq.orchestrator.submit import prepare, read_spec
 

@@ -43,11 +43,12 @@ from mbq.artifacts import keys, manifest
 from mbq.artifacts.checkpoint import INDEX_FILE, find_linears
 from mbq.artifacts.config import CONFIG_FILE, config_bits, cut_config
 from mbq.artifacts.digests import digest_of
+from mbq.artifacts.documents import Manifest
 from mbq.artifacts.errors import MbqError
 from mbq.artifacts.keys import MANIFEST_FILE
-from mbq.artifacts.manifest import Manifest, find_run
 from mbq.artifacts.packed import make_index, open_checkpoint, verify
 from mbq.artifacts.pull import pull
+from mbq.artifacts.runs import find_run
 from mbq.artifacts.sealed import get_document, put_document
 from mbq.artifacts.source import Source
 from mbq.artifacts.spec import FORMAT_VERSION, Document

@@ -29,7 +29,7 @@ import torch
 from static import folder_of
 
 from mbq.artifacts import keys
-from mbq.artifacts.manifest import Results, VariantLosses
+from mbq.artifacts.documents import Results, VariantLosses
 from mbq.artifacts.sealed import get_document
 from mbq.artifacts.source import open_source
 from mbq.orchestrator.local import default_store

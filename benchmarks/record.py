@@ -14,7 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mbq.artifacts import keys
-from mbq.artifacts.manifest import Manifest, Results, RoutingRecord, Status, block_records
+from mbq.artifacts.documents import Manifest, Results, RoutingRecord, Status
+from mbq.artifacts.runs import block_records
 from mbq.artifacts.sealed import get_document
 from mbq.orchestrator.local import default_store
 from mbq.orchestrator.status import locate

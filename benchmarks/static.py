@@ -17,7 +17,7 @@ from typing import Any
 import click
 from safetensors.torch import load, save_file
 
-from mbq.artifacts.manifest import RunDocument
+from mbq.artifacts.documents import RunDocument
 from mbq.orchestrator.submit import prepare, read_spec
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -52,10 +52,11 @@ from botocore.config import Config
 from mbq.artifacts.checkpoint import INDEX_FILE, QUANT_METHOD
 from mbq.artifacts.config import CONFIG_FILE, cut_config
 from mbq.artifacts.digests import PART_BYTES, digest_of
+from mbq.artifacts.documents import Manifest
 from mbq.artifacts.keys import MANIFEST_FILE
-from mbq.artifacts.manifest import Manifest, put_blob
 from mbq.artifacts.packed import make_index, open_checkpoint
 from mbq.artifacts.pull import pull
+from mbq.artifacts.runs import put_blob
 from mbq.artifacts.sealed import put_document
 from mbq.artifacts.spans import cut, md5_of
 from mbq.artifacts.spec import FORMAT_VERSION

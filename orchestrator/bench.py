@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
+from mbq.artifacts.documents import ValidationRecord
 from mbq.artifacts.keys import MANIFEST_FILE
-from mbq.artifacts.manifest import ValidationRecord
 from mbq.artifacts.packed import open_checkpoint
 from mbq.artifacts.sealed import document_sha256
 from mbq.orchestrator.checkpoints import find_checkpoint

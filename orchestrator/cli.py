@@ -23,7 +23,7 @@ from mbq.orchestrator.options import (
 )
 
 if TYPE_CHECKING:
-    from mbq.artifacts.manifest import RunDocument
+    from mbq.artifacts.documents import RunDocument
     from mbq.artifacts.store import Store
     from mbq.cluster.jobs import Jobs
 

@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from mbq.artifacts.manifest import Results, Row, ValidationRecord
+from mbq.artifacts.documents import Results, Row, ValidationRecord
 from mbq.orchestrator.status import RunState
 from mbq.workers.variants import FULL, PACKED, ROUNDED, ROUTED, parse
 

@@ -9,8 +9,7 @@ import time
 from dataclasses import dataclass, field
 
 from mbq.artifacts import keys
-from mbq.artifacts.errors import ClusterError
-from mbq.artifacts.manifest import (
+from mbq.artifacts.documents import (
     BlockRecord,
     Failure,
     RoutingRecord,
@@ -20,8 +19,9 @@ from mbq.artifacts.manifest import (
     TokenBits,
     ValidationRecord,
     VariantLosses,
-    block_records,
 )
+from mbq.artifacts.errors import ClusterError
+from mbq.artifacts.runs import block_records
 from mbq.artifacts.sealed import find_document
 from mbq.artifacts.store import Store
 from mbq.cluster.runner import Call, Handle, Runner, TaskResources

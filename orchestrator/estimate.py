@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mbq.artifacts.manifest import RunDocument
+from mbq.artifacts.documents import RunDocument
 from mbq.orchestrator.plan import build_plan, task_memory_bytes
 
 

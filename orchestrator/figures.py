@@ -9,7 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from mbq.artifacts.manifest import BlockRecord, Row
+from mbq.artifacts.documents import BlockRecord, Row
 from mbq.kernels.widths import SLICE_BITS
 from mbq.workers.variants import FULL, PACKED, ROUNDED, ROUTED, parse
 

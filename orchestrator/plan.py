@@ -32,7 +32,7 @@ from mbq.artifacts.checkpoint import (
     find_linears,
     plan_shards,
 )
-from mbq.artifacts.manifest import RunDocument
+from mbq.artifacts.documents import RunDocument
 from mbq.artifacts.spec import RunSpec
 from mbq.orchestrator.comparison import candidates, settled_methods, variants
 from mbq.workers.variants import PACKED, ROUTED, of_source, parse

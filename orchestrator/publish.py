@@ -12,7 +12,7 @@ from mbq.artifacts.checkpoint import (
 )
 from mbq.artifacts.config import CONFIG_FILE, describe_routing, write_config
 from mbq.artifacts.digests import digest_of
-from mbq.artifacts.manifest import Manifest, Results, VariantLosses
+from mbq.artifacts.documents import Manifest, Results, VariantLosses
 from mbq.artifacts.sealed import document_sha256, put_document
 from mbq.artifacts.source import TOKENIZER_FILES
 from mbq.artifacts.spec import FORMAT_VERSION

@@ -16,8 +16,7 @@ from markupsafe import Markup
 
 from mbq.artifacts import keys
 from mbq.artifacts.digests import CheckedObject
-from mbq.artifacts.errors import CorruptError, NotFoundError
-from mbq.artifacts.manifest import (
+from mbq.artifacts.documents import (
     BlockRecord,
     Manifest,
     Results,
@@ -28,6 +27,7 @@ from mbq.artifacts.manifest import (
     ValidationRecord,
     VariantLosses,
 )
+from mbq.artifacts.errors import CorruptError, NotFoundError
 from mbq.artifacts.sealed import document_sha256, find_document
 from mbq.artifacts.store import Store
 from mbq.orchestrator import figures

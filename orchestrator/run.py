@@ -19,8 +19,9 @@ import time
 from collections.abc import Iterator
 
 from mbq.artifacts import keys
+from mbq.artifacts.documents import Failure, RunDocument, Running, Status
 from mbq.artifacts.errors import ClusterError, MbqError, RunError, StoreError
-from mbq.artifacts.manifest import Failure, RunDocument, Running, Status, find_run
+from mbq.artifacts.runs import find_run
 from mbq.artifacts.sealed import find_document, put_document
 from mbq.artifacts.store import PROBES, WORKING_SECONDS, Store, open_store, probe
 from mbq.cluster.runner import Call, Handle, InputLost, Runner, TaskCrashed

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from urllib.parse import unquote, urlparse
 
 from mbq.artifacts import keys
+from mbq.artifacts.documents import Results, RunDocument, Status, ValidationRecord
 from mbq.artifacts.errors import ClusterError, CorruptError, InputError, NotFoundError
-from mbq.artifacts.manifest import Results, RunDocument, Status, ValidationRecord, find_run
+from mbq.artifacts.runs import find_run
 from mbq.artifacts.sealed import find_document
 from mbq.artifacts.spec import is_path
 from mbq.artifacts.store import Store, open_store

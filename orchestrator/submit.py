@@ -18,15 +18,9 @@ import numpy as np
 
 from mbq.artifacts import keys
 from mbq.artifacts.digests import digest_of
+from mbq.artifacts.documents import Manifest, Results, RunDocument, Status
 from mbq.artifacts.errors import InputError
-from mbq.artifacts.manifest import (
-    Manifest,
-    Results,
-    RunDocument,
-    Status,
-    find_run,
-    put_blob,
-)
+from mbq.artifacts.runs import find_run, put_blob
 from mbq.artifacts.sealed import find_document, put_document
 from mbq.artifacts.source import Source, open_source
 from mbq.artifacts.spec import RunSpec, run_id

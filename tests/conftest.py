@@ -23,7 +23,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from mbq.artifacts import keys, s3_client
-from mbq.artifacts.manifest import RunDocument, put_blob
+from mbq.artifacts.documents import RunDocument
+from mbq.artifacts.runs import put_blob
 from mbq.artifacts.s3 import S3Store
 from mbq.artifacts.sealed import put_document
 from mbq.artifacts.spec_file import parse_spec

@@ -80,7 +80,7 @@ def test_the_roots_are_no_packages() -> None:
 
 def test_the_spec_needs_no_torch() -> None:
     script = (
-        "import sys, mbq.artifacts.spec, mbq.artifacts.source, mbq.artifacts.manifest\n"
+        "import sys, mbq.artifacts.spec, mbq.artifacts.source, mbq.artifacts.documents\n"
         "heavy = {'torch', 'ray', 'transformers', 'datasets', 'boto3'} & set(sys.modules)\n"
         "sys.exit(', '.join(heavy) or 0)\n"
     )

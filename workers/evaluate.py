@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mbq.artifacts.documents import Row
 from mbq.artifacts.elastic import elastic_linears
-from mbq.artifacts.manifest import Row
 from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.reference import round_to_nearest
 from mbq.workers.model import Model, linears

@@ -29,14 +29,14 @@ from mbq.artifacts.checkpoint import (
     routing_shard,
 )
 from mbq.artifacts.digests import Digest
-from mbq.artifacts.manifest import (
+from mbq.artifacts.documents import (
     BlockRecord,
     Manifest,
     RoutingRecord,
     RunDocument,
     SensitivityRecord,
-    find_run,
 )
+from mbq.artifacts.runs import find_run
 from mbq.artifacts.sealed import get_document
 from mbq.artifacts.store import WORKING_SECONDS, Store, open_store
 from mbq.artifacts.tensors import TensorFile, open_tensors

@@ -25,8 +25,7 @@ from importlib.metadata import version
 from mbq.artifacts import keys
 from mbq.artifacts.checkpoint import ROUTING_FILE, router_bits, routing_shard
 from mbq.artifacts.digests import Digest, Digester, digest_of, read_chunks
-from mbq.artifacts.errors import CorruptError, MbqError
-from mbq.artifacts.manifest import (
+from mbq.artifacts.documents import (
     BlockRecord,
     RoutingRecord,
     SensitivityRecord,
@@ -34,10 +33,10 @@ from mbq.artifacts.manifest import (
     TokenBits,
     ValidationRecord,
     VariantLosses,
-    is_stored,
-    put_blob,
 )
+from mbq.artifacts.errors import CorruptError, MbqError
 from mbq.artifacts.packed import open_checkpoint
+from mbq.artifacts.runs import is_stored, put_blob
 from mbq.artifacts.sealed import document_sha256, find_document, put_document
 from mbq.artifacts.store import WORKING_SECONDS, open_store, probe
 from mbq.kernels.router import Precision

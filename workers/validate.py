@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mbq.artifacts.documents import KernelTiming, ValidationRecord
 from mbq.artifacts.errors import CorruptError, KernelError
-from mbq.artifacts.manifest import KernelTiming, ValidationRecord
 from mbq.artifacts.packed import PackedCheckpoint
 from mbq.artifacts.tensors import TensorFile, open_tensors
 from mbq.kernels.linear import ElasticLinear

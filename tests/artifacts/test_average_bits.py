@@ -24,10 +24,10 @@ from mbq.artifacts.checkpoint import (
     routing_shard,
 )
 from mbq.artifacts.config import cut_config, read_config
+from mbq.artifacts.documents import RoutingRecord
 from mbq.artifacts.elastic import elastic_linears
 from mbq.artifacts.errors import CorruptError, InputError
 from mbq.artifacts.loading import load_model
-from mbq.artifacts.manifest import RoutingRecord
 from mbq.artifacts.sealed import get_document
 from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.quantize import unpack_pair

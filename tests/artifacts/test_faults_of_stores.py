@@ -18,9 +18,10 @@ from botocore.exceptions import ClientError
 
 from mbq.artifacts import keys
 from mbq.artifacts.digests import PART_BYTES, CheckedObject, digest_of
+from mbq.artifacts.documents import BlockRecord
 from mbq.artifacts.errors import StoreError
 from mbq.artifacts.garbage import find_garbage, remove_garbage
-from mbq.artifacts.manifest import BlockRecord, put_blob
+from mbq.artifacts.runs import put_blob
 from mbq.artifacts.sealed import find_document, get_document, put_document
 from mbq.artifacts.store import Store
 from tests.support import servers

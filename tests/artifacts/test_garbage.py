@@ -8,10 +8,11 @@ import pytest
 
 from mbq.artifacts import keys
 from mbq.artifacts.digests import PART_BYTES, Digest
+from mbq.artifacts.documents import BlockRecord
 from mbq.artifacts.errors import CorruptError, NotFoundError, StoreError
 from mbq.artifacts.garbage import GRACE_SECONDS, find_garbage, remove_garbage
-from mbq.artifacts.manifest import BlockRecord, put_blob
 from mbq.artifacts.multipart import UploadLost
+from mbq.artifacts.runs import put_blob
 from mbq.artifacts.s3 import S3Store
 from mbq.artifacts.sealed import put_document
 from mbq.artifacts.store import LocalStore, Store

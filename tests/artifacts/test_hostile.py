@@ -29,9 +29,9 @@ from mbq.artifacts.config import CONFIG_FILE
 from mbq.artifacts.digests import PART_BYTES
 from mbq.artifacts.errors import MbqError
 from mbq.artifacts.keys import MANIFEST_FILE
-from mbq.artifacts.manifest import find_run
 from mbq.artifacts.packed import open_checkpoint
 from mbq.artifacts.pull import pull
+from mbq.artifacts.runs import find_run
 from mbq.artifacts.sealed import MAX_DOCUMENT_BYTES, get_document, put_document, read_sealed
 from mbq.artifacts.spec import Document
 from mbq.artifacts.store import LocalStore

@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from mbq.artifacts import keys
+from mbq.artifacts.documents import BlockRecord
 from mbq.artifacts.errors import CorruptError, InputError, NotFoundError
 from mbq.artifacts.loading import load_model
-from mbq.artifacts.manifest import BlockRecord
 from mbq.artifacts.sealed import get_document
 from mbq.artifacts.tensors import open_tensors
 from mbq.kernels.linear import ElasticLinear

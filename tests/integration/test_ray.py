@@ -25,7 +25,7 @@ import pytest
 import yaml
 
 from mbq.artifacts import keys, s3_client
-from mbq.artifacts.manifest import Status
+from mbq.artifacts.documents import Status
 from mbq.artifacts.s3 import S3Store
 from mbq.artifacts.sealed import get_document
 from mbq.artifacts.store import LocalStore, Store, open_store

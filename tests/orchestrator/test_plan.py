@@ -10,8 +10,8 @@ from transformers import GemmaConfig, LlamaConfig, MixtralConfig
 
 from mbq.artifacts.checkpoint import Linear
 from mbq.artifacts.digests import Digest
+from mbq.artifacts.documents import RunDocument
 from mbq.artifacts.errors import InputError
-from mbq.artifacts.manifest import RunDocument
 from mbq.artifacts.source import open_source
 from mbq.artifacts.spec_file import parse_spec
 from mbq.orchestrator.check import check_source

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from mbq.artifacts import keys
+from mbq.artifacts.documents import Manifest, Results, RoutingRecord, RunDocument, Status
 from mbq.artifacts.errors import ClusterError, MbqError, NumericError, RunError, StoreError
-from mbq.artifacts.manifest import Manifest, Results, RoutingRecord, RunDocument, Status
 from mbq.artifacts.sealed import find_document, get_document, put_document
 from mbq.artifacts.store import LocalStore
 from mbq.cluster.runner import (

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from mbq.artifacts import keys
+from mbq.artifacts.documents import RunDocument, Status
 from mbq.artifacts.errors import ClusterError, InputError
-from mbq.artifacts.manifest import RunDocument, Status, find_run
+from mbq.artifacts.runs import find_run
 from mbq.artifacts.sealed import put_document
 from mbq.artifacts.store import LocalStore
 from mbq.cluster.jobs import JobInfo

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from mbq.artifacts import keys, s3_client
 from mbq.artifacts.garbage import GRACE_SECONDS
-from mbq.artifacts.manifest import put_blob
+from mbq.artifacts.runs import put_blob
 from mbq.artifacts.store import LocalStore
 from mbq.orchestrator.cli import main
 from mbq.orchestrator.submit import prepare, read_spec

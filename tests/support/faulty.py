@@ -10,8 +10,8 @@ from typing import Any
 from mbq.artifacts.checkpoint import INDEX_FILE
 from mbq.artifacts.config import CONFIG_FILE
 from mbq.artifacts.digests import PART_BYTES, Digest, digest_of
+from mbq.artifacts.documents import BlockRecord, Manifest
 from mbq.artifacts.errors import CorruptError, InputError, StoreError
-from mbq.artifacts.manifest import BlockRecord, Manifest
 from mbq.artifacts.packed import Report, make_index, open_checkpoint
 from mbq.artifacts.pull import pull
 from mbq.artifacts.s3 import S3Store

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mbq.artifacts import keys
+from mbq.artifacts.documents import RoutingRecord, SettledWidth
 from mbq.artifacts.elastic import elastic_linears
-from mbq.artifacts.manifest import RoutingRecord, SettledWidth
 from mbq.artifacts.sealed import get_document
 from mbq.kernels.router import Curve, Precision
 from mbq.workers.allocate import realised_bits

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mbq.artifacts import keys
+from mbq.artifacts.documents import ValidationRecord
 from mbq.artifacts.errors import CorruptError, KernelError
-from mbq.artifacts.manifest import ValidationRecord
 from mbq.artifacts.packed import open_checkpoint
 from mbq.artifacts.sealed import document_sha256, get_document
 from mbq.artifacts.store import LocalStore
