@@ -7,12 +7,9 @@ Defaults are LLaMA-2-13B's dimensions and the calibration of its preset. Needs n
 boto3 nor datasets.
 """
 
-import datetime
 import hashlib
 import json
-import platform
 import resource
-import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +17,7 @@ from typing import Any
 
 import click
 import torch
-import transformers
+from provenance import provenance
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -51,13 +48,8 @@ def main(**options: Any) -> None:
     """Calibrate one random block twice and print what it took."""
     pin(options["threads"])
     device = torch.device(options["device"])
-    result: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
+    result = provenance(("torch", "transformers")) | {
         "hardware": hardware_kind(device),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "command": "python " + " ".join(sys.argv),
         "options": {k: v for k, v in options.items() if k != "out"},
     }
     runs: list[dict[str, Any]] = []

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
-from quality import provenance
+from provenance import provenance
 from safetensors.torch import load, save_file
 from static import ROWS, make
 

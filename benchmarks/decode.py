@@ -13,21 +13,19 @@ that is dequantized each time, beside cuBLAS with a weight that is there. Data a
 are held against float64 first. Needs torch, triton and click only.
 """
 
-import datetime
 import itertools
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-import triton
 from ceilings import measure_ceilings
 from checks import SHARING, check, check_joined, random_gates, repeatable, routed_differently
 from compiling import Product, compile_products
 from kernel_peers import cublas, time_peers
+from provenance import gpu_provenance
 from weights import (
     BLOCKS,
     GROUP,
@@ -60,13 +58,7 @@ def main(out: Path, any_precision: Path | None, models: tuple[str, ...]) -> None
     chosen = models or tuple(SHAPES)
     shapes = sorted({shape for model in chosen for shape in SHAPES[model].values()})
     inputs = sorted({k for _, k in shapes})
-    result: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "hardware": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "command": "python " + " ".join(sys.argv),
-    }
+    result = gpu_provenance()
     path = out / f"{result['date']}-decode.json"
 
     def keep(**found: Any) -> None:

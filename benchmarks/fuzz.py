@@ -13,11 +13,9 @@ saved in base64 beside the numbers in benchmarks/results/<date>-fuzz.json, and t
 """
 
 import base64
-import datetime
 import hashlib
 import json
 import os
-import platform
 import re
 import resource
 import shutil
@@ -28,7 +26,6 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -37,9 +34,10 @@ from typing import Any
 import click
 import safetensors
 import yaml
-from record import RESULTS, _processor
+from provenance import provenance
+from record import RESULTS
 
-from mbq.artifacts import keys, manifest
+from mbq.artifacts import documents, keys
 from mbq.artifacts.checkpoint import INDEX_FILE, find_linears
 from mbq.artifacts.config import CONFIG_FILE, config_bits, cut_config
 from mbq.artifacts.digests import digest_of
@@ -143,7 +141,7 @@ class Lab:
         self.files[CONFIG_FILE] = cut_config(config, 4)
         self.files[INDEX_FILE] = make_index(self.fill("store", self.files), self.files)
         self.files[MANIFEST_FILE] = agreeing(self.files)
-        kinds = {name: getattr(manifest, name) for name in SAMPLES}
+        kinds = {name: getattr(documents, name) for name in SAMPLES}
         self.documents: dict[type[Document], bytes] = {}
         for name, kind in kinds.items():
             put_document(LocalStore(root / "store"), name, kind.model_validate(SAMPLES[name]))
@@ -259,7 +257,7 @@ def read_document(lab: Lab, rng: Random) -> str:
     kind, original = rng.choice(list(lab.documents.items()))
     key, data = keys.spec_key(RUN), mutate(rng, kind.__name__, original)
     store = lab.fill("store", {key: data}, key)
-    if kind is manifest.RunDocument:
+    if kind is documents.RunDocument:
         require(find_run(store, RUN).run == RUN, "the document is of another run than its folder")
     found = get_document(store, key, kind)
     require(data == seal(data[:-SEAL_BYTES]), "its seal is not that of its bytes")
@@ -445,11 +443,7 @@ def main(seed: int, count: int, only: int | None, out: Path) -> None:
                 new = {"seed": seed, "number": number, "file": lab.given[0], "input": data}
                 findings.setdefault(kind, new | {"times": 0})["times"] += 1
     result = {
-        "date": datetime.date.today().isoformat(),
-        "processor": _processor(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
-        "command": " ".join(["python", "benchmarks/fuzz.py", *sys.argv[1:]]),
+        **provenance(PACKAGES),
         "seconds": round(time.monotonic() - started, 1),
         "outcomes": {name: dict(counts.most_common()) for name, counts in outcomes.items()},
         "slowest": dict(zip(("seconds", "reader", "number"), slowest, strict=True)),

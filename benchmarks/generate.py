@@ -10,18 +10,15 @@ after it. Weights and codes are random: times and memory depend on shapes alone.
 rows, as those of a checkpoint; where they decide they give every token 4 bits.
 """
 
-import datetime
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-import transformers
-import triton
+from provenance import gpu_provenance
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from mbq.artifacts.checkpoint import Linear, RouterShape, find_routers
@@ -56,16 +53,7 @@ def main(out: Path, captured: bool) -> None:
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = LlamaForCausalLM(config).eval()
-    result: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "hardware": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "transformers": transformers.__version__,
-        "command": "python " + " ".join(sys.argv),
-        "new_tokens": NEW_TOKENS,
-        "measured": {},
-    }
+    result = gpu_provenance() | {"new_tokens": NEW_TOKENS, "measured": {}}
     path = out / f"{result['date']}-generate{'-captured' if captured else ''}.json"
 
     def keep(name: str) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 
 import click
 import torch
-from quality import open_run, our_entries, paired, provenance
+from provenance import provenance
+from quality import open_run, our_entries, paired
 from torch import Tensor, nn
 
 from mbq.artifacts.spec import Optimisation

@@ -19,7 +19,8 @@ from typing import Any
 
 import click
 import torch
-from quality import open_run, our_entries, paired, provenance
+from provenance import provenance
+from quality import open_run, our_entries, paired
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -14,18 +14,15 @@ clock and, for peers, of the processor too, since runs may have shared it. Write
 benchmarks/results/<date>-quality-NAME.json.
 """
 
-import datetime
 import json
-import platform
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from provenance import provenance
 from static import folder_of
 
 from mbq.artifacts import keys
@@ -89,17 +86,6 @@ def open_run(run: str) -> Opened:
     """A run of MBQ_HOME's store."""
     store_uri = default_store()
     return Opened(RunRef(store_uri, locate(run, store_uri)[1].run, "cpu"))
-
-
-def provenance() -> dict[str, Any]:
-    """When, where and by what a result was made."""
-    return {
-        "date": datetime.date.today().isoformat(),
-        "processor": processor(),
-        "python": platform.python_version(),
-        "versions": {p: version(p) for p in ("mbq-cluster", "torch", "transformers")},
-        "command": " ".join(["python", *sys.argv]),
-    }
 
 
 def our_entries(opened: Opened) -> dict[str, Entry]:
@@ -183,12 +169,6 @@ def table(rows: Mapping[str, Entry]) -> str:
             end = f"   {row['beside']:+.4f} ± {row['beside_error']:.4f} to {row['best']}"
         lines.append(f"{key:32}{numbers}{end}")
     return "\n".join(lines)
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
 
 
 if __name__ == "__main__":

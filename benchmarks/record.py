@@ -6,12 +6,11 @@ Reads the run from MBQ_HOME's store and writes benchmarks/results/<date>-<NAME>.
 what made the run.
 """
 
-import datetime
 import json
-import platform
 import sys
-from importlib.metadata import version
 from pathlib import Path
+
+from provenance import provenance
 
 from mbq.artifacts import keys
 from mbq.artifacts.documents import Manifest, Results, RoutingRecord, Status
@@ -34,11 +33,8 @@ def main(name: str, run: str, *command: str) -> None:
     methods = [file.removesuffix(".json") for file in store.children(f"runs/{run}/routing")]
     routing = {m: get_document(store, keys.routing_key(run, m), RoutingRecord) for m in methods}
     found = {
-        "date": datetime.date.today().isoformat(),
+        **provenance(PACKAGES),
         "hardware": sorted(set(manifest.hardware)),
-        "processor": _processor(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
         "command": " ".join(command),
         "run": run,
         "method": results.method,
@@ -65,12 +61,6 @@ def main(name: str, run: str, *command: str) -> None:
     out = RESULTS / f"{found['date']}-{name}.json"
     out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(out)
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
 
 
 if __name__ == "__main__":

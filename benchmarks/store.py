@@ -23,14 +23,12 @@ process used, `peak` its most memory beyond what it had when the turn began, the
 among that. obstore is compared where it is installed.
 """
 
-import datetime
 import functools
 import gc
 import hashlib
 import json
 import multiprocessing
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -48,6 +46,7 @@ import boto3
 import click
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
+from provenance import provenance
 
 from mbq.artifacts.checkpoint import INDEX_FILE, QUANT_METHOD
 from mbq.artifacts.config import CONFIG_FILE, cut_config
@@ -220,11 +219,8 @@ def main(wanted: str, mib: int, rounds: int, out: Path | None) -> None:
             finally:
                 server.stop()
     result = {
-        "date": datetime.date.today().isoformat(),
-        "processor": processor(),
-        "python": platform.python_version(),
+        **provenance(),
         "versions": versions(servers.SWIFT / "python", found),
-        "command": " ".join(["python", "benchmarks/store.py", *sys.argv[1:]]),
         "mib": mib,
         "ratios": {s: {w: ratios(rows) for w, rows in ws.items()} for s, ws in found.items()},
         "turns": found,
@@ -409,12 +405,6 @@ def versions(swift: Path, servers: Mapping[str, Any]) -> dict[str, str]:
         done = subprocess.run(commands[name], capture_output=True, text=True, check=False)
         told[name] = done.stdout.partition("\n")[0]
     return told
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
 
 
 if __name__ == "__main__":

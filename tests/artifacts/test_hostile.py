@@ -23,7 +23,8 @@ import safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mbq.artifacts import keys, manifest, tensors
+from mbq.artifacts import documents as kinds_of_documents
+from mbq.artifacts import keys, tensors
 from mbq.artifacts.checkpoint import INDEX_FILE
 from mbq.artifacts.config import CONFIG_FILE
 from mbq.artifacts.digests import PART_BYTES
@@ -113,7 +114,7 @@ def test_whatever_a_header_says_the_library_reads_the_same(
 @pytest.fixture(scope="module")
 def documents(finished_run: Any) -> dict[type[Document], bytes]:
     """One of each kind that a store holds, without its seal."""
-    kinds = [kind for kind in vars(manifest).values() if isinstance(kind, type)]
+    kinds = [kind for kind in vars(kinds_of_documents).values() if isinstance(kind, type)]
     found = {}
     for stat in finished_run.store.walk(keys.RUNS):
         for kind in kinds:
