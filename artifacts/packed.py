@@ -8,7 +8,7 @@ than the headers of the files do.
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -121,19 +121,42 @@ def verify(checkpoint: PackedCheckpoint, report: Report) -> list[str]:
 
     Returns what is wrong, a line for each file.
     """
-    store, manifest = checkpoint.store, checkpoint.manifest
+    store = checkpoint.store
     try:
-        config = store.read(CONFIG_FILE, 0, MAX_CONFIG_BYTES + 1)
-        max_bits = config_bits(config)
-        whole = cut_config(config, manifest.max_bits)
+        max_bits = _held_bits(checkpoint)
     except (NotFoundError, CorruptError) as error:
         return [f"{CONFIG_FILE}: {error}"]
+    files = checkpoint.files(max_bits)
+    faults = _file_faults(store, files, report)
+    if not faults:
+        index = make_index(store, files)
+        if store.stat(INDEX_FILE) is None or store.read(INDEX_FILE, 0, 2 * len(index)) != index:
+            faults[INDEX_FILE] = "it is not the index of the files that are there"
+    for name in foreign_files(store, checkpoint.manifest):
+        faults[name] = "it is not of this checkpoint, and transformers would load it; remove it"
+    return [f"{name}: {fault}" for name, fault in faults.items()]
+
+
+def _held_bits(checkpoint: PackedCheckpoint) -> int:
+    """The bits that are there by the config, which must be that of the manifest, cut.
+
+    Raises:
+        NotFoundError, CorruptError: there is none, or it is another.
+    """
+    manifest = checkpoint.manifest
+    config = checkpoint.store.read(CONFIG_FILE, 0, MAX_CONFIG_BYTES + 1)
+    max_bits = config_bits(config)
+    whole = cut_config(config, manifest.max_bits)
     expected = manifest.files[CONFIG_FILE].sha256
     # White space and keys that stand there twice would not survive the cutting.
     same = cut_config(config, max_bits) == config and hashlib.sha256(whole).hexdigest() == expected
     if not same or max_bits not in checkpoint.ceilings:
-        return [f"{CONFIG_FILE}: it is not what the manifest says"]
-    files = checkpoint.files(max_bits)
+        raise CorruptError("it is not what the manifest says")
+    return max_bits
+
+
+def _file_faults(store: Store, files: Mapping[str, Digest], report: Report) -> dict[str, str]:
+    """What is wrong with each file that is not as its digest says."""
     faults = {name: fault for name, d in files.items() if (fault := _size_fault(store, name, d))}
     pieces = [
         piece for name, d in files.items() if name not in faults for piece in pieces_of(name, d)
@@ -146,13 +169,7 @@ def verify(checkpoint: PackedCheckpoint, report: Report) -> list[str]:
                 faults[piece.file] = fault
             done += piece.size_bytes
             report(done / total)
-    if not faults:
-        index = make_index(store, files)
-        if store.stat(INDEX_FILE) is None or store.read(INDEX_FILE, 0, 2 * len(index)) != index:
-            faults[INDEX_FILE] = "it is not the index of the files that are there"
-    for name in foreign_files(store, manifest):
-        faults[name] = "it is not of this checkpoint, and transformers would load it; remove it"
-    return [f"{name}: {fault}" for name, fault in faults.items()]
+    return faults
 
 
 def foreign_files(store: Store, manifest: Manifest) -> list[str]:

@@ -69,10 +69,10 @@ def pull(
     with _errors(folder), _locked(folder):
         _check_folder(checkpoint, original, folder, max_bits)
         local = LocalStore(folder)
-        for name in foreign_files(local, checkpoint.manifest):
+        if foreign := foreign_files(local, checkpoint.manifest):
             raise InputError(
-                f"{folder} holds {name}, which transformers would load instead of the checkpoint; "
-                "remove it, or pull into another folder"
+                f"{folder} holds {' and '.join(foreign)}, which transformers would load instead of "
+                "the checkpoint; remove that, or pull into another folder"
             )
         with ThreadPoolExecutor(READERS) as pool:
             # Before anything is laid out: a manifest may promise whatever it likes.

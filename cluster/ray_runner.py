@@ -121,9 +121,9 @@ class RayRunner:
                 options = {"name": call.name, "num_cpus": 0, "scheduling_strategy": where}
                 asked[self._submit(call, options).value] = node["NodeManagerAddress"]
         _, late = ray.wait(list(asked), num_returns=len(asked), timeout=_NODE_TIMEOUT_SECONDS)
-        for value in late:
+        if late:
             raise ClusterError(
-                f"{call.name}: node {asked[value]} did not answer within "
+                f"{call.name}: node {asked[late[0]]} did not answer within "
                 f"{_NODE_TIMEOUT_SECONDS:.0f} s; look at it in the Ray dashboard"
             )
         answers = []

@@ -168,7 +168,7 @@ def test_what_transformers_would_load_instead_is_noticed(
     (folder / name).write_bytes(b"of another model")
     (fault,) = verify(open_checkpoint(LocalStore(folder)), _silent)
     assert fault.startswith(f"{name}: ")
-    with pytest.raises(InputError, match=f"holds {name}, .* remove it"):
+    with pytest.raises(InputError, match=f"holds {name}, .* remove that"):
         pull(local, folder, None, _silent)
 
 
