@@ -189,11 +189,16 @@ def test_prompts_and_the_state_come_from_what_is_joined() -> None:
     # All three were packed, and none keeps its planes beside that.
     assert all(linear.get_buffer("plane_0").numel() == 0 for linear in linears)
     assert _same([linears[1](many)], [linears[1](many.float())])
-    # One gives its planes back; the others go on.
-    assert all(torch.equal(v, state[1][k]) for k, v in linears[1].state_dict().items())
-    assert _same([linear(few) for linear in linears], [linear(few.float()) for linear in linears])
+    place = linears[0].shared.digits(0).digits_SBN32.data_ptr()
     for linear, before in zip(linears, state, strict=True):
         assert all(torch.equal(v, before[k]) for k, v in linear.state_dict().items())
+    # What a captured graph reads is where it was.
+    assert linears[0].shared.digits(0).digits_SBN32.data_ptr() == place
+    assert _same([linear(few) for linear in linears], [linear(few.float()) for linear in linears])
+    # Of some that are joined one is made of planes again; the others go on.
+    linears[1].load_state_dict(state[1])
+    assert not linears[1].packed and linears[0].packed
+    assert _same([linear(few) for linear in linears], [linear(few.float()) for linear in linears])
 
 
 @torch.no_grad()
