@@ -29,6 +29,7 @@ from mbq.artifacts.documents import Status
 from mbq.artifacts.s3 import S3Store
 from mbq.artifacts.sealed import get_document
 from mbq.artifacts.store import LocalStore, Store, open_store
+from mbq.cluster.head import find_head
 from tests.support.servers import BUCKET, NAMES, Server
 
 _PATIENCE_SECONDS = 180.0
@@ -114,17 +115,19 @@ def _records(store: Store, run: str) -> dict[int, bytes]:
     return found
 
 
-def _processes(*words: str) -> list[int]:
-    """Pids of processes whose command line holds all the words."""
+def _processes(*words: str, session: int | None = None) -> list[int]:
+    """Pids of processes whose command line holds all the words, of one session if it is given."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
+            pid = int(entry.name)
             try:
                 line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                ours = session is None or os.getsid(pid) == session
             except OSError:
                 continue
-            if all(word in line for word in words):
-                found.append(int(entry.name))
+            if ours and all(word in line for word in words):
+                found.append(pid)
     return found
 
 
@@ -155,7 +158,10 @@ def test_submits_from_nothing_and_shows_what_it_did(
 def test_a_killed_worker_costs_one_attempt(user: User, undisturbed: str, tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     run = user.submit(store)
-    pids = _until(lambda: _processes("ray::tiny: calibrate"))
+    head = find_head(user.home / "head")
+    assert head is not None
+    # Tasks live in their Ray's session: those of another are let be.
+    pids = _until(lambda: _processes("ray::tiny: calibrate", session=head.pid))
     os.kill(pids[0], signal.SIGKILL)
     assert user.finish(store, run) == undisturbed
     failures = user.status(store, run)["status"]["failures"]
