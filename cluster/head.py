@@ -155,6 +155,8 @@ def _environment(token: Path) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         # A stopped driver gets this long to write its last status.
         "RAY_JOB_STOP_WAIT_TIME_S": "20",
+        # A driver whose head was killed ends after this long, and is then resumed.
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
     }
 
 

@@ -2,9 +2,10 @@
 
 import os
 
-# Before torch, triton or ray are imported: what a run's processes have, no accidental cluster, and
-# kernels that need no GPU.
+# Before torch, triton or ray are imported: what a run's processes have, one thread among them, no
+# accidental cluster, and kernels that need no GPU.
 os.environ.update({"MKL_CBWR": "AUTO", "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"})
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TRITON_INTERPRET"] = "1"
 for name in list(os.environ):
     if name.startswith(("AWS_", "MBQ_")) or name == "RAY_ADDRESS":

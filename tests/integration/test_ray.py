@@ -78,7 +78,7 @@ def user(
     # Long enough to be killed in the middle.
     document = tiny_document(
         model={"source": str(make_model(num_hidden_layers=BLOCKS))},
-        optimisation={"passes": 40, "batch_size": 4},
+        optimisation={"passes": 20, "batch_size": 4},
     )
     spec = tmp_path_factory.mktemp("spec") / "tiny.yaml"
     spec.write_text(yaml.safe_dump(document))

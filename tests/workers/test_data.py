@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 
 from mbq.artifacts.errors import InputError
 from mbq.artifacts.source import Source, open_source
-from mbq.artifacts.spec import CalibrationText, Evaluation
-from mbq.workers.data import calibration_tokens, evaluation_tokens
+from mbq.artifacts.spec import CalibrationText, Evaluation, Text
+from mbq.workers.data import calibration_tokens, evaluation_tokens, library_modules
 
 
 @pytest.fixture
@@ -69,8 +69,17 @@ def test_standard_library_by_list(source: Source, tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_buffer(source.require("tokenizer.json"))
     text = tokenizer.decode(only[0].tolist())
     assert text.startswith("# Copyright 2007")
-    rest = evaluation_tokens(_evaluation(dataset="stdlib", exclude=str(chosen), tokens=256), source)
-    assert not np.array_equal(rest[0], only[0])
+
+
+def test_held_out_modules_are_not_calibrated_on(tmp_path: Path) -> None:
+    chosen = tmp_path / "list.txt"
+    chosen.write_text("json/decoder.py\nabc.py\n")
+    only = library_modules(Text(dataset="stdlib", include=str(chosen)), "evaluation")
+    rest = library_modules(Text(dataset="stdlib", exclude=str(chosen)), "calibration")
+    every = library_modules(Text(dataset="stdlib"), "calibration")
+    assert [path.name for path in only] == ["abc.py", "decoder.py"]
+    assert not set(only) & set(rest)
+    assert sorted({*only, *rest}) == sorted(every)
 
 
 @pytest.mark.parametrize(

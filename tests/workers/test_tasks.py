@@ -1,0 +1,85 @@
+"""Tasks on a real store: what each width is calibrated on, and with which patience."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mbq.artifacts import keys
+from mbq.artifacts.documents import RunDocument
+from mbq.artifacts.store import LocalStore, Store, open_store
+from mbq.kernels.widths import widths_up_to
+from mbq.workers import opened as opening
+from mbq.workers import tasks
+from mbq.workers.calibrate import calibrate_block
+from mbq.workers.capture import FULL, to_array
+from mbq.workers.determinism import attention, seed_of
+from mbq.workers.opened import Opened, RunRef
+from mbq.workers.pack import encode_block
+from mbq.workers.route import fit_routers
+
+Make = Callable[..., dict[str, Any]]
+
+
+def _nothing(fraction: float) -> None:
+    pass
+
+
+@pytest.mark.parametrize("propagation", ["sequential", "full_precision"])
+def test_widths_learn_from_their_own_hidden_states_what_full_precision_makes_of_its(
+    propagation: str,
+    tmp_path: Path,
+    tiny_document: Make,
+    write_run: Callable[[LocalStore, dict[str, Any]], RunDocument],
+) -> None:
+    store = LocalStore(tmp_path / "store")
+    run = write_run(store, tiny_document(propagation=propagation)).run
+    ref = RunRef(store.uri, run, "cpu")
+    opened = Opened(ref)
+    spec = opened.spec
+    full = torch.randn(6, 16, 64)
+    widths = spec.streams or widths_up_to(spec.max_bits)
+    # Streams as different as no run's are: whoever takes the wrong one makes other bytes.
+    inputs = {bits: full + torch.randn_like(full) if spec.streams else full for bits in widths}
+    hidden = {FULL: to_array(full)}
+    if spec.streams:
+        hidden |= {str(bits): to_array(x) for bits, x in inputs.items()}
+    record = tasks.calibrate(ref, 1, 1, hidden, _nothing)
+
+    seed = seed_of(spec.calibration.seed, 1)
+    with attention():
+        expected = calibrate_block(
+            opened.model.runner(1, spec.microbatch),
+            inputs,
+            full,
+            spec.optimisation,
+            spec.group_size,
+            seed,
+            _nothing,
+        )
+        routers = fit_routers(
+            opened.model.runner(1, spec.microbatch),
+            opened.routers,
+            expected.linears,
+            full,
+            spec.routing,
+            spec.max_bits,
+            seed,
+        )
+    found = store.read(keys.blob_key(record.blob.sha256))
+    assert found == b"".join(encode_block(expected.linears, routers))
+    assert record.loss_after == expected.loss_after
+
+
+def test_work_waits_minutes_for_a_store(finished_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def note(uri: str, patience_seconds: float = 0.0) -> Store:
+        asked.append(patience_seconds)
+        return open_store(uri, patience_seconds)
+
+    monkeypatch.setattr(opening, "open_store", note)
+    Opened(RunRef(finished_run.store.uri, finished_run.document.run, "cpu"))
+    assert asked == [300.0]
