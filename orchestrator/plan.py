@@ -147,6 +147,38 @@ class Progress:
         return self.done | self.failed
 
 
+@dataclass(frozen=True)
+class _Flops:
+    """Arithmetic of tasks, for each weight of the block (`capture`, `calibrate`) or in all."""
+
+    capture: float
+    calibrate: float
+    sensitivity: float
+    settle: float
+    evaluate: float
+
+
+def _flops(spec: RunSpec, forward: float) -> _Flops:
+    """Two operations for a weight and token forward, four backward.
+
+    Args:
+        forward: operations for a token of the whole model.
+    """
+    length = spec.calibration.sequence_length
+    tokens = spec.calibration.samples * length
+    # Forward and backward of two widths per pass, in the last stage of one, and a few forward
+    # passes around them, most of which add up Gram matrices.
+    trained = 2 * len(spec.optimisation.widths) - 1
+    sensed = length * min(spec.routing.sensitivity_samples, spec.calibration.samples)
+    return _Flops(
+        capture=2.0 * tokens * (1 + len(spec.streams)),
+        calibrate=tokens * (6.0 * trained * spec.optimisation.passes + 6.0),
+        sensitivity=3.0 * sensed * forward,
+        settle=_SETTLE_PASSES * min(tokens, spec.routing.settle_tokens) * forward,
+        evaluate=spec.evaluation.tokens * forward if spec.evaluation else 0.0,
+    )
+
+
 def build_plan(document: RunDocument) -> Plan:
     """The plan of a resolved run."""
     spec = document.spec
@@ -158,41 +190,26 @@ def build_plan(document: RunDocument) -> Plan:
     for linear in linears:
         weights[linear.block] += linear.weights
 
-    calibration_tokens = spec.calibration.samples * spec.calibration.sequence_length
-    # Forward and backward of two widths per pass, in the last stage of one, and a few forward
-    # passes around them, most of which add up Gram matrices.
-    trained = 2 * len(spec.optimisation.widths) - 1
-    per_weight = calibration_tokens * (6.0 * trained * spec.optimisation.passes + 6.0)
-    streams = 1 + len(spec.streams)
-    evaluation = spec.evaluation
     head = 2.0 * document.source.config["vocab_size"] * document.source.config["hidden_size"]
-    forward = 2.0 * sum(weights) + head
-    evaluated = evaluation.tokens * forward if evaluation else 0.0
-    sensed = min(spec.routing.sensitivity_samples, spec.calibration.samples)
-    reverse = 3.0 * sensed * spec.calibration.sequence_length * forward
-    settling = _SETTLE_PASSES * min(calibration_tokens, spec.routing.settle_tokens) * forward
+    flops = _flops(spec, 2.0 * sum(weights) + head)
     shared = spec.slices > 1
     return Plan(
         captures=tuple(
-            Task(
-                "capture",
-                f"{b:03d}",
-                2.0 * calibration_tokens * streams * weights[b - 1] if b else 0,
-            )
+            Task("capture", f"{b:03d}", flops.capture * weights[b - 1] if b else 0.0)
             for b in range(blocks)
         ),
-        sensitivities=(Task("sensitivity", "model", reverse),) if shared else (),
+        sensitivities=(Task("sensitivity", "model", flops.sensitivity),) if shared else (),
         calibrations=tuple(
-            Task("calibrate", f"{b:03d}", per_weight * weights[b]) for b in range(blocks)
+            Task("calibrate", f"{b:03d}", flops.calibrate * weights[b]) for b in range(blocks)
         ),
-        settles=tuple(Task("settle", method, settling) for method in settled_methods(spec)),
+        settles=tuple(Task("settle", method, flops.settle) for method in settled_methods(spec)),
         routes=(Task("route", ROUTING_FILE, 0.0),) if shared else (),
         packs=tuple(
             Task("pack", shard.file, 200.0 * sum(e.size_bytes for e in shard.entries))
             for shard in shards
         ),
         validations=tuple(Task("validate", shape, 0.0) for shape in shapes_of(document)),
-        evaluations=tuple(Task("evaluate", v, evaluated) for v in variants(spec)),
+        evaluations=tuple(Task("evaluate", v, flops.evaluate) for v in variants(spec)),
         samples=(Task("sample", "text", 0.0),) if document.sample_tokens else (),
         candidates=candidates(spec),
         shards=tuple(shards),
