@@ -1,5 +1,6 @@
 """What gc finds and removes, on a store of each kind: all that is dead, nothing that is alive."""
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,24 @@ def test_the_young_stay(any_store: Store) -> None:
     assert (garbage.objects, garbage.unfinished) == ((), ())
 
 
+def test_what_is_named_within_a_day_stays(store: LocalStore) -> None:
+    # Literal hours: how long the documents promise to wait does not follow a constant.
+    hours = {"23": 23.0, "25": 25.0}
+    blobs = {name: put_blob(store, [name.encode()]) for name in hours}
+    paths = {name: store.path(keys.blob_key(blob.sha256)) for name, blob in blobs.items()}
+    for name in hours:
+        paths[f"partial {name}"] = paths[name].with_name(f".partial-{name}")
+        paths[f"partial {name}"].write_bytes(b"x")
+    for name, path in paths.items():
+        written = time.time() - hours[name[-2:]] * 3600
+        os.utime(path, (written, written))
+    garbage = find_garbage(store)
+    assert [stat.key for stat in garbage.objects] == [keys.blob_key(blobs["25"].sha256)]
+    assert [found.handle for found in garbage.unfinished] == [str(paths["partial 25"])]
+    remove_garbage(store, garbage)
+    assert [name for name, path in paths.items() if path.exists()] == ["23", "partial 23"]
+
+
 def test_never_outside_the_prefix(s3_store: S3Store) -> None:
     beside = S3Store(s3_store.bucket, f"{s3_store.prefix}-beside", 20.0)
     blob = put_blob(beside, [b"of a neighbour"])
@@ -121,8 +140,6 @@ def test_where_nothing_is_nothing_is_made(tmp_path: Path) -> None:
 
 
 def test_what_was_written_again_meanwhile_stays(store: LocalStore) -> None:
-    import os
-
     blob = put_blob(store, [b"old work"])
     path = store.path(keys.blob_key(blob.sha256))
     yesterday = time.time() - 2 * GRACE_SECONDS

@@ -94,7 +94,15 @@ def test_a_block_of_5000_digits_is_no_block() -> None:
 def test_a_config_is_refused_or_cut(value: object, key: str) -> None:
     part: dict[str, Any] = {"quant_method": "mbq", "max_bits": 8, key: value}
     config = json.dumps({"quantization_config": part, key: value}).encode()
-    refused_or(lambda: config_bits(cut_config(config, config_bits(config))))
+
+    def cut_and_cut_back() -> None:
+        bits = config_bits(config)
+        whole = cut_config(config, bits)
+        cut = cut_config(whole, 2)
+        assert (config_bits(whole), config_bits(cut)) == (bits, 2)
+        assert cut_config(cut, bits) == whole
+
+    refused_or(cut_and_cut_back)
 
 
 @settings(max_examples=60)

@@ -1,6 +1,8 @@
 """Pulling a packed checkpoint: what a width needs and nothing else, whole, mended, never spoilt."""
 
+import fcntl
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -157,6 +159,23 @@ def test_folders_that_would_be_spoilt(
     assert verify(open_checkpoint(LocalStore(tmp_path / "dir")), _silent) == []
     with pytest.raises(InputError, match="is where the checkpoint lies"):
         pull(open_checkpoint(LocalStore(tmp_path / "dir")), tmp_path / "dir", None, _silent)
+
+
+def test_two_pulls_do_not_write_to_one_folder(
+    local: PackedCheckpoint, finished_run: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "dir"
+    folder.mkdir()
+    other = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match=rf"another pull writes to {folder}; wait"):
+            pull(local, folder, None, _silent)
+        assert _files(folder) == {}
+    finally:
+        os.close(other)
+    pull(local, folder, None, _silent)
+    assert _files(folder) == _files(finished_run.checkpoint)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "adapter_config.json"])

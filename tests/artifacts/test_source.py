@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from mbq.artifacts.errors import InputError
 from mbq.artifacts.source import open_source
@@ -43,6 +44,21 @@ def test_reads_sharded_checkpoints(make_model: Callable[..., Path], tmp_path: Pa
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
     sharded = open_source(str(tmp_path / "sharded"), "main")
     assert sharded.tensors == open_source(str(folder), "main").tensors
+
+
+def test_stored_frequencies_are_no_tensors_of_the_model(tiny_model: Path, copy: Path) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    tensors = load_file(copy / "model.safetensors")
+    tensors[name] = tensors["model.norm.weight"][:8].clone()
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    plain = open_source(str(tiny_model), "main")
+    # Named by an index, as those of several files are, and by the file alone.
+    for index in (None, {"weight_map": dict.fromkeys(tensors, "model.safetensors")}):
+        if index is not None:
+            (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+        source = open_source(str(copy), "main")
+        assert source.tensors == plain.tensors
+        assert source.weight_map == plain.weight_map
 
 
 @pytest.mark.parametrize("location", ["./nowhere", "/nowhere", "~nobody/x", "nowhere", "a/b/c"])

@@ -46,11 +46,18 @@ def _with(document: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("optimisation.widths", [], r"\[\] must be distinct bits"),
         ("optimisation.slice_counts", [1, 2], r"optimisation\.slice_counts: unknown key"),
         ("optimisation.method", "magic", "must be 'joint' or 'clip'"),
+        (
+            "optimisation",
+            {"method": "clip", "widths": [3, 4]},
+            r"optimisation\.widths \[3, 4\] must hold 2 where the method is clip",
+        ),
         ("optimisation.weight_rate", -1, "must be greater than 0"),
         ("propagation", "both", "must be 'sequential' or 'full_precision'"),
         ("dtype", "int8", "must be 'float32' or 'bfloat16'"),
         ("threads", 0, "must be greater than or equal to 1"),
         ("evaluation.tokens", 300, "must hold at least two sequences of 200"),
+        ("evaluation.tokens", 40_000_200, "40000200 are more than 200,000 sequences of 200"),
+        ("evaluation.average_bits", [2.5, 3.0001], r"\[2\.5, 3\.0001\] .* most three decimals"),
         ("model.source", "", "must be a valid string|at least 1 character"),
     ],
 )
@@ -63,6 +70,15 @@ def test_refuses_with_field_value_and_remedy(
     with pytest.raises(InputError, match=message) as caught:
         parse_spec(_with(document, path, value))
     assert "\n" not in str(caught.value)
+
+
+def test_the_most_that_is_taken(tiny_document: Make) -> None:
+    text = tiny_document()["evaluation"] | {"sequence_length": 200, "tokens": 40_000_199}
+    evaluation = parse_spec(tiny_document(evaluation=text | {"average_bits": [2.125]})).evaluation
+    assert evaluation is not None
+    assert (evaluation.tokens, evaluation.average_bits) == (40_000_199, (2.125,))
+    clip = {"method": "clip", "widths": [3, 2]}
+    assert parse_spec(tiny_document(optimisation=clip)).optimisation.widths == (3, 2)
 
 
 def test_a_missing_section_is_named(tiny_document: Make) -> None:

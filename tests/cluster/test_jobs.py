@@ -1,9 +1,11 @@
 """Which cluster is asked, and for how long; without any Ray."""
 
+import json
 import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
 
 import pytest
 
@@ -13,10 +15,11 @@ from mbq.cluster.jobs import Jobs
 
 
 class _Dashboard(HTTPServer):
-    """Answers everything with 404 and remembers that it was asked."""
+    """Answers what it is told to, the rest with 404, and remembers that it was asked."""
 
     def __init__(self) -> None:
         self.asked = 0
+        self.answers: dict[str, Any] = {}
         super().__init__(("127.0.0.1", 0), _Handler)
 
     @property
@@ -28,7 +31,14 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         assert isinstance(self.server, _Dashboard)
         self.server.asked += 1
-        self.send_error(404)
+        if self.path not in self.server.answers:
+            self.send_error(404)
+            return
+        answer = json.dumps(self.server.answers[self.path]).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
 
     def log_message(self, format: str, *arguments: object) -> None:
         pass
@@ -67,3 +77,36 @@ def test_a_dashboard_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPat
             Jobs(address)
         with pytest.raises(InputError, match="mbq-cluster head stop"):
             Jobs(address, {})
+
+
+def _job(submission: str, status: str, store: str) -> dict[str, Any]:
+    return {
+        "type": "SUBMISSION",
+        "submission_id": submission,
+        "status": status,
+        "entrypoint": "python",
+        "metadata": {"run": "0123456789ab", "store": store},
+    }
+
+
+def test_each_of_two_stores_has_its_own_attempts_at_a_run(dashboards: list[_Dashboard]) -> None:
+    dashboard, _ = dashboards
+    run = "0123456789ab"
+    dashboard.answers = {
+        "/api/version": {"ray_version": "2.50.0"},
+        "/api/jobs/": [
+            _job(f"mbq-{run}-a10", "RUNNING", "file:///ours"),
+            _job(f"mbq-{run}-a11", "FAILED", "file:///theirs"),
+            _job(f"mbq-{run}-a9", "FAILED", "file:///ours"),
+            _job("mbq-ba9876543210-a12", "RUNNING", "file:///ours"),
+            _job("somebody-else", "RUNNING", "file:///ours"),
+        ],
+    }
+    cluster = Jobs(dashboard.address)
+    ours, theirs = (cluster.latest(run, f"file:///{store}") for store in ("ours", "theirs"))
+    assert ours is not None and theirs is not None
+    assert (ours.attempt, ours.alive) == (10, True)
+    assert (theirs.attempt, theirs.alive) == (11, False)
+    assert cluster.latest(run, "file:///another") is None
+    # An attempt's number is that of its job, and so taken in every store.
+    assert cluster.attempts(run) == 11

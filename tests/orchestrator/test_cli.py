@@ -14,6 +14,8 @@ import yaml
 from click.testing import CliRunner, Result
 from transformers import GemmaConfig, MixtralConfig
 
+from mbq.artifacts.store import LocalStore
+from mbq.orchestrator import submit as submitting
 from mbq.orchestrator.cli import main
 
 Make = Callable[..., dict[str, Any]]
@@ -193,8 +195,6 @@ def test_runs_that_are_not_there_or_not_unique(
     for command in ("status", "watch", "logs", "stop", "resume"):
         _fails(invoke(command, "0123"), 3, "there is no run 0123", "mbq-cluster list")
     _fails(invoke("status", "/somewhere/else/abc"), 2, "<store>/runs/<id>")
-    from mbq.artifacts.store import LocalStore
-
     store = LocalStore(tmp_path / "store")
     for run in ("aa0000000000", "aa1111111111"):
         store.put(f"runs/{run}/spec.json", [b"{}"])
@@ -300,6 +300,132 @@ def test_bench_checks_a_run_and_a_folder(
     with contextlib.chdir(finished_run.checkpoint.parent):
         named = invoke("bench", finished_run.checkpoint.name, "--json")
     assert json.loads(named.stdout) == records
+
+
+def test_eval_measures_every_stored_width(invoke: Callable[..., Result], finished_run: Any) -> None:
+    store, run = str(finished_run.store.root), finished_run.document.run
+    result = invoke("eval", run, "--store", store, "--json")
+    assert [row["bits"] for row in json.loads(result.stdout)] == [2, 3, 4, 6, 8]
+
+
+def test_a_report_goes_where_it_is_told(
+    invoke: Callable[..., Result], finished_run: Any, tmp_path: Path
+) -> None:
+    run, store = finished_run.document.run, ("--store", str(finished_run.store.root))
+    path = tmp_path / "report of mine.html"
+    assert invoke("report", run[:6], "--out", str(path), *store).stdout == f"{path}\n"
+    page = path.read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>") and run in page
+    with contextlib.chdir(tmp_path):
+        assert invoke("report", run[:6], *store).stdout == f"{run}.html\n"
+    assert (tmp_path / f"{run}.html").read_text(encoding="utf-8") == page
+    nowhere = str(tmp_path / "no" / "folder.html")
+    _fails(invoke("report", run, "--out", nowhere, *store), 2, "--out", nowhere)
+
+
+def test_watching_finished_work_prints_its_table_beside_the_id(
+    invoke: Callable[..., Result],
+    spec: Callable[[dict[str, Any]], str],
+    tiny_document: Make,
+    finished_run: Any,
+) -> None:
+    store, run = str(finished_run.store.root), finished_run.document.run
+    for command in (("submit", spec(tiny_document())), ("resume", run)):
+        result = invoke(*command, "--store", store, "--watch")
+        assert result.exit_code == 0, result.output
+        # Scripts read the id.
+        assert result.stdout == f"{run}\n"
+        assert "ROUND TO NEAREST" in result.stderr
+        assert f"checkpoint: {finished_run.checkpoint}" in result.stderr
+
+
+def test_watch_prints_json_alone(invoke: Callable[..., Result], finished_run: Any) -> None:
+    store, run = str(finished_run.store.root), finished_run.document.run
+    result = invoke("watch", run, "--store", store, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert (found["run"], found["state"], found["detail"]) == (run, "done", "")
+    assert len(found["results"]["rows"]) == 15
+    assert found["status"]["blocks_done"] == 3
+
+
+def test_an_unfinished_run_has_nothing_to_fetch(
+    invoke: Callable[..., Result],
+    write_run: Callable[..., Any],
+    tiny_document: Make,
+    store: LocalStore,
+    tmp_path: Path,
+) -> None:
+    run = write_run(store, tiny_document()).run
+    folder = tmp_path / "pulled"
+    for command in (("pull", run, str(folder)), ("bench", run), ("verify", run), ("report", run)):
+        result = invoke(*command, "--store", store.uri)
+        _fails(result, 3, f"run {run} has no checkpoint yet", f"mbq-cluster watch {run}")
+    assert not folder.exists()
+
+
+def test_the_demo_preset_finds_its_model(invoke: Callable[..., Result], tmp_path: Path) -> None:
+    # From any folder: its paths are relative to its own file.
+    with contextlib.chdir(tmp_path):
+        result = invoke("check", "demo", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["model"] == "demo"
+    assert found["calibration_tokens"] == 64 * 256
+    assert found["quantized_weights"] > 1_000_000
+
+
+def test_which_store_wins(
+    invoke: Callable[..., Result],
+    spec: Callable[[dict[str, Any]], str],
+    tiny_document: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """--store, then MBQ_STORE, then the spec's, then the default."""
+    used: list[str] = []
+    monkeypatch.setattr(submitting, "submit", lambda prepared, store, *_: used.append(store.uri))
+    option, variable, own = ((tmp_path / name).as_uri() for name in ("option", "variable", "own"))
+    bare, with_store = tiny_document(), tiny_document(store=own)
+    said = [
+        invoke("submit", spec(with_store), "--store", option, MBQ_STORE=variable).stderr,
+        invoke("submit", spec(with_store), MBQ_STORE=variable).stderr,
+        invoke("submit", spec(with_store)).stderr,
+        invoke("submit", spec(bare), MBQ_STORE=variable).stderr,
+        invoke("submit", spec(bare)).stderr,
+    ]
+    default = (tmp_path / "home" / "store").as_uri()
+    assert used == [option, variable, own, variable, default]
+    # Where commands that know no spec would not look, it says so.
+    assert [f"{own}/runs/" in text for text in said] == [False, False, True, False, False]
+
+
+def test_check_takes_the_store_that_submit_would(
+    invoke: Callable[..., Result],
+    spec: Callable[[dict[str, Any]], str],
+    tiny_document: Make,
+    tmp_path: Path,
+) -> None:
+    path = spec(tiny_document(store="gs://bucket/runs"))
+    _fails(invoke("check", path), 2, "gs://bucket/runs")
+    assert invoke("check", path, MBQ_STORE=str(tmp_path)).exit_code == 0
+    _fails(invoke("check", path, "--store", "gs://other", MBQ_STORE=str(tmp_path)), 2, "gs://other")
+
+
+def test_other_commands_take_the_option_before_the_variable(
+    invoke: Callable[..., Result], finished_run: Any, tmp_path: Path
+) -> None:
+    store, run = str(finished_run.store.root), finished_run.document.run
+    found = invoke("status", run, "--store", store, "--json", MBQ_STORE=str(tmp_path / "other"))
+    assert json.loads(found.stdout)["run"] == run
+    _fails(invoke("status", run, "--store", str(tmp_path / "other"), MBQ_STORE=store), 3, run)
+
+
+@pytest.mark.parametrize("command", [("list",), ("status", "0123"), ("check", "demo")])
+def test_the_address_of_the_environment_is_checked_too(
+    invoke: Callable[..., Result], command: tuple[str, ...]
+) -> None:
+    _fails(invoke(*command, MBQ_ADDRESS="ray://x"), 2, "ray://x", "http://host:8265")
 
 
 def test_help_waits_for_no_heavy_import_and_lists_every_command() -> None:

@@ -1,5 +1,6 @@
 """The report: everything it promises, nothing from elsewhere, and a browser that shows it."""
 
+import html
 import html.parser
 import re
 import shutil
@@ -10,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from mbq.artifacts.documents import TokenBits
 from mbq.artifacts.errors import NotFoundError
 from mbq.artifacts.store import LocalStore
-from mbq.orchestrator.report import collect, render
+from mbq.orchestrator.report import NAMES, collect, render
 from mbq.workers.data import SAMPLE_TEXT
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -45,6 +47,23 @@ class _Outside(html.parser.HTMLParser):
                 self.found.append(f"{tag} {name}={value}")
         if tag in ("script", "link", "iframe", "object", "embed", "image", "img"):
             self.found.append(tag)
+
+
+def _table_rows(page: str) -> list[list[str]]:
+    """The cells of every row of every table."""
+    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", page, re.DOTALL)
+    cells = (re.findall(r"<t[dh]>(.*?)</t[dh]>", row, re.DOTALL) for row in rows)
+    return [[html.unescape(cell) for cell in found] for found in cells]
+
+
+def _samples(page: str) -> list[list[tuple[str, str, str]]]:
+    """Colour, title and text of every token of every sample."""
+    samples = re.findall(r'<div class="sample">(.*?)</div>', page, re.DOTALL)
+    span = r'<span style="background:(#\w{6})" title="([^"]*)">(.*?)</span>'
+    return [
+        [(colour, title, html.unescape(text)) for colour, title, text in found]
+        for found in (re.findall(span, sample, re.DOTALL) for sample in samples)
+    ]
 
 
 def test_asks_for_nothing_outside(page: str) -> None:
@@ -91,6 +110,76 @@ def test_shows_the_sample_text_and_the_numbers_measured(ablation_run: Any, page:
     rows = {row.variant: row for row in found.results.rows}
     for variant in ("routed-2.5", "oracle-3", "shuffled-2.25", "random-3.5"):
         assert f"{rows[variant].gap:.4f}" in page
+
+
+def test_every_row_is_in_a_table(ablation_run: Any, page: str) -> None:
+    found = collect(ablation_run.store, ablation_run.document)
+    assert found.results is not None
+    shown = _table_rows(page)
+    kinds = {row.variant: row.variant.partition("-")[0] for row in found.results.rows}
+    ways: dict[str, dict[float, str]] = {}
+    for row in found.results.rows:
+        kind = kinds[row.variant]
+        perplexity = f"{row.perplexity:.3f} ± {row.perplexity_error:.3f}"
+        if row.bits is None or row.realised_bits is None or row.total_bits is None:
+            assert ["full precision", "", "", "", perplexity, ""] in shown
+            continue
+        if kind not in RIVALS:
+            bits = [f"{row.bits:g}", f"{row.realised_bits:.2f}", f"{row.total_bits:.2f}"]
+            gap = f"{row.gap:+.4f} ± {row.gap_error:.4f}"
+            assert [NAMES[kind], *bits, perplexity, gap] in shown
+        cell = f"{row.gap:.4f} ± {row.gap_error:.4f} ({row.total_bits:.2f})"
+        ways.setdefault(kind, {})[row.bits] = cell
+    averages = (2.25, 2.5, 3, 3.5)
+    assert ["", *(f"average {bits:g}" for bits in averages)] in shown
+    for kind in ("routed", *RIVALS):
+        # The checkpoint was measured at 2.5 and 3 of these.
+        assert [NAMES[kind], *(ways[kind].get(bits, "") for bits in averages)] in shown
+
+
+def test_the_sample_is_whole_and_darker_where_more_bits_went(ablation_run: Any, page: str) -> None:
+    found = collect(ablation_run.store, ablation_run.document)
+    assert found.sample is not None
+    samples = _samples(page)
+    assert len(samples) == len(found.sample.bits) == 4
+    for sample, bits in zip(samples, found.sample.bits.values(), strict=True):
+        assert [text for _, _, text in sample] == list(found.tokens)
+        assert [title for _, title, _ in sample] == [f"{value:.2f} bits" for value in bits]
+    # Colours are of what a text spends, from its fewest bits to its most.
+    by_hand = TokenBits(
+        manifest_sha256="0" * 64,
+        ids=(5, 6, 7),
+        bits={"2.5": (2.0, 4.0, 3.0), "3": (3.0, 3.0, 3.0)},
+    )
+    made = type(found)(**{**vars(found), "sample": by_hand, "tokens": [" <a", "b\n", "c"]})
+    light, middle, dark = "#ffffcc", "#feba55", "#ed2e21"
+    other_page = render(made)
+    assert _samples(other_page) == [
+        [(light, "2.00 bits", " <a"), (dark, "4.00 bits", "b\n"), (middle, "3.00 bits", "c")],
+        [(light, "3.00 bits", " <a"), (light, "3.00 bits", "b\n"), (light, "3.00 bits", "c")],
+    ]
+    assert "<h3>average 2.5: 2.00 to 4.00 bits</h3>" in other_page
+
+
+def test_each_figure_stands_in_its_part(ablation_run: Any, page: str) -> None:
+    found = collect(ablation_run.store, ablation_run.document)
+    parts = dict(re.findall(r"<h2>([^<]*)</h2>(.*?)(?=<h2>|</body>)", page, re.DOTALL))
+    drawn = {title: re.findall(r"<svg.*?</svg>", part, re.DOTALL) for title, part in parts.items()}
+    figures = {title: svgs[0] for title, svgs in drawn.items() if svgs}
+    words = {
+        "Perplexity by average bits": ["log perplexity minus that", *NAMES.values()],
+        "Bits by block and linear": ["average 2.5", "average 3", "average 5", "down", "code bits"],
+        "Block errors by width": ["mean squared output error", "2 bits", "8 bits", "before"],
+        "Outlier migration": ["100%"],
+    }
+    assert list(figures) == list(words)
+    assert len(set(figures.values())) == 4
+    for title, expected in words.items():
+        for word in expected:
+            assert html.escape(word) in figures[title], title
+    # A number that only the records hold.
+    overlaps = [record.outlier_overlap[2][8] for record in found.records]
+    assert f">{sum(overlaps) / len(overlaps):.0%}<" in figures["Outlier migration"]
 
 
 def test_rivals_are_measured_beside_the_checkpoint(ablation_run: Any) -> None:

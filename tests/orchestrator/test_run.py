@@ -1,18 +1,32 @@
 """The driver with a runner that runs everything here, and with one that fails on purpose."""
 
 import hashlib
+import json
 import pickle
+import shutil
 import signal
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from mbq.artifacts import keys
-from mbq.artifacts.documents import Manifest, Results, RoutingRecord, RunDocument, Status
+from mbq.artifacts.checkpoint import INDEX_FILE
+from mbq.artifacts.documents import (
+    Manifest,
+    Results,
+    RoutingRecord,
+    RunDocument,
+    ShardRecord,
+    Status,
+)
 from mbq.artifacts.errors import ClusterError, MbqError, NumericError, RunError, StoreError
+from mbq.artifacts.packed import open_checkpoint
+from mbq.artifacts.pull import pull
 from mbq.artifacts.sealed import find_document, get_document, put_document
 from mbq.artifacts.store import LocalStore
 from mbq.cluster.runner import (
@@ -22,11 +36,23 @@ from mbq.cluster.runner import (
     TaskCrashed,
     TaskResources,
 )
+from mbq.orchestrator import run as running
 from mbq.orchestrator.run import Stopped, Superseded
 from mbq.orchestrator.run import drive as drive_patiently
+from mbq.workers import opened
+from mbq.workers.tasks import Host
+from tests.support.faulty import flip
+from tests.support.hostile import SLICE, ignore
 from tests.support.local_runner import LocalHandle, LocalRunner
 
 Make = Callable[..., dict[str, Any]]
+
+# What a run takes least time for.
+SMALL: dict[str, Any] = {
+    "slices": 1,
+    "optimisation": {"widths": [2], "passes": 2},
+    "evaluation": None,
+}
 
 
 class FaultyRunner(LocalRunner):
@@ -60,6 +86,17 @@ class WideRunner(FaultyRunner):
         return list(handles)[-1:] if len(handles) < 3 else list(handles)[1:]
 
 
+@dataclass(frozen=True)
+class WatchedStore(LocalStore):
+    """Tells of what the driver is about to put; tasks open the folder themselves."""
+
+    before_put: Callable[[str], None]
+
+    def put(self, key: str, chunks: Iterable[bytes]) -> None:
+        self.before_put(key)
+        super().put(key, chunks)
+
+
 def drive(store: LocalStore, document: RunDocument, runner: LocalRunner, attempt: int) -> None:
     drive_patiently(store, document, runner, attempt, retry_seconds=0.0)
 
@@ -69,6 +106,17 @@ def write(
     store: LocalStore, write_run: Callable[..., RunDocument]
 ) -> Callable[[dict[str, Any]], Any]:
     return lambda document: write_run(store, document)
+
+
+@pytest.fixture
+def finished_copy(finished_run: Any, tmp_path: Path) -> LocalStore:
+    """The store of the finished run, to be damaged."""
+    return LocalStore(Path(shutil.copytree(finished_run.store.root, tmp_path / "finished")))
+
+
+@pytest.fixture
+def model_copy(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
 
 
 def _manifest_digest(store: LocalStore, run: str) -> str:
@@ -267,6 +315,39 @@ def test_a_cluster_without_what_the_spec_asks(
     document = write(tiny_document(resources={"device": "cuda"}))
     with pytest.raises(ClusterError, match="no node offers a GPU"):
         drive(store, document, FaultyRunner(), attempt=1)
+    # Who only looks at the store learns why nothing goes on.
+    status = _status(store, document.run)
+    assert (status.state, status.attempt) == ("failed", 1)
+    assert [failure.task for failure in status.failures] == ["driver"]
+    assert "no node offers a GPU" in status.failures[0].error
+
+
+@pytest.mark.parametrize(
+    ("version", "fault", "message"),
+    [
+        ("0.0.1", None, r"runs mbq-cluster 0\.0\.1, the run was submitted with .* same version"),
+        (None, "no such folder", r"cannot use the store file:.*: no such folder; use a folder"),
+    ],
+    ids=["version", "fault"],
+)
+def test_one_node_that_is_unfit_fails_the_run(
+    store: LocalStore,
+    write: Any,
+    tiny_document: Make,
+    version: str | None,
+    fault: str | None,
+    message: str,
+) -> None:
+    document = write(tiny_document(**SMALL))
+    good = Host(document.code_version, None)
+    runner = FaultyRunner()
+    bad = Host(version or document.code_version, fault)
+    runner.on_every_node = lambda call: [good, bad]  # type: ignore[method-assign]
+    with pytest.raises(ClusterError, match=message):
+        drive(store, document, runner, attempt=1)
+    assert not runner.submitted
+    assert _status(store, document.run).state == "failed"
+    assert store.children("probes") == []
 
 
 def test_sequential_propagation_calibrates_on_quantized_inputs(
@@ -399,3 +480,133 @@ def test_one_slice_is_a_checkpoint_without_routers(
     results = get_document(store, keys.results_key(document.run), Results)
     assert results.method is None
     assert [row.variant for row in results.rows] == ["full", "rtn-2", "mbq-2"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_source_that_changes_under_a_run_is_noticed(
+    store: LocalStore, write: Any, tiny_document: Make, model_copy: Path, name: str
+) -> None:
+    document = write(tiny_document(model={"source": str(model_copy)}, **SMALL))
+    runner = FaultyRunner()
+
+    def change(task: str) -> None:
+        if task == "capture 000":
+            data = (model_copy / name).read_bytes()
+            (model_copy / name).write_bytes(flip(data, len(data) // 2))
+
+    runner.before = change
+    with pytest.raises(MbqError, match="bytes from 0 on are not what was written"):
+        drive(store, document, runner, attempt=1)
+    assert _status(store, document.run).state == "failed"
+    assert find_document(store, keys.manifest_key(document.run), Manifest) is None
+
+
+def test_only_a_file_of_another_block_is_packed_again(
+    finished_run: Any, finished_copy: LocalStore
+) -> None:
+    store, document = finished_copy, finished_run.document
+    before = _manifest_digest(store, document.run)
+    key = keys.shard_key(document.run, SLICE)
+    record = get_document(store, key, ShardRecord)
+    stale = record.model_copy(update={"blobs": ("0" * 64, *record.blobs[1:])})
+    put_document(store, key, stale)
+    store.delete(keys.manifest_key(document.run))
+    runner = FaultyRunner()
+    drive(store, document, runner, attempt=2)
+    assert runner.submitted == {"inspect": 1, f"pack {SLICE}": 1}
+    assert get_document(store, key, ShardRecord) == record
+    assert _manifest_digest(store, document.run) == before
+
+
+def test_a_file_that_reads_back_differently_is_no_file(
+    finished_run: Any, finished_copy: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, document = finished_copy, finished_run.document
+    damaged = keys.checkpoint_key(document.run, SLICE)
+
+    class FlippingStore(LocalStore):
+        def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+            data = super().read(key, start, length)
+            return flip(data, len(data) // 2) if key == damaged else data
+
+    monkeypatch.setattr(opened, "open_store", lambda uri, patience: FlippingStore(store.root))
+    store.delete(keys.shard_key(document.run, SLICE))
+    store.delete(keys.manifest_key(document.run))
+    with pytest.raises(RunError, match=rf"pack {SLICE} \(attempt 1\).*reads back differently"):
+        drive(store, document, FaultyRunner(), attempt=2)
+    assert find_document(store, keys.shard_key(document.run, SLICE), ShardRecord) is None
+    assert find_document(store, keys.manifest_key(document.run), Manifest) is None
+
+
+def test_a_status_that_cannot_be_written_holds_nothing_up(
+    store: LocalStore, write: Any, tiny_document: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = write(tiny_document(**SMALL))
+    tried: Counter[str] = Counter()
+
+    def fail(key: str) -> None:
+        tried[key] += 1
+        if key == keys.status_key(document.run) and tried[key] <= 3:
+            raise StoreError("503")
+
+    # The status is said in every round, not every second: the run is shorter than that.
+    monkeypatch.setattr(running, "_TICK_SECONDS", 0.0)
+    drive(WatchedStore(store.root, fail), document, FaultyRunner(), attempt=1)
+    assert tried[keys.status_key(document.run)] > 4
+    assert _status(store, document.run).state == "done"
+
+
+def test_the_manifest_is_put_when_all_that_it_names_is_there(
+    store: LocalStore, write: Any, tiny_document: Make
+) -> None:
+    document = write(tiny_document(**SMALL))
+    folder = keys.checkpoint_prefix(document.run)
+    put: list[str] = []
+    there: list[str] = []
+
+    def note(key: str) -> None:
+        if key.startswith(folder):
+            put.append(key.rpartition("/")[2])
+            there[:] = store.children(folder)
+
+    drive(WatchedStore(store.root, note), document, FaultyRunner(), attempt=1)
+    assert put[-1] == "manifest.json"
+    assert {INDEX_FILE, "config.json", "tokenizer.json"} <= set(put[:-1])
+    manifest = get_document(store, keys.manifest_key(document.run), Manifest)
+    assert set(there) == set(manifest.files)
+
+
+def test_what_goes_with_a_tokenizer_arrives_byte_for_byte(
+    store: LocalStore, write: Any, tiny_document: Make, model_copy: Path, tmp_path: Path
+) -> None:
+    # As nobody would write them anew.
+    side = {
+        "chat_template.jinja": b"{{ messages }}\r\n\t \xc3\xbc",
+        "generation_config.json": b'{ "eos_token_id":1,\n\n"bos_token_id" : 0}',
+        "special_tokens_map.json": b'{"eos_token":   "</s>"}\n\n',
+    }
+    for name, data in side.items():
+        (model_copy / name).write_bytes(data)
+    document = write(tiny_document(model={"source": str(model_copy)}, **SMALL))
+    drive(store, document, FaultyRunner(), attempt=1)
+    packed = LocalStore(store.path(keys.checkpoint_prefix(document.run)))
+    pull(open_checkpoint(packed), tmp_path / "pulled", None, ignore)
+    for name, data in side.items():
+        assert packed.read(name) == data
+        assert (tmp_path / "pulled" / name).read_bytes() == data
+
+
+def test_frequencies_that_early_models_store_are_left_out(
+    store: LocalStore, write: Any, tiny_document: Make, model_copy: Path
+) -> None:
+    path = model_copy / "model.safetensors"
+    tensors = load_file(path)
+    for block in range(3):
+        name = f"model.layers.{block}.self_attn.rotary_emb.inv_freq"
+        tensors[name] = tensors["model.norm.weight"][:8].clone()
+    save_file(tensors, path, {"format": "pt"})
+    document = write(tiny_document(model={"source": str(model_copy)}, **SMALL))
+    drive(store, document, FaultyRunner(), attempt=1)
+    index = json.loads(store.read(keys.checkpoint_key(document.run, INDEX_FILE)))
+    assert "model.norm.weight" in index["weight_map"]
+    assert not [name for name in index["weight_map"] if "inv_freq" in name]
