@@ -40,7 +40,7 @@ from mbq.workers.route import fit_routers
 @click.option("--samples", default=128, show_default=True)
 @click.option("--length", default=2048, show_default=True, help="Tokens per sequence.")
 @click.option("--passes", default=6, show_default=True)
-@click.option("--microbatch", default=1, show_default=True)
+@click.option("--microbatch", default=4, show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="bfloat16")
 @click.option("--threads", default=4, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="Folder for the result.")
