@@ -8,8 +8,8 @@ so the slices of a width are a prefix, the rows of a block of 256 inputs lie sid
 shift and mask of a word gives the digits of 32 neighbouring inputs: an operand of a matrix
 instruction without any permutation. Chunks of 32 inputs do not lie in their order so that those of
 a group, put together to codes of 4 bits, all lie in the low or all in the high half of a byte
-(`triton_uniform.py`). Rows are padded to a multiple of 128, inputs to one of
-256; what is padded has scale 0 and adds nothing. Scales and zeros lie with rows innermost:
+(`triton_uniform.py`). Rows are padded to a multiple of 128, inputs to one of 256; what is padded
+has scale 0 and adds nothing. Scales and zeros lie with rows innermost:
 
     scale_zero int32 [B * 256 / g, N']   float16 pair, scale in the low half
     gain_bias  int32 [W, N']             float16 pair, a row per width as in WIDTHS

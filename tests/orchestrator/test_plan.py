@@ -301,7 +301,7 @@ def copy(tiny_model: Path, tmp_path: Path) -> Path:
         ),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
     ],
-    ids=str,
+    ids=["quantized", "more blocks", "fewer blocks", "vocabulary", "heads", "no heads"],
 )
 def test_configs_that_belong_to_other_weights(
     copy: Path, tiny_document: Make, changes: dict[str, Any], message: str
