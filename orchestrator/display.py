@@ -133,9 +133,10 @@ def result_table(results: Results) -> Table:
     zeros, gains, biases and routers; GAP is the difference of log perplexity, paired by sequence.
     """
     slices = ", ".join(f"{size:,}" for size in results.slice_bytes)
-    shared = f"; averages are shared by {results.method}" if results.method else ""
+    # Broken where the table ends, so it is short.
+    shared = f"; averages by {results.method}" if results.method else ""
     table = Table(
-        title=f"perplexity on {results.tokens:,} held-out tokens (± standard error){shared}",
+        title=f"perplexity ± standard error, {results.tokens:,} held-out tokens{shared}",
         title_justify="left",
         caption=f"bytes: base {results.base_bytes:,}, slices {slices}",
         caption_justify="left",
@@ -183,7 +184,8 @@ def validation_lines(records: Sequence[ValidationRecord]) -> list[str]:
                 if t.tokens == tokens and t.bits is not None
             )
             lines.append(
-                f"{record.out_features} x {record.in_features}, {tokens} tokens: {times}; bf16 "
+                f"{record.out_features} x {record.in_features}, {tokens} "
+                f"token{'s' if tokens > 1 else ''}: {times}; bf16 "
                 f"{1e6 * seconds:.1f} us"
             )
     return lines
