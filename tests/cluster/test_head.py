@@ -1,0 +1,52 @@
+"""Which process is taken for the head that we started; without any Ray."""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from mbq.cluster import head as heads
+from mbq.cluster.head import Head, find_head, stop_head
+
+
+@pytest.fixture
+def process() -> Iterator["subprocess.Popen[bytes]"]:
+    """A process that says back what it hears, in a group of its own like a head."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(["cat"], stdin=pipe, stdout=pipe, start_new_session=True) as process:
+        yield process
+        process.kill()
+
+
+@pytest.fixture
+def head(tmp_path: Path, process: "subprocess.Popen[bytes]") -> Head:
+    """A head of the process's number that started right after the machine."""
+    session = tmp_path / "session"
+    session.mkdir()
+    return Head("http://127.0.0.1:1", process.pid, "1", str(session), str(tmp_path / "token"))
+
+
+def _write(folder: Path, head: Head) -> None:
+    (folder / "head.json").write_text(json.dumps(asdict(head)), encoding="utf-8")
+
+
+def test_a_process_that_started_at_another_time_is_no_head(tmp_path: Path, head: Head) -> None:
+    _write(tmp_path, head)
+    assert find_head(tmp_path) is None
+    alive = replace(head, started=heads._start_time(head.pid))
+    _write(tmp_path, alive)
+    assert find_head(tmp_path) == alive
+
+
+def test_stopping_a_head_that_is_gone_hurts_nobody(
+    tmp_path: Path, head: Head, process: "subprocess.Popen[bytes]"
+) -> None:
+    _write(tmp_path, head)
+    stop_head(tmp_path, head)
+    assert process.communicate(b"alive") == (b"alive", None)
+    assert process.returncode == 0
+    assert not (tmp_path / "head.json").exists()
+    assert not Path(head.session_folder).exists()
