@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import json
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -113,12 +114,13 @@ def _start(state_folder: Path) -> Head:
         file.write(secrets.token_hex(32))
     # Unix socket paths end at 108 bytes, so the session lies directly under the temporary folder.
     session_folder = tempfile.mkdtemp(prefix="mbq-")
-    port, agent_port = _free_ports(2)
+    port = _free_port()
     command = [
         str(Path(sys.executable).with_name("ray")),
         *("start", "--head", "--block", "--port=0", "--disable-usage-stats"),
         *("--dashboard-host=127.0.0.1", f"--dashboard-port={port}"),
-        f"--dashboard-agent-listen-port={agent_port}",
+        # Any: were it chosen here and taken meanwhile, the head would come up and accept no job.
+        "--dashboard-agent-listen-port=0",
         *("--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={session_folder}"),
     ]
     log = state_folder / "head.log"
@@ -193,20 +195,13 @@ def _start_time(pid: int) -> str:
     return "" if fields[0] == "Z" else fields[19]
 
 
-def _free_ports(count: int) -> list[int]:
-    """Free ports outside 10002-19999, which Ray keeps for its workers."""
-    sockets: list[socket.socket] = []
-    ports: list[int] = []
-    while len(ports) < count:
-        candidate = socket.socket()
-        sockets.append(candidate)
-        candidate.bind(("127.0.0.1", 0))
-        port = candidate.getsockname()[1]
-        if not 10002 <= port <= 19999:
-            ports.append(port)
-    for used in sockets:
-        used.close()
-    return ports
+def _free_port() -> int:
+    """A free port above those of Ray's workers, 10002-19999, and below those of connections."""
+    while True:
+        port = random.randrange(20_000, 32_768)
+        with socket.socket() as candidate:
+            if candidate.connect_ex(("127.0.0.1", port)) != 0:
+                return port
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shlex
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ _JOB = re.compile(r"mbq-([0-9a-f]{12})-a(\d+)")
 _OTHER_ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 # A dashboard that is busy may take its time; ray's client would wait for ever.
 _ANSWER_SECONDS = 30.0
+_AGENT_SECONDS = 60.0
+_POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -86,17 +89,23 @@ class Jobs:
         metadata: Mapping[str, str],
     ) -> None:
         """Start an attempt of a run. The command runs on the head node, in a shell."""
-        try:
-            self._client.submit_job(
-                submission_id=f"mbq-{run}-a{attempt}",
-                entrypoint=shlex.join(command),
-                runtime_env={"env_vars": dict(environment)},
-                metadata={"run": run, **metadata},
-            )
-        except Exception as error:
-            raise ClusterError(
-                f"cluster: {self.address} refused the job: {first_line(error)}"
-            ) from error
+        deadline = time.monotonic() + _AGENT_SECONDS
+        while True:
+            try:
+                self._client.submit_job(
+                    submission_id=f"mbq-{run}-a{attempt}",
+                    entrypoint=shlex.join(command),
+                    runtime_env={"env_vars": dict(environment)},
+                    metadata={"run": run, **metadata},
+                )
+                return
+            except Exception as error:
+                # A cluster that was started just now may not have what runs drivers yet.
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise ClusterError(
+                        f"cluster: {self.address} refused the job: {first_line(error)}"
+                    ) from error
+            time.sleep(_POLL_SECONDS)
 
     def list(self) -> list[JobInfo]:
         """Every attempt of every run the cluster knows, oldest first."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mbq.artifacts.errors import InputError
+from mbq.artifacts.errors import ClusterError, InputError
 from mbq.cluster import jobs
 from mbq.cluster.jobs import Jobs
 
@@ -20,6 +20,7 @@ class _Dashboard(HTTPServer):
     def __init__(self) -> None:
         self.asked = 0
         self.answers: dict[str, Any] = {}
+        self.refusals: list[str] = []
         super().__init__(("127.0.0.1", 0), _Handler)
 
     @property
@@ -36,6 +37,19 @@ class _Handler(BaseHTTPRequestHandler):
             return
         answer = json.dumps(self.server.answers[self.path]).encode()
         self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def do_POST(self) -> None:
+        assert isinstance(self.server, _Dashboard)
+        sent = self.rfile.read(int(self.headers["Content-Length"]))
+        refusals = self.server.refusals
+        refused = bool(refusals)
+        name = json.loads(sent)["submission_id"]
+        given = {"submission_id": name, "job_id": name}
+        answer = refusals.pop(0).encode() if refused else json.dumps(given).encode()
+        self.send_response(500 if refused else 200)
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
         self.wfile.write(answer)
@@ -110,3 +124,19 @@ def test_each_of_two_stores_has_its_own_attempts_at_a_run(dashboards: list[_Dash
     assert cluster.latest(run, "file:///another") is None
     # An attempt's number is that of its job, and so taken in every store.
     assert cluster.attempts(run) == 11
+
+
+def test_a_cluster_that_has_just_come_up_is_asked_again(
+    dashboards: list[_Dashboard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "_POLL_SECONDS", 0.0)
+    dashboard, _ = dashboards
+    dashboard.answers = {"/api/version": {"ray_version": "2.50.0"}}
+    cluster = Jobs(dashboard.address)
+    dashboard.refusals = ["No available agent to submit job, please try again later."] * 2
+    cluster.submit("0123456789ab", 1, ["true"], {}, {})
+    assert not dashboard.refusals
+    dashboard.refusals = ["there is a job of that name"] * 2
+    with pytest.raises(ClusterError, match=r"refused the job: .*there is a job of that name"):
+        cluster.submit("0123456789ab", 2, ["true"], {}, {})
+    assert len(dashboard.refusals) == 1
