@@ -61,7 +61,8 @@ class SharedInput:
         None where kernels do not serve these tokens.
         """
         waiting = self._waiting
-        if waiting is None or waiting[0]() is not x or number not in waiting[1]:
+        recorded = x.requires_grad and torch.is_grad_enabled()
+        if recorded or waiting is None or waiting[0]() is not x or number not in waiting[1]:
             linears = self.linears
             first = linears[0]
             tokens = x.numel() // first.in_features

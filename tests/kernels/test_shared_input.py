@@ -179,6 +179,14 @@ def test_a_captured_step_follows_the_width(
             assert _same(outs, expected)
 
 
+def test_a_product_without_gradients_is_not_handed_to_whoever_wants_them() -> None:
+    linears, _ = _linears(8)
+    x = torch.randn(2, COLUMNS).half().requires_grad_()
+    with torch.no_grad():
+        linears[0](x)
+    assert linears[1](x).requires_grad
+
+
 @torch.no_grad()
 def test_prompts_and_the_state_come_from_what_is_joined() -> None:
     linears, _ = _linears(8)
