@@ -7,7 +7,8 @@ from torch import nn
 
 from mbq.artifacts.checkpoint import RouterShape
 from mbq.kernels.linear import ElasticLinear
-from mbq.kernels.router import Precision, Router
+from mbq.kernels.precision import Precision
+from mbq.kernels.router import Router
 from mbq.kernels.shared_input import share_input
 
 

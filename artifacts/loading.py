@@ -33,7 +33,7 @@ from mbq.artifacts.elastic import add_routers, replace_linears
 from mbq.artifacts.errors import CorruptError, InputError, NotFoundError
 from mbq.artifacts.precision import realised_bits, set_average_bits, set_bits, set_policy
 from mbq.artifacts.spec import FORMAT_VERSION
-from mbq.kernels.router import Precision
+from mbq.kernels.precision import Precision
 
 
 def load_model(

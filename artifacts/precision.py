@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from mbq.artifacts.config import check_quantization
 from mbq.artifacts.elastic import elastic_linears
 from mbq.artifacts.errors import CorruptError, InputError
-from mbq.kernels.router import Curve, Precision, Router, refresh
+from mbq.kernels.precision import Curve, Precision
+from mbq.kernels.router import Router, refresh
 from mbq.kernels.widths import SLICE_BITS
 
 

@@ -24,8 +24,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from mbq.artifacts.checkpoint import Linear, RouterShape, find_routers
 from mbq.artifacts.elastic import add_routers, elastic_linears, replace_linears
 from mbq.kernels.linear import ElasticLinear
+from mbq.kernels.precision import Precision
 from mbq.kernels.quantize import pack_pair
-from mbq.kernels.router import Precision, Router
+from mbq.kernels.router import Router
 
 PROMPT_TOKENS = 8
 NEW_TOKENS = 48

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from mbq.artifacts.checkpoint import block_prefix
 from mbq.kernels.linear import ElasticLinear
-from mbq.kernels.router import Precision
+from mbq.kernels.precision import Precision
 from mbq.kernels.shared_input import share_input
 from mbq.workers.allocate import thresholds
 from mbq.workers.determinism import attention

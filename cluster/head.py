@@ -163,7 +163,7 @@ def _environment(token: Path) -> dict[str, str]:
 
 
 def _await_jobs_api(head: Head, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    """Wait until jobs can be submitted: the dashboard answers before its agent does."""
+    """Wait until the dashboard answers; for its agent, which starts jobs, `Jobs.submit` waits."""
     token = Path(head.token_file).read_text(encoding="utf-8")
     request = urllib.request.Request(
         f"{head.address}/api/jobs/", headers={"Authorization": f"Bearer {token}"}

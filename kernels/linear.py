@@ -30,8 +30,8 @@ from torch.nn import functional as F
 from mbq.kernels import dispatch
 from mbq.kernels.bitplanes import pack_planes, unpack_planes
 from mbq.kernels.digits import Digits, pack_digits, unpack_digits
+from mbq.kernels.precision import Precision
 from mbq.kernels.quantize import dequantize, unpack_pair
-from mbq.kernels.router import Precision
 from mbq.kernels.shared_input import SharedInput
 from mbq.kernels.widths import WIDTHS, WORD_BITS, slices_of, widths_up_to
 

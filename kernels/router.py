@@ -14,13 +14,10 @@ the one before it is and it earns at least the threshold (nested gates: residual
 before them mean nothing). The norm is a feature of its own because a linear's error grows with it;
 a trunk of no rows leaves only the norm, and without features every token of a linear gets the same.
 
-`Curve` knows the threshold of every average width.
-
 Legend: T tokens, K in_features, L linears, E extra widths, H rows of the trunk,
 F features (H + 2), Q knots.
 """
 
-import bisect
 import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -31,80 +28,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mbq.kernels.precision import Precision
 from mbq.kernels.quantize import pack_pair, unpack_pair
-from mbq.kernels.widths import SLICE_BITS, WIDTHS, steps_up_to, widths_up_to
+from mbq.kernels.widths import WIDTHS, steps_up_to, widths_up_to
 
 # What a router makes of its buffers and the width that is set.
 _MADE = ("_threshold_EL", "_bits_L1", "_on_device", "_set_to", "_seen")
 # Mean square of a token that is all zeros, so that its logarithm exists.
 _SMALLEST_SQUARE = 1e-30
-
-
-@dataclass(frozen=True)
-class Curve:
-    """The threshold for every average width under one ceiling.
-
-    Attributes:
-        average_bits: ascending, from the lowest width to the ceiling.
-        log_thresholds: descending, one for each of them; logarithms of nats per bit.
-    """
-
-    average_bits: tuple[float, ...]
-    log_thresholds: tuple[float, ...]
-
-    def log_threshold(self, average_bits: float) -> float:
-        """Threshold that gives an average width, linear between the points.
-
-        Raises:
-            ValueError: the width is not between the lowest one and the ceiling.
-        """
-        low, high = self.average_bits[0], self.average_bits[-1]
-        if not low <= average_bits <= high:
-            raise ValueError(
-                f"average bits {average_bits} must lie between {low:g} and {high:g}, the widths "
-                "that are loaded"
-            )
-        if low == high:
-            return self.log_thresholds[0]
-        right = bisect.bisect_left(self.average_bits, average_bits, lo=1)
-        x0, x1 = self.average_bits[right - 1 : right + 1]
-        y0, y1 = self.log_thresholds[right - 1 : right + 1]
-        return y0 + (y1 - y0) * (average_bits - x0) / (x1 - x0)
-
-
-class Precision:
-    """How many bits the linears of one model use; `max_bits` are loaded.
-
-    Attributes:
-        bits: the same for every token, or None where the routers decide.
-        log_threshold: what a step must earn, as the logarithm of nats per bit.
-    """
-
-    def __init__(self, max_bits: int) -> None:
-        self.max_bits = max_bits
-        self.bits: int | None = max_bits
-        self.log_threshold = math.inf
-
-    def set_bits(self, bits: int) -> None:
-        """Use `bits` bits per weight for every token from the next forward pass on.
-
-        Raises:
-            ValueError: it is no width that is loaded.
-        """
-        widths = list(widths_up_to(self.max_bits))
-        if bits not in widths:
-            raise ValueError(f"bits {bits} must be one of {widths}, the widths that are loaded")
-        self.bits = int(bits)
-
-    def set_average_bits(self, average_bits: float, curve: Curve) -> None:
-        """Let the routers share `average_bits` bits per weight; at both ends all tokens are equal.
-
-        Raises:
-            ValueError: the curve does not reach that width.
-        """
-        self.log_threshold = curve.log_threshold(average_bits)
-        ends = (SLICE_BITS, self.max_bits)
-        self.bits = int(average_bits) if average_bits in ends else None
 
 
 @dataclass(frozen=True)
@@ -184,10 +115,11 @@ class Router(nn.Module):
         All of it stays where it is when the width is changed.
         """
         self.refresh()
-        if self._on_device is None:
-            self._on_device = self._bits_L1 if self.width is None else self._gates()
-        assert self._on_device is not None
-        return self._on_device
+        found = self._on_device
+        if found is None:
+            found = self._on_device = self._bits_L1 if self.width is None else self._gates()
+        assert found is not None
+        return found
 
     @torch.no_grad()
     def scores(self, x: Tensor) -> Tensor:
@@ -283,10 +215,10 @@ def refresh(routers: Iterable[Router]) -> None:
 
 def _refresh_alike(routers: Sequence[Router]) -> None:
     first = routers[0]
+    state = first._state()
     knots = torch.stack([_floats(router.get_buffer("knots")) for router in routers])
     for router, wanted_EL in zip(routers, first._wanted(knots), strict=True):
         router._threshold_EL = _in_place(router._threshold_EL, wanted_EL)
-        router._set_to = router._state()
         # Another ceiling may be in use.
         router._on_device = None
     if first.width is None:
@@ -295,6 +227,9 @@ def _refresh_alike(routers: Sequence[Router]) -> None:
         for router, bits_L, bits in zip(routers, bits_RL, bits_RL.tolist(), strict=True):
             router._bits_L1 = _in_place(router._bits_L1, bits_L.int()[:, None])
             router._bits = tuple(bits)
+    # Last, so that no thread takes for made what is being made.
+    for router in routers:
+        router._set_to = state
 
 
 def bits_taken(gate_EX: Tensor) -> Tensor:

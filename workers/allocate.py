@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mbq.kernels.router import Curve
+from mbq.kernels.precision import Curve
 from mbq.kernels.widths import SLICE_BITS, steps_up_to
 
 # Sensitivity or benefit of a linear that the loss does not feel at all.

@@ -12,7 +12,8 @@ from mbq.artifacts.config import CONFIG_FILE, read_config
 from mbq.artifacts.digests import CheckedObject
 from mbq.artifacts.elastic import elastic_linears
 from mbq.kernels.linear import ElasticLinear
-from mbq.kernels.router import Curve, Precision, Router
+from mbq.kernels.precision import Curve, Precision
+from mbq.kernels.router import Router
 from mbq.kernels.shared_input import share_input
 from mbq.kernels.widths import SLICE_BITS, slices_of
 from mbq.workers.allocate import thresholds

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mbq.kernels.router import Precision
+from mbq.kernels.precision import Precision
 from mbq.workers.model import Model
 
 FULL = "full"

@@ -40,7 +40,7 @@ from mbq.artifacts.runs import find_run
 from mbq.artifacts.sealed import get_document
 from mbq.artifacts.store import WORKING_SECONDS, Store, open_store
 from mbq.artifacts.tensors import TensorFile, open_tensors
-from mbq.kernels.router import Curve, Precision
+from mbq.kernels.precision import Curve, Precision
 from mbq.kernels.widths import slices_of
 from mbq.workers.allocate import log_worth
 from mbq.workers.determinism import pin

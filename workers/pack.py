@@ -20,7 +20,8 @@ from mbq.artifacts.checkpoint import Linear, RouterShape, Shard
 from mbq.artifacts.elastic import add_routers, replace_linears
 from mbq.artifacts.tensors import TensorFile, encode
 from mbq.kernels.bitplanes import pack_planes
-from mbq.kernels.router import Precision, pack_halves
+from mbq.kernels.precision import Precision
+from mbq.kernels.router import pack_halves
 from mbq.kernels.widths import SLICE_BITS, WIDTHS
 from mbq.workers.model import Model, linears
 from mbq.workers.route import FittedInput, norm_head

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mbq.kernels.linear import ElasticLinear
+from mbq.kernels.precision import Precision
 from mbq.kernels.quantize import unpack_pair
-from mbq.kernels.router import Precision, Router, bits_taken
+from mbq.kernels.router import Router, bits_taken
 from mbq.kernels.widths import WIDTHS, steps_up_to, widths_up_to
 
 

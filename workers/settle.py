@@ -27,7 +27,8 @@ from torch.nn import functional as F
 from mbq.artifacts.config import StoredCurve
 from mbq.artifacts.documents import RoutingRecord, SettledWidth
 from mbq.artifacts.elastic import elastic_linears
-from mbq.kernels.router import Precision, Router
+from mbq.kernels.precision import Precision
+from mbq.kernels.router import Router
 from mbq.workers.allocate import Earnings, budget_curve, realised_bits, thresholds
 from mbq.workers.evaluate import sequences_at_once
 from mbq.workers.model import Model, hooked

@@ -39,7 +39,7 @@ from mbq.artifacts.packed import open_checkpoint
 from mbq.artifacts.runs import is_stored, put_blob
 from mbq.artifacts.sealed import document_sha256, find_document, put_document
 from mbq.artifacts.store import WORKING_SECONDS, open_store, probe
-from mbq.kernels.router import Precision
+from mbq.kernels.precision import Precision
 from mbq.kernels.widths import widths_up_to
 from mbq.workers import capture as capturing
 from mbq.workers.blocks import variant_blocks

@@ -23,8 +23,8 @@ from mbq.artifacts.errors import CorruptError, KernelError
 from mbq.artifacts.packed import PackedCheckpoint
 from mbq.artifacts.tensors import TensorFile, open_tensors
 from mbq.kernels.linear import ElasticLinear
+from mbq.kernels.precision import Precision
 from mbq.kernels.quantize import unpack_pair
-from mbq.kernels.router import Precision
 from mbq.kernels.shared_input import share_input
 from mbq.kernels.timing import time_graph
 from mbq.kernels.widths import CODE_BITS, WORD_BITS, widths_up_to

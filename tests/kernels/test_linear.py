@@ -7,9 +7,9 @@ from torch.nn import functional as F
 from mbq.kernels import dispatch
 from mbq.kernels.bitplanes import pack_planes
 from mbq.kernels.linear import ElasticLinear
+from mbq.kernels.precision import Precision
 from mbq.kernels.quantize import dequantize, pack_pair
 from mbq.kernels.reference import routed_linear
-from mbq.kernels.router import Precision
 from mbq.kernels.shared_input import share_input
 from mbq.kernels.widths import WIDTHS
 

@@ -10,11 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mbq.kernels.precision import Curve, Precision
 from mbq.kernels.reference import route
 from mbq.kernels.router import (
-    Curve,
     Gates,
-    Precision,
     Router,
     bits_taken,
     interpolate,

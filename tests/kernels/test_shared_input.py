@@ -13,8 +13,9 @@ import torch
 from mbq.kernels import dispatch, triton_mixed, triton_prepare, triton_uniform
 from mbq.kernels.bitplanes import pack_planes
 from mbq.kernels.linear import ElasticLinear
+from mbq.kernels.precision import Curve, Precision
 from mbq.kernels.quantize import pack_pair
-from mbq.kernels.router import Curve, Precision, Router
+from mbq.kernels.router import Router
 from mbq.kernels.shared_input import share_input
 from mbq.kernels.widths import WIDTHS
 from tests.support.routers import random_router

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from mbq.kernels.precision import Precision
 from mbq.kernels.reference import route
-from mbq.kernels.router import Gates, Precision
+from mbq.kernels.router import Gates
 from mbq.kernels.triton_prepare import prepare
 from mbq.kernels.widths import WIDTHS
 from tests.support.routers import random_router

@@ -2,7 +2,8 @@
 
 import torch
 
-from mbq.kernels.router import Precision, Router, pack_halves
+from mbq.kernels.precision import Precision
+from mbq.kernels.router import Router, pack_halves
 from mbq.kernels.widths import widths_up_to
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mbq.kernels.router import Precision
+from mbq.kernels.precision import Precision
 from mbq.workers.capture import first_hidden, from_array, run_block, to_array
 from mbq.workers.opened import Opened, RunRef
 

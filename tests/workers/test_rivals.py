@@ -7,8 +7,9 @@ import torch
 
 from mbq.kernels.bitplanes import pack_planes
 from mbq.kernels.linear import ElasticLinear
+from mbq.kernels.precision import Precision
 from mbq.kernels.quantize import pack_pair
-from mbq.kernels.router import Precision, Router
+from mbq.kernels.router import Router
 from mbq.kernels.widths import WIDTHS
 from mbq.workers.rivals import OracleRouter, RandomRouter, ShuffledRouter
 

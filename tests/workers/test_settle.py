@@ -10,7 +10,7 @@ from mbq.artifacts import keys
 from mbq.artifacts.documents import RoutingRecord, SettledWidth
 from mbq.artifacts.elastic import elastic_linears
 from mbq.artifacts.sealed import get_document
-from mbq.kernels.router import Curve, Precision
+from mbq.kernels.precision import Curve, Precision
 from mbq.workers.allocate import realised_bits
 from mbq.workers.opened import Opened, RunRef
 from mbq.workers.settle import RoutedModel, Setting, choose, run_settings
