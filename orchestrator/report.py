@@ -171,6 +171,8 @@ def _pieces(store: Store, run: str, manifest: Manifest, ids: Sequence[int]) -> l
     from tokenizers import Tokenizer
 
     name = "tokenizer.json"
+    if name not in manifest.files:
+        raise CorruptError(f"the manifest of run {run} names no {name}; pack again")
     data = CheckedObject(store, keys.checkpoint_key(run, name), manifest.files[name]).read()
     try:
         tokenizer = Tokenizer.from_buffer(data)

@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 
-from mbq.artifacts.documents import TokenBits
-from mbq.artifacts.errors import NotFoundError
+from mbq.artifacts import keys
+from mbq.artifacts.documents import Manifest, TokenBits
+from mbq.artifacts.errors import CorruptError, NotFoundError
+from mbq.artifacts.sealed import get_document, put_document
 from mbq.artifacts.store import LocalStore
 from mbq.orchestrator.report import NAMES, collect, render
 from mbq.workers.data import SAMPLE_TEXT
+from tests.support.faulty import flip
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next((path for path in map(shutil.which, _NAMES) if path), None)
@@ -250,3 +253,21 @@ def test_a_browser_shows_it(page: str, tmp_path: Path) -> None:
         check=True,
     )
     assert dumped.stdout.count("<svg") == 4
+
+
+@pytest.mark.parametrize("fault", ["damaged", "unnamed"])
+def test_a_tokenizer_that_is_not_the_manifests_is_refused(
+    ablation_run: Any, tmp_path: Path, fault: str
+) -> None:
+    store = LocalStore(Path(shutil.copytree(ablation_run.store.root, tmp_path / "store")))
+    run, name = ablation_run.document.run, "tokenizer.json"
+    if fault == "damaged":
+        key = keys.checkpoint_key(run, name)
+        store.put(key, [flip(store.read(key), 100)])
+    else:
+        key = keys.manifest_key(run)
+        manifest = get_document(store, key, Manifest)
+        files = {n: digest for n, digest in manifest.files.items() if n != name}
+        put_document(store, key, manifest.model_copy(update={"files": files}))
+    with pytest.raises(CorruptError, match=name):
+        collect(store, ablation_run.document)
