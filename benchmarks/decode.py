@@ -40,7 +40,7 @@ from weights import (
 from mbq.kernels.timing import time_graph
 from mbq.kernels.triton_dequantize import dequantize_digits
 from mbq.kernels.triton_prepare import padded_tokens, prepare
-from mbq.kernels.widths import CODE_BITS, WIDTHS, slices_of
+from mbq.kernels.widths import CODE_BITS, WIDTHS
 
 TOKENS = (1, 4, 8, 16, 32, 64)
 PROMPTS = (256, 1024, 4096)
@@ -166,7 +166,7 @@ def time_mixed(n: int, k: int) -> list[Point]:
                     "tokens": m,
                     "tokens_with_8_bits": hungry,
                     "bits_of_others": bits,
-                    "slices_read": slices_of(CODE_BITS if hungry else bits),
+                    "bits_read": CODE_BITS if hungry else bits,
                     "seconds": decode_times(
                         weights, prepared, None, tile_for(n, k, m, None, prepared.mixed)
                     )[0],
@@ -260,7 +260,7 @@ def show(result: Point) -> None:
     for p in result["mixed"]:
         click.echo(
             f"{p['n']} x {p['k']} | {p['tokens']} tokens, {p['tokens_with_8_bits']} with 8 bits, "
-            f"others {p['bits_of_others']} | {p['slices_read']} slices | "
+            f"others {p['bits_of_others']} | {p['bits_read']} bits | "
             f"{p['seconds'] * 1e6:.1f} us"
         )
     for p in result["prompts"]:

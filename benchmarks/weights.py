@@ -46,7 +46,7 @@ ROTATED_BYTES = 240e6
 
 def random_digits(n: int, k: int) -> Digits:
     """Random codes, scales near 1 and zeros near the middle, made in the layout itself."""
-    shape = (MAX_SLICES, k // BLOCK_INPUTS, n, 32)
+    shape = (MAX_SLICES, 2, k // BLOCK_INPUTS, n, 16)
     groups = k // GROUP
     scale = 0.5 + torch.rand(groups, n, device="cuda")
     zero = 1.5 + torch.rand(groups, n, device="cuda")

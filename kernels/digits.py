@@ -1,13 +1,19 @@
-"""Run-time layout of the codes on a GPU: planes of 2-bit digits, one plane per slice.
+"""Run-time layout of the codes on a GPU: planes of 2-bit digits, two for each slice.
 
-    digits int16 [S, B, N', 32], contiguous; slices from the most significant one
-    bits 2p+1:2p of element [e, b, n, j] are digit e of input 256 b + 32 c + j of row n
+    digits int16 [S, 2, B, N', 16], contiguous; slices from the most significant one
+    bits 2p+1:2p of element [e, h, b, n, j] hold digit e of input 256 b + 32 c + 16 h + j of row n
     where p = position(c), (0, 1, 4, 5, 2, 3, 6, 7)[c]
 
-so the slices of a width are a prefix, the rows of a block of 256 inputs lie side by side, and one
-shift and mask of a word gives the digits of 32 neighbouring inputs: an operand of a matrix
-instruction without any permutation. Chunks of 32 inputs do not lie in their order so that those of
-a group, put together to codes of 4 bits, all lie in the low or all in the high half of a byte
+but that the second slice has its high bits in one plane and its low bits in the other, so that 3
+bits read 3. There, k being 256 b + 32 c + j,
+
+    bit 2p+1 of [1, 0, b, n, j] is the high bit of input k, bit 2p that of input k + 16
+    bit 2p   of [1, 1, b, n, j] is the low bit of input k, bit 2p+1 that of input k + 16
+
+So planes of a width are a prefix, the rows of a block of 256 inputs lie side by side, and one shift
+and mask of a word gives digits of neighbouring inputs: an operand of a matrix instruction without
+any permutation. Chunks of 32 inputs do not lie in their order so that those of a group, put
+together to codes of 4 bits, all lie in the low or all in the high half of a byte
 (`triton_uniform.py`). Rows are padded to a multiple of 128, inputs to one of 256; what is padded
 has scale 0 and adds nothing. Scales and zeros lie with rows innermost:
 
@@ -18,7 +24,7 @@ Linears that read the same input are laid side by side, so that one launch multi
 starts at a multiple of 128 rows.
 
 Legend: N out_features, N' N padded, K in_features, B blocks of 256 inputs, G groups, g inputs per
-group, S slices, W widths.
+group, S slices, H planes of a slice (2), W widths.
 """
 
 import itertools
@@ -39,6 +45,10 @@ GROUP_SIZES = (32, 64, 128, 256)
 # q, k and v.
 MOST_LINEARS = 3
 _CHUNKS = 8
+# The second: 3 bits are all of the first and the high bits of this one.
+_SPLIT_SLICE = 1
+# Of an int16: bits at odd and at even places.
+_ODD, _EVEN = -0x5556, 0x5555
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,7 @@ class Digits:
         out_features: of each linear.
     """
 
-    digits_SBN32: Tensor
+    digits_SHBN16: Tensor
     scale_zero_GN: Tensor
     gain_bias_WN: Tensor
     out_features: tuple[int, ...]
@@ -88,7 +98,8 @@ def pack_digits(
         word_NB32 = torch.zeros_like(digit[:, :, 0])
         for c in range(_CHUNKS):
             word_NB32 |= digit[:, :, c] << (2 * position(c))
-        planes.append(word_NB32.transpose(0, 1))
+        word_HBN16 = word_NB32.unflatten(2, (2, 16)).permute(2, 1, 0, 3)
+        planes.append(torch.stack(_split(*word_HBN16)) if e == _SPLIT_SLICE else word_HBN16)
     groups = (inputs + more_inputs) // group_size
     padded_NG = F.pad(scale_zero_NG, (0, groups - scale_zero_NG.shape[1], 0, more_rows))
     return Digits(
@@ -107,7 +118,7 @@ def join_digits(parts: Sequence[Digits]) -> Digits:
         return parts[0]
     return replace(
         parts[0],
-        digits_SBN32=torch.cat([part.digits_SBN32 for part in parts], dim=2),
+        digits_SHBN16=torch.cat([part.digits_SHBN16 for part in parts], dim=3),
         scale_zero_GN=torch.cat([part.scale_zero_GN for part in parts], dim=1),
         gain_bias_WN=torch.cat([part.gain_bias_WN for part in parts], dim=1),
         out_features=tuple(itertools.chain(*(part.out_features for part in parts))),
@@ -119,7 +130,7 @@ def part_of(joined: Digits, number: int) -> Digits:
     rows = slice(*joined.starts[number : number + 2])
     return replace(
         joined,
-        digits_SBN32=joined.digits_SBN32[:, :, rows],
+        digits_SHBN16=joined.digits_SHBN16[:, :, :, rows],
         scale_zero_GN=joined.scale_zero_GN[:, rows],
         gain_bias_WN=joined.gain_bias_WN[:, rows],
         out_features=joined.out_features[number : number + 1],
@@ -129,10 +140,22 @@ def part_of(joined: Digits, number: int) -> Digits:
 def unpack_digits(packed: Digits) -> Tensor:
     """The codes of one linear, uint8 [N, K]; digits of slices that are not there are 0."""
     code_NK: Tensor | None = None
-    for e, word_BN32 in enumerate(packed.digits_SBN32):
+    for e, plane_HBN16 in enumerate(packed.digits_SHBN16):
+        words = _rejoined(*plane_HBN16) if e == _SPLIT_SLICE else tuple(plane_HBN16)
+        word_BN32 = torch.cat(words, dim=2)
         chunks = [((word_BN32 >> (2 * position(c))) & 3).to(torch.uint8) for c in range(_CHUNKS)]
         digit_NK = torch.stack(chunks, dim=2).transpose(0, 1).flatten(1)
         shifted_NK = digit_NK << (CODE_BITS - SLICE_BITS * (e + 1))
         code_NK = shifted_NK if code_NK is None else code_NK | shifted_NK
     assert code_NK is not None
     return code_NK[: packed.out_features[0], : packed.in_features]
+
+
+def _split(here: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    """Digits of neighbouring 16 inputs, to the high bits and the low bits of both."""
+    return here & _ODD | there >> 1 & _EVEN, here & _EVEN | there << 1 & _ODD
+
+
+def _rejoined(high: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
+    """Digits again, from what `_split` made of them."""
+    return high & _ODD | low & _EVEN, high << 1 & _ODD | low >> 1 & _EVEN

@@ -113,7 +113,7 @@ def decode(
 
 def dequantize(weight: Digits, bits: int, dtype: torch.dtype) -> Tensor:
     """A linear's weight, gain included, for tokens that `packs` accepts: [N, K] of `dtype`."""
-    with torch.cuda.device_of(weight.digits_SBN32):
+    with torch.cuda.device_of(weight.digits_SHBN16):
         return triton_dequantize.dequantize_digits(weight, bits, dtype)
 
 

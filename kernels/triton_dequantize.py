@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mbq.kernels.digits import BLOCK_INPUTS, Digits
 from mbq.kernels.triton_prepare import position_of
-from mbq.kernels.triton_tiles import halves
+from mbq.kernels.triton_tiles import digit_words, halves
 from mbq.kernels.widths import WIDTHS, slices_of
 
 _ROWS = 32
@@ -28,20 +28,18 @@ _WARPS = 4
 @triton.jit
 def _dequantize_kernel(
     digits_ptr, scale_zero_ptr, gain_bias_ptr, out_ptr,
-    out_features, in_features, slice_stride, block_stride, group_stride, gain_stride,
+    out_features, in_features, plane_stride, block_stride, group_stride, gain_stride,
     BITS: tl.constexpr, SLICES: tl.constexpr, GAIN_ROW: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     j = tl.arange(0, 32)
-    word_ptr = digits_ptr + block.to(tl.int64) * block_stride + n[:, None] * 32 + j[None, :]
-    slice_words = slice_stride.to(tl.int64)
+    block_ptr = digits_ptr + block.to(tl.int64) * block_stride
     # Loaded before anything is stored: the compiler cannot know that the two do not overlap.
-    first = tl.load(word_ptr)
-    second = tl.load(word_ptr + slice_words) if SLICES > 1 else first
-    third = tl.load(word_ptr + 2 * slice_words) if SLICES > 2 else first
-    fourth = tl.load(word_ptr + 3 * slice_words) if SLICES > 3 else first
+    first, second, third, fourth = digit_words(
+        block_ptr, n, plane_stride, j // 16, BITS, SLICES, False
+    )
     gain, _ = halves(tl.load(gain_bias_ptr + GAIN_ROW * gain_stride + n))
     for c in tl.static_range(8):
         at = 2 * position_of(c)
@@ -75,12 +73,12 @@ def dequantize_digits(weight: Digits, bits: int, dtype: torch.dtype) -> Tensor:
 
     The linear may be a part of those joined.
     """
-    _, blocks, rows, _ = weight.digits_SBN32.shape
+    *_, blocks, rows, _ = weight.digits_SHBN16.shape
     out_features = weight.out_features[0]
-    out = weight.digits_SBN32.new_empty(out_features, weight.in_features, dtype=dtype)
+    out = weight.digits_SHBN16.new_empty(out_features, weight.in_features, dtype=dtype)
     _dequantize_kernel[(blocks, rows // _ROWS)](
-        weight.digits_SBN32, weight.scale_zero_GN, weight.gain_bias_WN, out,
-        out_features, weight.in_features, *weight.digits_SBN32.stride()[:2],
+        weight.digits_SHBN16, weight.scale_zero_GN, weight.gain_bias_WN, out,
+        out_features, weight.in_features, *weight.digits_SHBN16.stride()[1:3],
         weight.scale_zero_GN.stride(0), weight.gain_bias_WN.stride(0),
         BITS=bits, SLICES=slices_of(bits), GAIN_ROW=WIDTHS.index(bits),
         BLOCK_GROUPS=BLOCK_INPUTS // weight.group_size, ROWS=_ROWS, num_warps=_WARPS,

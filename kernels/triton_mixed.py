@@ -7,9 +7,9 @@ memory, so one kernel, captured once in a graph, serves whatever widths the toke
 What a token does not take of a slice that another needs is multiplied by zero: what is read follows
 the hungriest token.
 
-Where a token stops at 3 bits, the second slice takes two steps: its high bits, under the mask 2 in
-place of 3, then its low bits, under the mask 1. A mask that changes from step to step lies in
-registers.
+Where a token stops at 3 bits, the second slice takes two steps, one for each of its planes: its
+high bits, under the mask 2 in place of 3, then its low bits, under the mask 1. Masks that change
+from step to step lie in registers.
 
 Legend: N out_features, N' N padded, K in_features, B blocks of 256 inputs, G groups, T tokens,
 L linears of one input.
@@ -22,7 +22,17 @@ from torch import Tensor
 
 from mbq.kernels.digits import Digits
 from mbq.kernels.triton_prepare import Prepared, position_of
-from mbq.kernels.triton_tiles import Tile, digit, finish, halves, launch, row_of
+from mbq.kernels.triton_tiles import (
+    ODD,
+    Tile,
+    digit,
+    finish,
+    halves,
+    launch,
+    row_of,
+    second_digits,
+    word_offsets,
+)
 
 # Tokens of a program: 32 fill the registers.
 MOST_TILE_TOKENS = 32
@@ -31,7 +41,7 @@ MOST_TILE_TOKENS = 32
 # Fewer variants to compile: these need no alignment.
 @triton.jit(do_not_specialize=["blocks", "padded_tokens", "tokens", "second", "third"])
 def _mixed_kernel(
-    x_ptr, digits_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr, bias_sum_ptr, unscale_ptr,
+    x_ptr, late_ptr, digits_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr, bias_sum_ptr, unscale_ptr,
     bits_ptr, steps_ptr, part_ptr, arrived_ptr, out_ptr,
     rows, blocks, padded_tokens, tokens, second, third,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
@@ -49,7 +59,9 @@ def _mixed_kernel(
     half_bin = 0.5 * tl.exp2((2 - bits).to(tl.float32))
     GROUP_CHUNKS: tl.constexpr = 8 // BLOCK_GROUPS
     inputs = blocks * 256
-    slice_words = blocks.to(tl.int64) * rows * 32
+    plane_words = blocks * rows * 16
+    wide, narrow = word_offsets(n, plane_words)
+    late = tl.load(late_ptr + j[None, :])
     total = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
     turns = ((blocks - part + SPLIT - 1) // SPLIT) * steps
     for turn in tl.range(0, turns, num_stages=STAGES):
@@ -59,8 +71,17 @@ def _mixed_kernel(
         w = step + tl.minimum(step, 1 - halved)
         e = tl.where(w < 2, w, w - 1)
         selector = tl.where((halved == 1) & (e == 1), 3 - w, 3)
-        word_at = e * slice_words + (block.to(tl.int64) * rows + n[:, None]) * 32 + j[None, :]
-        word = tl.load(digits_ptr + word_at)
+        plane_ptr = digits_ptr + block.to(tl.int64) * rows * 16
+        plane_ptr += 2 * e * plane_words.to(tl.int64)
+        split = e == 1
+        # High bits, or all of a slice that has not split them; low bits.
+        offsets = tl.where(split, narrow, wide)
+        word = tl.load(plane_ptr + offsets, mask=(w != 2) | (halved == 0), other=0)
+        low = tl.load(plane_ptr + plane_words + narrow, mask=w == 2, other=0)
+        moved, high_bits = tl.full(late.shape, 0, tl.int16), tl.full(word.shape, -1, tl.int16)
+        if split:
+            moved, high_bits = late, tl.full(word.shape, ODD, tl.int16)
+        word = second_digits(word, low, moved, high_bits, ASM)
         weight_of_slice = tl.exp2((-2 * e).to(tl.float32))
         first = tl.where(e == 0, 1.0, 0.0)
         # What is padded repeats the last token, and is thrown away.

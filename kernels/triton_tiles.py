@@ -1,5 +1,10 @@
 """What the multiplying kernels share: digits, and how products are cut into tiles and summed.
 
+A tile's words are read 32 to a row, 16 from each plane of a slice. The planes of the second slice
+are both read for all 32, shifted by a bit where inputs are among the last 16, and put together to
+digits. What says which those are is loaded from memory: the compiler brings words, rather than what
+is made of them, to the threads that need them, only if all that they meet is loaded or constant.
+
 A digit becomes a float16 without any arithmetic: two bits in the mantissa of a power of two,
 
     ((word << or >> shift) & (3 << b)) | magic   =   2^(10 - b) + q
@@ -16,6 +21,7 @@ Legend: N out_features, T tokens.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -42,6 +48,53 @@ class Tile:
 
 
 @triton.jit
+def second_digits(high, low, late, selector, ASM: tl.constexpr):
+    """Words of the second slice's digits, from those of its high bits and of its low bits.
+
+    `late` is 1 for the last 16 inputs of 32, else 0; `selector` says which bits are high ones.
+    """
+    if ASM:
+        made = tl.inline_asm_elementwise(
+            REJOINING.value, "=r,r,r,r,r", [high, low, late, selector],
+            dtype=tl.int16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        made = ((high << late) & selector) | ((low >> late) & ~selector)
+    return made
+
+
+@triton.jit
+def word_offsets(n, plane_words):
+    """Where words of 32 inputs lie in the two planes of a slice, and in one where each serves two.
+
+    Both for rows n, from the words of a block and slice on.
+    """
+    j = tl.arange(0, 32)
+    narrow = n[:, None] * 16 + (j % 16)[None, :]
+    return narrow + (j // 16 * plane_words)[None, :], narrow
+
+
+@triton.jit
+def digit_words(
+    block_ptr, n, plane_words, late, BITS: tl.constexpr, SLICES: tl.constexpr, ASM: tl.constexpr
+):
+    """Words of digits of rows n in a block of inputs, a slice each; those not needed repeat."""
+    wide, narrow = word_offsets(n, plane_words)
+    slice_words = 2 * plane_words.to(tl.int64)
+    first = tl.load(block_ptr + wide)
+    second = first
+    if SLICES > 1:
+        high = tl.load(block_ptr + slice_words + narrow)
+        low = tl.full(high.shape, 0, tl.int16)
+        if BITS > 3:
+            low = tl.load(block_ptr + slice_words + plane_words + narrow)
+        second = second_digits(high, low, late, tl.full(high.shape, ODD, tl.int16), ASM)
+    third = tl.load(block_ptr + 2 * slice_words + wide) if SLICES > 2 else first
+    fourth = tl.load(block_ptr + 3 * slice_words + wide) if SLICES > 3 else first
+    return first, second, third, fourth
+
+
+@triton.jit
 def row_of(bits):
     """Where a width stands in WIDTHS."""
     return tl.where(bits <= 4, bits - 2, bits // 2)
@@ -55,6 +108,15 @@ def assembly(p: int) -> str:
     if p < 5:
         return "lop3.b32 $0, $1, $2, $3, 0xEA;"
     return "{ .reg .b32 t; shr.u32 t, $1, 6; lop3.b32 $0, t, $2, $3, 0xEA; }"
+
+
+# PTX that makes two words ($0) of high and low bits ($1, $2), shifted by $3, under a selector ($4).
+REJOINING = tl.constexpr(
+    "{ .reg .b32 t, u; shf.l.wrap.b32 t, 0, $1, $3; shf.r.wrap.b32 u, $2, 0, $3; "
+    "lop3.b32 $0, t, u, $4, 0xE4; }"
+)
+# Bits of int16 words at odd places: high ones of the second slice.
+ODD = tl.constexpr(-0x5556)
 
 
 @triton.jit
@@ -143,19 +205,19 @@ def launch(
     Raises:
         ValueError: a tile would reach from one linear into the next.
     """
-    _, blocks, rows, _ = weight.digits_SBN32.shape
+    *_, blocks, rows, _ = weight.digits_SHBN16.shape
     if any(start % tile.rows for start in weight.starts):
         raise ValueError(f"tiles of {tile.rows} rows do not divide linears of {weight.starts} rows")
     # The tiles at which the second and the third linear start, or more than there are.
     second, third = [*(start // tile.rows for start in weight.starts[1:]), rows][:2]
     padded_tokens = len(prepared.x_TK)
     grid = (rows // tile.rows, tile.split, padded_tokens // width)
-    out = weight.digits_SBN32.new_empty(prepared.tokens, rows, dtype=dtype)
+    out = weight.digits_SHBN16.new_empty(prepared.tokens, rows, dtype=dtype)
     parts = prepared.sum_GT.new_empty(tile.split if tile.split > 1 else 0, padded_tokens, rows)
     counters = zeros(out.device, "tiles", max(grid[0] * grid[2], _COUNTERS))
     kernel[grid](
-        prepared.x_TK, weight.digits_SBN32, weight.scale_zero_GN, weight.gain_bias_WN,
-        prepared.sum_GT, prepared.bias_sum_GT, prepared.unscale_T, *pointers,
+        prepared.x_TK, late_inputs(out.device), weight.digits_SHBN16, weight.scale_zero_GN,
+        weight.gain_bias_WN, prepared.sum_GT, prepared.bias_sum_GT, prepared.unscale_T, *pointers,
         parts, counters, out, rows, blocks, padded_tokens, prepared.tokens, second, third,
         ROWS=tile.rows, TOKENS=width, SPLIT=tile.split, STAGES=tile.stages,
         BLOCK_GROUPS=BLOCK_INPUTS // weight.group_size, ASM=not _INTERPRETED,
@@ -163,3 +225,9 @@ def launch(
     )  # fmt: skip
     starts = zip(weight.starts, weight.out_features, strict=False)
     return tuple(out[:, start : start + features] for start, features in starts)
+
+
+@cache
+def late_inputs(device: torch.device) -> Tensor:
+    """1 for the last 16 inputs of 32, else 0: int16 [32]."""
+    return (torch.arange(32, device=device) >= 16).to(torch.int16)

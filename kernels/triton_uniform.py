@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mbq.kernels.digits import Digits
 from mbq.kernels.triton_prepare import Prepared, position_of
-from mbq.kernels.triton_tiles import Tile, digit, finish, halves, launch, row_of
+from mbq.kernels.triton_tiles import Tile, digit, digit_words, finish, halves, launch, row_of
 
 # Triton runs these at compile time; it reads them, too, hence their plainness.
 
@@ -53,9 +53,7 @@ def field_one(p: int, bits: int) -> float:
 def combining(bits: int) -> str:
     """PTX that makes words of fields ($0 ...) of two words of each slice (after them)."""
     twos, fours = "2, 0xCCCCCCCC", "4, 0xF0F0F0F0"
-    if bits == 3:
-        return "{ .reg .b32 l; and.b32 l, $3, 0xAAAAAAAA; " + paired("$0 $1 $2 l", twos) + "}"
-    if bits == 4:
+    if bits <= 4:
         return paired("$0 $1 $2 $3", twos)
     body = "{ .reg .b32 a, b, c, d, z; mov.b32 z, " + ("0; " if bits == 6 else "$7; ")
     body += paired("a b $4 $5", twos) + paired("c d $6 z", twos)
@@ -144,7 +142,7 @@ def _defined(
 
 @triton.jit
 def _summed(
-    x_ptr, digits_ptr, scale_zero_ptr, sum_ptr, bias_sum_ptr, n, t,
+    x_ptr, late_ptr, digits_ptr, scale_zero_ptr, sum_ptr, bias_sum_ptr, n, t,
     rows, blocks, padded_tokens, tokens,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr,
@@ -162,16 +160,16 @@ def _summed(
     FINER: tl.constexpr = (1 << FIELD) // 4
     HALF: tl.constexpr = (1 << (FIELD - BITS)) / 2
     inputs = blocks * 256
-    slice_words = blocks.to(tl.int64) * rows * 32
+    plane_words = blocks * rows * 16
+    late = tl.load(late_ptr + j[None, :])
     total = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
     turns = (blocks - part + SPLIT - 1) // SPLIT
     for turn in tl.range(0, turns, num_stages=STAGES):
         block = part + SPLIT * turn
-        word_ptr = digits_ptr + (block.to(tl.int64) * rows + n[:, None]) * 32 + j[None, :]
-        first = tl.load(word_ptr)
-        second = tl.load(word_ptr + slice_words) if SLICES > 1 else first
-        third = tl.load(word_ptr + 2 * slice_words) if SLICES > 2 else first
-        fourth = tl.load(word_ptr + 3 * slice_words) if SLICES > 3 else first
+        block_ptr = digits_ptr + block.to(tl.int64) * rows * 16
+        first, second, third, fourth = digit_words(
+            block_ptr, n, plane_words, late, BITS, SLICES, ASM
+        )
         if ASM and SLICES > 1:
             w0, w1, w2, w3 = _combined(first, second, third, fourth, BITS, SLICES)
         # What is padded repeats the last token, and is thrown away.
@@ -204,8 +202,8 @@ def _summed(
 # Fewer variants to compile: these need no alignment.
 @triton.jit(do_not_specialize=["blocks", "padded_tokens", "tokens", "second", "third"])
 def _uniform_kernel(
-    x_ptr, digits_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr, bias_sum_ptr, unscale_ptr, bits_ptr,
-    part_ptr, arrived_ptr, out_ptr,
+    x_ptr, late_ptr, digits_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr, bias_sum_ptr, unscale_ptr,
+    bits_ptr, part_ptr, arrived_ptr, out_ptr,
     rows, blocks, padded_tokens, tokens, second, third,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr, BITS: tl.constexpr, MOST_SLICES: tl.constexpr, ASM: tl.constexpr,
@@ -221,7 +219,7 @@ def _uniform_kernel(
             if (BITS == 0) or (width == BITS):  # noqa: SIM102
                 if bits == width:
                     total = _summed(
-                        x_ptr, digits_ptr, scale_zero_ptr, sum_ptr, bias_sum_ptr, n, t,
+                        x_ptr, late_ptr, digits_ptr, scale_zero_ptr, sum_ptr, bias_sum_ptr, n, t,
                         rows, blocks, padded_tokens, tokens,
                         ROWS, TOKENS, SPLIT, STAGES, BLOCK_GROUPS, width, ASM,
                     )  # fmt: skip
@@ -254,5 +252,5 @@ def multiply_uniform(
         len(prepared.x_TK),
         dtype,
         BITS=bits or 0,
-        MOST_SLICES=len(weight.digits_SBN32),
+        MOST_SLICES=len(weight.digits_SHBN16),
     )

@@ -18,17 +18,29 @@ def _pack(code_NK: torch.Tensor, group_size: int, slices: int = 4) -> Digits:
 def test_words_of_known_codes() -> None:
     code = torch.zeros(2, 256, dtype=torch.uint8)
     code[0, 0] = 0b11_00_00_00  # input 0: position 0 of word 0
-    code[1, 37] = 0b00_10_00_01  # input 32 + 5: position 1 of word 5
+    code[1, 37] = 0b00_00_00_01  # input 32 + 5: position 1 of word 5
     code[1, 70] = 0b01_00_00_00  # input 64 + 6: position 4 of word 6
-    code[1, 255] = 0b10_00_00_00  # input 224 + 31: position 7 of word 31, in the sign
-    digits = _pack(code, 128).digits_SBN32
-    assert digits.shape == (4, 1, 128, 32)
-    assert digits[0, 0, 0, 0] == 3
-    assert digits[1, 0, 1, 5] == 2 << 2
-    assert digits[3, 0, 1, 5] == 1 << 2
-    assert digits[0, 0, 1, 31] == -(2**15)
-    assert digits[0, 0, 1, 6] == 1 << 8
-    assert digits.count_nonzero() == 5
+    code[1, 255] = 0b10_00_00_00  # input 224 + 16 + 15: position 7 of word 15, in the sign
+    digits = _pack(code, 128).digits_SHBN16
+    assert digits.shape == (4, 2, 1, 128, 16)
+    assert digits[0, 0, 0, 0, 0] == 3
+    assert digits[3, 0, 0, 1, 5] == 1 << 2
+    assert digits[0, 0, 0, 1, 6] == 1 << 8
+    assert digits[0, 1, 0, 1, 15] == -(2**15)
+    assert digits.count_nonzero() == 4
+
+
+def test_the_second_slice_has_its_high_and_its_low_bits_apart() -> None:
+    code = torch.zeros(2, 256, dtype=torch.uint8)
+    code[0, 0] = 0b00_11_00_00  # input 0: position 0 of word 0
+    code[0, 16] = 0b00_10_00_00  # 16 on, the other bits of the same word
+    code[1, 255] = 0b00_01_00_00  # input 224 + 16 + 15: position 7 of word 15
+    high, low = _pack(code, 128).digits_SHBN16[1, :, 0]
+    assert high[0, 0] == 0b11
+    assert low[0, 0] == 0b01
+    assert high[1, 15] == 0
+    assert low[1, 15] == -(2**15)
+    assert high.count_nonzero() + low.count_nonzero() == 3
 
 
 @pytest.mark.parametrize(
@@ -44,7 +56,7 @@ def test_codes_come_back(rows: int, inputs: int, group_size: int) -> None:
 def test_fewer_slices_are_a_prefix(slices: int, widths: int) -> None:
     code = torch.randint(0, 256, (5, 256), dtype=torch.uint8)
     few, all_ = _pack(code, 128, slices), _pack(code, 128)
-    assert torch.equal(few.digits_SBN32, all_.digits_SBN32[:slices])
+    assert torch.equal(few.digits_SHBN16, all_.digits_SHBN16[:slices])
     assert few.gain_bias_WN.shape == (widths, 128)
     kept = 0xFF << (8 - 2 * slices) & 0xFF
     assert torch.equal(unpack_digits(few), code & kept)
@@ -75,7 +87,7 @@ def test_joined_linears_come_back_one_by_one() -> None:
     assert joined.starts == (0, 128, 384, 512)
     for number, code in enumerate(codes):
         part = part_of(joined, number)
-        assert part.digits_SBN32.untyped_storage().data_ptr() == joined.digits_SBN32.data_ptr()
+        assert part.digits_SHBN16.untyped_storage().data_ptr() == joined.digits_SHBN16.data_ptr()
         assert torch.equal(unpack_digits(part), code)
         assert torch.equal(part.scale_zero_GN, alone[number].scale_zero_GN)
         assert torch.equal(part.gain_bias_WN, alone[number].gain_bias_WN)

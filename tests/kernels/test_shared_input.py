@@ -198,11 +198,11 @@ def test_prompts_and_the_state_come_from_what_is_joined() -> None:
     # All three were packed, and none keeps its planes beside that.
     assert all(linear.get_buffer("plane_0").numel() == 0 for linear in linears)
     assert _same([linears[1](many)], [linears[1](many.float())])
-    place = linears[0].shared.digits(0).digits_SBN32.data_ptr()
+    place = linears[0].shared.digits(0).digits_SHBN16.data_ptr()
     for linear, before in zip(linears, state, strict=True):
         assert all(torch.equal(v, before[k]) for k, v in linear.state_dict().items())
     # What a captured graph reads is where it was.
-    assert linears[0].shared.digits(0).digits_SBN32.data_ptr() == place
+    assert linears[0].shared.digits(0).digits_SHBN16.data_ptr() == place
     assert _same([linear(few) for linear in linears], [linear(few.float()) for linear in linears])
     # Of some that are joined one is made of planes again; the others go on.
     linears[1].load_state_dict(state[1])

@@ -46,6 +46,14 @@ def test_loads_are_wide_and_digits_meet_matrix_units(compiled: dict[str, Any]) -
         assert kernel["matrix"] > 0, name
 
 
+def test_three_bits_read_less_than_four(compiled: dict[str, Any]) -> None:
+    found = {n: k for n, k in compiled["uniform"].items() if n.endswith(" tokens, 3 bits")}
+    assert found
+    for name, three in found.items():
+        four = compiled["uniform"][name.replace("3 bits", "4 bits")]
+        assert three["wide_loads"] < four["wide_loads"], name
+
+
 def test_dequantizing_waits_for_memory_only(compiled: dict[str, Any]) -> None:
     for name, kernel in compiled["dequantizing"].items():
         assert kernel["stack_bytes"] == 0, f"{name} spills"

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from mbq.kernels.digits import join_digits, pack_digits
+from mbq.kernels.digits import join_digits, pack_digits, position
 from mbq.kernels.quantize import pack_pair
 from mbq.kernels.reference import routed_linear
 from mbq.kernels.triton_mixed import multiply_mixed
 from mbq.kernels.triton_prepare import digit_bit, prepare
-from mbq.kernels.triton_tiles import Tile, assembly
+from mbq.kernels.triton_tiles import ODD, REJOINING, Tile, assembly
 from mbq.kernels.widths import WIDTHS
 from tests.support.ptx import emulate
 from tests.support.weights import error, random_weight
@@ -126,3 +126,25 @@ def test_assembly_makes_digits(position: int, selector: int) -> None:
     made = emulate(body, {"$1": word, "$2": mask, "$3": magic})["$0"].view(np.float16)
     digit = (word.view(np.uint16) >> np.uint16(2 * position)) & np.uint16(selector)
     assert np.array_equal(made.astype(np.float64), 2.0 ** (10 - bit) + digit)
+
+
+def test_assembly_puts_the_second_slice_together() -> None:
+    rng = np.random.default_rng(0)
+    digits = rng.integers(0, 256, (1, 256), dtype=np.uint8) & 0b00_11_00_00
+    pair = pack_pair(torch.ones(1, 2), torch.zeros(1, 2))
+    gain_bias = pack_pair(torch.ones(5, 1), torch.zeros(5, 1))
+    packed = pack_digits(torch.from_numpy(digits), pair, gain_bias, 4)
+    high, low = (plane[0, 0].numpy().view(np.uint32) for plane in packed.digits_SHBN16[1])
+    for late in (0, 1):
+        shift, odd = (
+            np.full_like(high, v) for v in (late * 0x10001, (ODD.value & 0xFFFF) * 0x10001)
+        )
+        registers = {"$1": high, "$2": low, "$3": shift, "$4": odd}
+        words = emulate(REJOINING.value, registers)["$0"].view(np.uint16)
+        for c in range(8):
+            found = words >> np.uint16(2 * position(c)) & np.uint16(3)
+            inputs = slice(32 * c + 16 * late, 32 * c + 16 * late + 16)
+            assert np.array_equal(found << 4, digits[0, inputs])
+    # Other slices' words are left as they are.
+    registers |= {"$3": np.zeros_like(high), "$4": np.full_like(high, 0xFFFFFFFF)}
+    assert np.array_equal(emulate(REJOINING.value, registers)["$0"], high)

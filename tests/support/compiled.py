@@ -29,6 +29,7 @@ from mbq.kernels.widths import WIDTHS, slices_of
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 POINTERS = {
     "x_ptr": "*fp16",
+    "late_ptr": "*i16",
     "digits_ptr": "*i16",
     "out_ptr": "*bf16",
     "trunk_ptr": "*fp16",
@@ -44,7 +45,7 @@ ALIGNED = (
     "padded_inputs",
     "x_stride",
     "rows",
-    "slice_stride",
+    "plane_stride",
     "block_stride",
     "group_stride",
     "gain_stride",
@@ -61,7 +62,7 @@ def main() -> None:
             name = f"sm_{architecture}, {tokens} tokens"
             if tokens < 64:
                 mixed[name] = build_mixed(architecture, tokens, 2)
-            for bits in (2, 4, 8, 0):
+            for bits in (2, 3, 4, 8, 0):
                 made = build_uniform(architecture, tokens, 2, bits)
                 uniform[f"{name}, {bits or 'any'} bits"] = made
         for bits in (2, 4):

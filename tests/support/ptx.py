@@ -7,7 +7,7 @@ Register = NDArray[np.uint32]
 
 
 def emulate(body: str, registers: dict[str, Register]) -> dict[str, Register]:
-    """What an assembly string leaves in registers: shl, shr, mov, and, prmt and lop3, no more."""
+    """What an assembly string leaves in registers: shl, shr, shf, mov, and, prmt, lop3."""
     held = dict(registers)
     shape = next(iter(registers.values()))
 
@@ -24,6 +24,8 @@ def emulate(body: str, registers: dict[str, Register]) -> dict[str, Register]:
             held[target] = value(operands[0]) << np.uint32(int(operands[1]))
         elif operation == "shr.u32":
             held[target] = value(operands[0]) >> np.uint32(int(operands[1]))
+        elif operation in ("shf.l.wrap.b32", "shf.r.wrap.b32"):
+            held[target] = _shf(*map(value, operands), left=operation[4] == "l")
         elif operation == "mov.b32":
             held[target] = value(operands[0])
         elif operation == "prmt.b32":
@@ -35,6 +37,14 @@ def emulate(body: str, registers: dict[str, Register]) -> dict[str, Register]:
             *sources, table = operands
             held[target] = _lop3(*map(value, sources), table=int(table, 0))
     return held
+
+
+def _shf(low: Register, high: Register, by: Register, left: bool) -> Register:
+    """64 bits shifted by the five low bits of `by`: the high half to the left, or the low half."""
+    together = high.astype(np.uint64) << np.uint64(32) | low
+    by = by.astype(np.uint64) & np.uint64(31)
+    made = together << by >> np.uint64(32) if left else together >> by
+    return made.astype(np.uint32)
 
 
 def _prmt(a: Register, b: Register, selector: Register) -> Register:
