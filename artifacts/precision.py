@@ -64,10 +64,11 @@ def realised_bits(model: PreTrainedModel) -> float:
         InputError: none has passed.
     """
     linears = elastic_linears(model)
-    passed = sum(linear.tokens * linear.weights for linear in linears)
+    tallies = [linear.tally for linear in linears]
+    passed = sum(tokens * linear.weights for linear, (tokens, _) in zip(linears, tallies, strict=True))
     if not passed:
         raise InputError("no token has been processed since the width was last set")
-    read = sum(linear.bits_read * linear.weights for linear in linears)
+    read = sum(bits * linear.weights for linear, (_, bits) in zip(linears, tallies, strict=True))
     return read / passed
 
 

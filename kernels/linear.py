@@ -78,14 +78,10 @@ class ElasticLinear(nn.Module):
         self.shared, self.number = shared, number
 
     @property
-    def tokens(self) -> int:
-        """Tokens that passed since the tally was reset."""
-        return self._tokens + self.shared.tally(self.number)[0]
-
-    @property
-    def bits_read(self) -> int:
-        """The sum of the bits that they read of each weight."""
-        return int(self._bits_read) + self.shared.tally(self.number)[1]
+    def tally(self) -> tuple[int, int]:
+        """Tokens that passed since it was reset, and the sum of the bits they read of a weight."""
+        tokens, bits_read = self.shared.tally(self.number)
+        return self._tokens + tokens, int(self._bits_read) + bits_read
 
     def reset_tally(self) -> None:
         """Forget how many bits were read."""

@@ -100,8 +100,8 @@ def _counted(model: Model, make: Callable[[int], nn.Module]) -> VariantBlocks:
             yield block
             names = {module: name for name, module in block.named_modules()}
             for linear in elastic_linears(block):
-                read = linear.bits_read / linear.tokens
-                linear_bits[block_prefix(index) + names[linear]] = read
+                tokens, bits_read = linear.tally
+                linear_bits[block_prefix(index) + names[linear]] = bits_read / tokens
 
     return VariantBlocks(model, blocks(), linear_bits)
 

@@ -294,6 +294,29 @@ def test_the_head_lets_nobody_in_without_its_token(user: User, undisturbed: str)
         urllib.request.urlopen(f"{found['address']}/api/jobs/", timeout=10)
 
 
+def test_prometheus_sees_how_far_a_run_is(user: User, undisturbed: str, tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    run = user.submit(store)
+    head = find_head(user.home / "head")
+    assert head is not None
+    discovery = Path(head.session_folder) / "prom_metrics_service_discovery.json"
+    label = f'run="{run}"'
+
+    def exported() -> set[str]:
+        """Names of the run's metrics at all of the cluster's endpoints."""
+        names = set()
+        for service in json.loads(discovery.read_text()):
+            for target in service["targets"]:
+                with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+                    lines = answer.read().decode().splitlines()
+                names |= {line.split("{")[0] for line in lines if label in line}
+        return names
+
+    quantities = ("blocks_done", "block_seconds", "block_loss", "bytes_stored")
+    _until(lambda: exported() >= {f"ray_mbq_{quantity}" for quantity in quantities})
+    assert user.finish(store, run) == undisturbed
+
+
 def test_a_task_that_fails_is_named(user: User, undisturbed: str, tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     run = user.submit(store, "--set", "optimisation.gain_rate=1e30")

@@ -92,7 +92,7 @@ def test_what_is_expected_is_what_is_read(finished_run: Any) -> None:
     routed = RoutedModel(opened.model, lambda: blocks, precision, opened.router_weights)
     earned, hidden = run_settings(routed, ids, 2, [Setting(8, 3.0, threshold)])
     linears = [linear for block in blocks for linear in elastic_linears(block)]
-    read = sum(linear.bits_read * linear.weights for linear in linears)
-    passed = sum(linear.tokens * linear.weights for linear in linears)
+    read = sum(linear.tally[1] * linear.weights for linear in linears)
+    passed = sum(linear.tally[0] * linear.weights for linear in linears)
     assert read / passed == pytest.approx(realised_bits(earned[0], threshold, 8), abs=2e-3)
     assert torch.isfinite(hidden[0]).all()
