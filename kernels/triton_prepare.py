@@ -11,7 +11,9 @@ steps each linear takes through its slices. Widths are the same for all tokens, 
 here by the router of the input (`router.py`; judged by `reference.route`), so that the host learns
 nothing of them: a launch captured in a graph follows whatever its thresholds are set to later.
 
-One program prepares one token. Where tokens may differ the last one to finish counts the steps.
+One program prepares one token. It asks for what its router reads before it waits for anything:
+memory takes longer to answer than the rest takes. Where tokens may differ the last program to
+finish counts the steps.
 
 Legend: N out_features, K in_features, K' padded to a multiple of 256, T tokens, T' padded, G
 groups, L linears of one input, E extra widths, H rows of the trunk, F features (H + 2).
@@ -31,8 +33,9 @@ from mbq.kernels.widths import SLICE_BITS
 MAX_TOKENS = 64
 _MOST_TOKENS = tl.constexpr(MAX_TOKENS)
 _LANES = tl.constexpr(4)
-# Above this many inputs a program of 8 warps would not hold a token in registers.
-_WIDE_INPUTS = 16384
+# Above this many inputs a program takes 16 warps instead of 8 to hold a token in registers, and has
+# no room for a router's trunk beside it.
+_WIDE_INPUTS = 8192
 
 
 position_of = triton.constexpr_function(position)
@@ -73,38 +76,62 @@ class Prepared:
 
 
 @triton.jit
+def _trunk_row(h: tl.constexpr, at, trunk_ptr, in_features):
+    return tl.load(trunk_ptr + h * in_features + at, mask=at < in_features, other=0.0)
+
+
+@triton.jit
 def _scored_bits(
-    x, square, at, trunk_ptr, offset_ptr, head_ptr, threshold_ptr, in_features,
+    x16, unscale, at, rows, trunk_ptr, offset_ptr, head_ptr, threshold_ptr, in_features,
     CHUNKS: tl.constexpr, LINEARS: tl.constexpr, EXTRA: tl.constexpr, HIDDEN: tl.constexpr,
     FEATURES: tl.constexpr,
 ):  # fmt: skip
-    """Bits that a router gives one token in each linear: int32, a lane per linear."""
-    f = tl.arange(0, FEATURES)
-    inverse = tl.rsqrt(square)
-    # All rows are summed over the program at once: each such sum makes its warps wait.
-    products = tl.zeros((CHUNKS, FEATURES), dtype=tl.float32)
-    for h in tl.static_range(HIDDEN):
-        row = tl.load(trunk_ptr + h * in_features + at, mask=at < in_features, other=0.0)
-        product = tl.sum(x * row.to(tl.float32), axis=1)
-        products = tl.where(f[None, :] == h, product[:, None], products)
-    offset = tl.load(offset_ptr + f, mask=f < HIDDEN, other=0.0)
-    hidden = tl.sum(products, axis=0) * inverse + offset
-    feature = tl.where(f < HIDDEN, hidden / (1.0 + tl.exp(-hidden)), 0.0)
-    feature = tl.where(f == HIDDEN, tl.log(square), feature)
-    feature = tl.where(f == HIDDEN + 1, 1.0, feature)
+    """Bits that a router gives one token in each linear: int32, a lane per linear.
+
+    `rows` are the first of its trunk, those that were asked for already.
+    """
     e, linear = tl.arange(0, _LANES)[:, None], tl.arange(0, _LANES)[None, :]
     there = (e < EXTRA) & (linear < LINEARS)
     gate = e * LINEARS + linear
+    gate_ptr = head_ptr + gate * (HIDDEN + 2)
+    f = tl.arange(0, FEATURES)
+    offset = tl.load(offset_ptr + f, mask=f < HIDDEN, other=0.0)
     head = tl.load(
-        head_ptr + gate[:, :, None] * (HIDDEN + 2) + f[None, None, :],
-        mask=there[:, :, None] & (f[None, None, :] < HIDDEN + 2),
+        gate_ptr[:, :, None] + f[None, None, :],
+        mask=there[:, :, None] & (f < HIDDEN)[None, None, :],
         other=0.0,
     )
-    score = tl.sum(head * feature[None, None, :], axis=2)
-    opened = there & (score >= tl.load(threshold_ptr + gate, mask=there, other=0.0))
+    threshold = tl.load(threshold_ptr + gate, mask=there, other=0.0)
+    of_square = tl.load(gate_ptr + HIDDEN, mask=there, other=0.0)
+    constant = tl.load(gate_ptr + HIDDEN + 1, mask=there, other=0.0)
+    squares = tl.sum(x16.to(tl.float32) * x16.to(tl.float32), axis=1)
+    square = tl.maximum(tl.sum(squares, axis=0) / in_features * unscale * unscale, 1e-30)
+    score = constant + of_square * tl.log(square)
+    # All rows are summed over the program at once: each such sum makes its warps wait.
+    products = tl.zeros((CHUNKS, FEATURES), dtype=tl.float32)
+    for h in tl.static_range(HIDDEN):
+        row = rows[h] if h < len(rows) else _trunk_row(h, at, trunk_ptr, in_features)
+        product = tl.sum(row.to(tl.float32) * x16.to(tl.float32), axis=1)
+        products = tl.where(f[None, :] == h, product[:, None], products)
+    hidden = tl.sum(products, axis=0) * (unscale * tl.rsqrt(square)) + offset
+    feature = hidden / (1.0 + tl.exp(-hidden))
+    score += tl.sum(head * feature[None, None, :], axis=2)
     # Nested: what counts is the first gate that is closed.
-    taken = tl.min(tl.where(opened, EXTRA, e), axis=0)
+    taken = tl.min(tl.where(there & (score >= threshold), EXTRA, e), axis=0)
     return tl.where(taken <= 2, 2 + taken, 2 * taken)
+
+
+@triton.jit
+def _group_sums(x16, CHUNKS: tl.constexpr, GROUP_CHUNKS: tl.constexpr):
+    """Per group, the sum of a token, and the sum weighted by the biases of digits."""
+    chunk = tl.arange(0, CHUNKS)
+    bias = tl.zeros((CHUNKS,), tl.float32)
+    for c in tl.static_range(8):
+        bias = tl.where(chunk % 8 == c, 1 << (10 - digit_bit(position_of(c))), bias)
+    chunk_sum = tl.sum(x16.to(tl.float32), axis=1)
+    shape: tl.constexpr = (CHUNKS // GROUP_CHUNKS, GROUP_CHUNKS)
+    sums = tl.sum(tl.reshape(chunk_sum, shape), axis=1)
+    return sums, tl.sum(tl.reshape(chunk_sum * bias, shape), axis=1)
 
 
 # Fewer variants to compile: these need no alignment.
@@ -123,64 +150,64 @@ def _prepare_kernel(
     uniform, x_stride, given_linear_stride, given_token_stride,
     in_features, padded_inputs, groups, padded_tokens,
     CHUNKS: tl.constexpr, GROUP_CHUNKS: tl.constexpr, LINEARS: tl.constexpr, GIVEN: tl.constexpr,
-    EXTRA: tl.constexpr, HIDDEN: tl.constexpr, FEATURES: tl.constexpr, TALLIED: tl.constexpr,
-    MIXED: tl.constexpr,
+    EXTRA: tl.constexpr, HIDDEN: tl.constexpr, FEATURES: tl.constexpr, AHEAD: tl.constexpr,
+    TALLIED: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    chunk = tl.arange(0, CHUNKS)
-    at = chunk[:, None] * 32 + tl.arange(0, 32)[None, :]
+    at = tl.arange(0, CHUNKS)[:, None] * 32 + tl.arange(0, 32)[None, :]
     x = tl.load(x_ptr + token * x_stride + at, mask=at < in_features, other=0.0).to(tl.float32)
-    largest = tl.max(tl.max(tl.abs(x), axis=1), axis=0)
-    exponent = largest.to(tl.int32, bitcast=True) >> 23
-    exponent = tl.minimum(tl.maximum(exponent, 11), 254)
-    scale = ((264 - exponent) << 23).to(tl.float32, bitcast=True)
-    tl.store(unscale_ptr + token, ((exponent - 10) << 23).to(tl.float32, bitcast=True))
-    x16 = (x * scale).to(tl.float16)
-    tl.store(x16_ptr + token * padded_inputs + at, x16, mask=at < padded_inputs)
-    chunk_sum = tl.sum(x16.to(tl.float32), axis=1)
-    bias = tl.zeros((CHUNKS,), tl.float32)
-    for c in tl.static_range(8):
-        bias = tl.where(chunk % 8 == c, 1 << (10 - digit_bit(position_of(c))), bias)
-    biased = chunk_sum * bias
-    GROUPS: tl.constexpr = CHUNKS // GROUP_CHUNKS
-    group = tl.arange(0, GROUPS)
-    sums = tl.sum(tl.reshape(chunk_sum, (GROUPS, GROUP_CHUNKS)), axis=1)
-    bias_sums = tl.sum(tl.reshape(biased, (GROUPS, GROUP_CHUNKS)), axis=1)
-    tl.store(sum_ptr + group * padded_tokens + token, sums, mask=group < groups)
-    tl.store(bias_sum_ptr + group * padded_tokens + token, bias_sums, mask=group < groups)
 
     linear = tl.arange(0, _LANES)
     there = linear < LINEARS
     if EXTRA > 0:
-        square = tl.sum(tl.sum(x * x, axis=1), axis=0) / in_features
-        bits = _scored_bits(
-            x, tl.maximum(square, 1e-30), at, trunk_ptr, offset_ptr, head_ptr, threshold_ptr,
-            in_features, CHUNKS, LINEARS, EXTRA, HIDDEN, FEATURES,
-        )  # fmt: skip
+        # Asked for before the first sum over the program, for which its warps wait.
+        rows = ()
+        for h in tl.static_range(AHEAD):
+            rows += (_trunk_row(h, at, trunk_ptr, in_features),)  # type: ignore[assignment]
     elif GIVEN:
         given_at = linear * given_linear_stride + token * given_token_stride
         bits = tl.load(given_ptr + given_at, mask=there, other=2).to(tl.int32)
     else:
         bits = tl.full((_LANES,), 0, tl.int32) + uniform
+
+    largest = tl.max(tl.max(tl.abs(x), axis=1), axis=0)
+    exponent = largest.to(tl.int32, bitcast=True) >> 23
+    exponent = tl.minimum(tl.maximum(exponent, 11), 254)
+    scale = ((264 - exponent) << 23).to(tl.float32, bitcast=True)
+    unscale = ((exponent - 10) << 23).to(tl.float32, bitcast=True)
+    x16 = (x * scale).to(tl.float16)
+
+    if EXTRA > 0:
+        bits = _scored_bits(
+            x16, unscale, at, rows, trunk_ptr, offset_ptr, head_ptr, threshold_ptr, in_features,
+            CHUNKS, LINEARS, EXTRA, HIDDEN, FEATURES,
+        )  # fmt: skip
     tl.store(bits_ptr + linear * padded_tokens + token, bits, mask=there)
     if TALLIED:
         tl.atomic_add(tally_ptr + linear, 1, mask=there, sem="relaxed")
         tl.atomic_add(tally_ptr + LINEARS + linear, bits.to(tl.int64), mask=there, sem="relaxed")
+
+    tl.store(unscale_ptr + token, unscale)
+    tl.store(x16_ptr + token * padded_inputs + at, x16, mask=at < padded_inputs)
+    group = tl.arange(0, CHUNKS // GROUP_CHUNKS)
+    sums, bias_sums = _group_sums(x16, CHUNKS, GROUP_CHUNKS)
+    tl.store(sum_ptr + group * padded_tokens + token, sums, mask=group < groups)
+    tl.store(bias_sum_ptr + group * padded_tokens + token, bias_sums, mask=group < groups)
 
     finished = False
     if MIXED:
         tl.debug_barrier()
         finished = tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1
     if finished:
-        tokens = tl.num_programs(0)
-        t = tl.arange(0, _MOST_TOKENS)
-        for one in tl.static_range(LINEARS):
-            bits_at = bits_ptr + one * padded_tokens + t
-            all_bits = tl.load(bits_at, mask=t < tokens, other=2, cache_modifier=".cg")
-            tl.store(bits_at, all_bits, mask=(t >= tokens) & (t < padded_tokens))
-            halved = tl.max((all_bits == 3).to(tl.int32), axis=0)
-            tl.store(steps_ptr + 2 * one, tl.max(all_bits, axis=0) // 2 + halved)
-            tl.store(steps_ptr + 2 * one + 1, halved)
+        t = tl.arange(0, _MOST_TOKENS)[None, :]
+        bits_at = bits_ptr + linear[:, None] * padded_tokens + t
+        given = there[:, None] & (t < tl.num_programs(0))
+        padding = there[:, None] & (t >= tl.num_programs(0)) & (t < padded_tokens)
+        all_bits = tl.load(bits_at, mask=given, other=2, cache_modifier=".cg")
+        tl.store(bits_at, all_bits, mask=padding)
+        halved = tl.max((all_bits == 3).to(tl.int32), axis=1)
+        tl.store(steps_ptr + 2 * linear, tl.max(all_bits, axis=1) // 2 + halved, mask=there)
+        tl.store(steps_ptr + 2 * linear + 1, halved, mask=there)
         tl.store(arrived_ptr, 0)
 
 
@@ -229,6 +256,7 @@ def prepare(
     )
     hidden = 0 if gates is None else len(gates.trunk_HK)
     chunks = _power_of_2(padded_inputs // 32)
+    wide = padded_inputs > _WIDE_INPUTS
     _prepare_kernel[(tokens,)](
         x_TK, given, *_pointers(gates), made.x_TK, made.sum_GT, made.bias_sum_GT, made.unscale_T,
         made.bits_LT, made.steps_L2, zeros(x_TK.device, "prepare", 1), tally,
@@ -237,8 +265,8 @@ def prepare(
         inputs, padded_inputs, groups, padded,
         CHUNKS=chunks, GROUP_CHUNKS=group_size // 32, LINEARS=linears, GIVEN=given is not None,
         EXTRA=0 if gates is None else len(gates.threshold_EL), HIDDEN=hidden,
-        FEATURES=_power_of_2(hidden + 2), TALLIED=tally is not None, MIXED=mixed,
-        num_warps=8 if padded_inputs <= _WIDE_INPUTS else 16,
+        FEATURES=_power_of_2(max(hidden, 1)), AHEAD=min(hidden, 1) if wide else hidden,
+        TALLIED=tally is not None, MIXED=mixed, num_warps=16 if wide else 8,
     )  # fmt: skip
     return made
 

@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 from mbq.kernels import dispatch
 from mbq.kernels.triton_dequantize import _ROWS, _WARPS, _dequantize_kernel
 from mbq.kernels.triton_mixed import MOST_TILE_TOKENS, _mixed_kernel
-from mbq.kernels.triton_prepare import _prepare_kernel
+from mbq.kernels.triton_prepare import _WIDE_INPUTS, _prepare_kernel
 from mbq.kernels.triton_tiles import Tile
 from mbq.kernels.triton_uniform import _uniform_kernel
 from mbq.kernels.widths import WIDTHS, slices_of
@@ -76,7 +76,7 @@ def main() -> None:
         for bits in WIDTHS:
             name = f"sm_{architecture}, {bits} bits"
             dequantizing[name] = build_dequantizing(architecture, bits)
-        for inputs in (4096, 11008, 14336):
+        for inputs in (4096, 5120, 14336):
             preparing[f"sm_{architecture}, {inputs} inputs"] = build_preparing(architecture, inputs)
     document = {
         "triton": triton.__version__,
@@ -143,18 +143,20 @@ def build_dequantizing(architecture: int, bits: int) -> dict[str, Any]:
 
 def build_preparing(architecture: int, inputs: int) -> dict[str, Any]:
     """A router of 8 rows that decides for three linears."""
+    rows, warps = 8, 8 if inputs <= _WIDE_INPUTS else 16
     constants = {
         "CHUNKS": triton.next_power_of_2(inputs // 32),
         "GROUP_CHUNKS": 4,
         "LINEARS": 3,
         "GIVEN": False,
         "EXTRA": 4,
-        "HIDDEN": 8,
-        "FEATURES": 16,
+        "HIDDEN": rows,
+        "FEATURES": rows,
+        "AHEAD": rows if inputs <= _WIDE_INPUTS else 1,
         "TALLIED": True,
         "MIXED": True,
     }
-    made = _compile(_prepare_kernel, constants, architecture, 8)
+    made = _compile(_prepare_kernel, constants, architecture, warps)
     assembly = made.pop("assembly")
     return made | {"instructions": len(_INSTRUCTION.findall(assembly))}
 
