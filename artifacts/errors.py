@@ -53,5 +53,11 @@ class ClusterError(MbqError):
 
 
 def first_line(error: BaseException) -> str:
-    """What a foreign error says, in one line; its name if it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """What a foreign error says, in one line; its name if it says nothing.
+
+    The second line belongs to a first that announces it.
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[1]}"
+    return lines[0] if lines else type(error).__name__

@@ -63,12 +63,13 @@ def realised_bits(model: PreTrainedModel) -> float:
     Raises:
         InputError: none has passed.
     """
-    linears = elastic_linears(model)
-    tallies = [linear.tally for linear in linears]
-    passed = sum(tokens * linear.weights for linear, (tokens, _) in zip(linears, tallies, strict=True))
+    passed = read = 0
+    for linear in elastic_linears(model):
+        tokens, bits_read = linear.tally
+        passed += tokens * linear.weights
+        read += bits_read * linear.weights
     if not passed:
         raise InputError("no token has been processed since the width was last set")
-    read = sum(bits * linear.weights for linear, (_, bits) in zip(linears, tallies, strict=True))
     return read / passed
 
 

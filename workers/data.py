@@ -140,7 +140,7 @@ def sample_tokens(source: Source) -> Tokens:
     """The sample text as one sequence [1, n]."""
     ids = _start(source) + _tokenizer(source).encode(SAMPLE_TEXT, add_special_tokens=False).ids
     longest = min(source.config.get("max_position_embeddings", _SAMPLE_TOKENS), _SAMPLE_TOKENS)
-    return np.asarray([ids[:longest]], dtype=np.int32)
+    return _known(np.asarray([ids[:longest]], dtype=np.int32), source)
 
 
 def _stream(
@@ -156,7 +156,18 @@ def _stream(
         count += len(ids)
         if count >= enough:
             break
-    return np.asarray([token for piece in pieces for token in piece], dtype=np.int32)
+    return _known(np.asarray([t for piece in pieces for t in piece], dtype=np.int32), source)
+
+
+def _known(tokens: Tokens, source: Source) -> Tokens:
+    """The same tokens, all of which the model has embeddings for."""
+    size = source.config["vocab_size"]
+    if tokens.size and tokens.max() >= size:
+        raise InputError(
+            f"model.source: the tokenizer of {source.location} gives token {tokens.max()}, the "
+            f"model has embeddings for {size:,}; fetch tokenizer and model from the same place"
+        )
+    return tokens
 
 
 def _tokenizer(source: Source) -> "Tokenizer":

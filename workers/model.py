@@ -20,6 +20,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from mbq.artifacts.checkpoint import block_prefix
+from mbq.artifacts.errors import InputError
 from mbq.artifacts.source import Source
 from mbq.artifacts.tensors import TensorFile
 from mbq.workers.tensors import read_tensor
@@ -141,12 +142,23 @@ class Model:
 
 
 def open_model(source: Source, dtype: torch.dtype, device: torch.device) -> Model:
-    """Build the modules without weights. Nothing but config.json is read."""
-    # Transformers writes into what it is given.
-    config = CONFIG_MAPPING[source.config["model_type"]].from_dict(copy.deepcopy(source.config))
-    config._attn_implementation = "sdpa"
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    """Build the modules without weights. Nothing but config.json is read.
+
+    Raises:
+        InputError: transformers cannot build what it describes.
+    """
+    try:
+        # Transformers writes into what it is given.
+        config = CONFIG_MAPPING[source.config["model_type"]].from_dict(copy.deepcopy(source.config))
+        config._attn_implementation = "sdpa"
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    except Exception as error:  # whatever a wrong value leads to
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputError(
+            f"model.source: transformers cannot build what config.json of {source.location} "
+            f"describes ({what}); fetch it again"
+        ) from error
     return Model(source, config, skeleton, dtype, device)
 
 

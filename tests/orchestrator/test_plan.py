@@ -1,23 +1,16 @@
 """What can start when, without a cluster."""
 
-import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
-from transformers import GemmaConfig, LlamaConfig, MixtralConfig
 
 from mbq.artifacts.checkpoint import Linear
 from mbq.artifacts.digests import Digest
 from mbq.artifacts.documents import RunDocument
-from mbq.artifacts.errors import InputError
-from mbq.artifacts.source import open_source
 from mbq.artifacts.spec_file import parse_spec
-from mbq.orchestrator.check import check_source
 from mbq.orchestrator.comparison import other_bits, settled_methods, variants
 from mbq.orchestrator.plan import (
     Plan,
@@ -244,84 +237,3 @@ def test_bits_beside_the_codes_count_everything_a_width_reads(tiny_document: Mak
     router = (8 * 4096 * 16 + 8 * 32 + 4 * 10 * 32) / 4096**2
     for variant, method in (("routed-3", "token"), ("learned-3", "norm"), ("shuffled-3", "norm")):
         assert other_bits(linears, spec, variant, method) == pytest.approx(elastic + router)
-
-
-@pytest.mark.parametrize(
-    ("kind", "model_changes", "spec_changes", "message"),
-    [
-        (MixtralConfig, {"num_local_experts": 2}, {}, "mixture of experts"),
-        (GemmaConfig, {"head_dim": 16}, {}, "model_type gemma is not supported; use one of llama"),
-        (
-            LlamaConfig,
-            {},
-            {"group_size": 64},
-            r"64 does not divide the 96 inputs of model\.layers\.0\.mlp\.down_proj; use 32",
-        ),
-    ],
-    ids=["experts", "gemma", "group"],
-)
-def test_models_that_cannot_be_quantized(
-    make_model: Callable[..., Path],
-    tiny_document: Make,
-    kind: type,
-    model_changes: dict[str, Any],
-    spec_changes: dict[str, Any],
-    message: str,
-) -> None:
-    source = open_source(str(make_model(kind, **model_changes)), "main")
-    with pytest.raises(InputError, match=message):
-        check_source(source, parse_spec(tiny_document(**spec_changes)))
-
-
-def test_sequences_longer_than_the_model(tiny_model: Path, tiny_document: Make) -> None:
-    text = tiny_document()["calibration"] | {"sequence_length": 129}
-    spec = parse_spec(tiny_document(calibration=text))
-    with pytest.raises(InputError, match=r"calibration\.sequence_length: 129 .* use at most 128"):
-        check_source(open_source(str(tiny_model), "main"), spec)
-
-
-@pytest.fixture
-def copy(tiny_model: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_model, tmp_path / "copy"))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"quantization_config": {"quant_method": "gptq"}}, "is quantized already"),
-        ({"num_hidden_layers": 4}, r"promises 4 blocks, the weights hold 3"),
-        ({"num_hidden_layers": 2}, r"promises 2 blocks, the weights hold 3"),
-        (
-            {"vocab_size": 321},
-            r"promises \[321, 64\] for model\.embed_tokens\.weight, the weights hold \[320, 64\]",
-        ),
-        (
-            {"head_dim": 32},
-            r"promises \[128, 64\] for model\.layers\.0\.self_attn\.q_proj\.weight, .* \[64, 64\]",
-        ),
-        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
-    ],
-    ids=["quantized", "more blocks", "fewer blocks", "vocabulary", "heads", "no heads"],
-)
-def test_configs_that_belong_to_other_weights(
-    copy: Path, tiny_document: Make, changes: dict[str, Any], message: str
-) -> None:
-    path = copy / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    with pytest.raises(InputError, match=message):
-        check_source(open_source(str(copy), "main"), parse_spec(tiny_document()))
-
-
-def test_weights_of_types_that_are_not_read(copy: Path, tiny_document: Make) -> None:
-    path = copy / "model.safetensors"
-    tensors = load_file(path)
-    name = "model.norm.weight"
-    save_file(tensors | {name: tensors[name].double()}, path, {"format": "pt"})
-    with pytest.raises(InputError, match=rf"stores {name} as F64; only F16, BF16, F32 are read"):
-        check_source(open_source(str(copy), "main"), parse_spec(tiny_document()))
-
-
-def test_pickled_weights_are_not_read(copy: Path, tiny_document: Make) -> None:
-    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
-    with pytest.raises(InputError, match=r"has no model\.safetensors; .* are not read"):
-        check_source(open_source(str(copy), "main"), parse_spec(tiny_document()))

@@ -1,6 +1,7 @@
 """From text to windows: which tokens, in which order, and when a text will not do."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +124,12 @@ def test_text_that_is_too_small(source: Source, tmp_path: Path) -> None:
         calibration_tokens(_calibration(dataset="text", files=files), source)
     with pytest.raises(InputError, match=r"evaluation\.sequence_length: two sequences of 16"):
         evaluation_tokens(_evaluation(dataset="text", files=files), source)
+
+
+def test_a_tokenizer_of_another_model(source: Source, text_file: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(source.location, tmp_path / "copy"))
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 100}))
+    text = _evaluation(dataset="text", files=(str(text_file),))
+    with pytest.raises(InputError, match=r"gives token \d+, the model has embeddings for 100"):
+        evaluation_tokens(text, open_source(str(folder), "main"))

@@ -1,5 +1,7 @@
 """Block by block must be exactly the full model."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from mbq.artifacts.errors import InputError
 from mbq.artifacts.source import open_source
 from mbq.workers.model import linears, open_model
 
@@ -54,3 +57,22 @@ def test_lists_the_linears_of_a_block(tiny_model: Path) -> None:
         *(f"self_attn.{n}_proj" for n in "qkvo"),
         *(f"mlp.{n}_proj" for n in ("gate", "up", "down")),
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "foo"}, "KeyError: 'foo'"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps"),
+        ({"rope_parameters": {"rope_type": "foo", "rope_theta": 1e4}}, "foo"),
+    ],
+    ids=["activation", "epsilon", "positions"],
+)
+def test_a_config_that_describes_no_model(
+    tiny_model: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "copy"))
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(InputError, match=f"config.json of .*copy describes .*{message}"):
+        open_model(open_source(str(folder), "main"), torch.float32, CPU)
