@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mbq.kernels.digits import BLOCK_INPUTS, Digits
 from mbq.kernels.triton_prepare import position_of
-from mbq.kernels.triton_tiles import digit_words, halves
+from mbq.kernels.triton_tiles import INTERPRETED, digit_words, halves
 from mbq.kernels.widths import WIDTHS, slices_of
 
 _ROWS = 32
@@ -30,16 +30,15 @@ def _dequantize_kernel(
     digits_ptr, scale_zero_ptr, gain_bias_ptr, out_ptr,
     out_features, in_features, plane_stride, block_stride, group_stride, gain_stride,
     BITS: tl.constexpr, SLICES: tl.constexpr, GAIN_ROW: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     j = tl.arange(0, 32)
     block_ptr = digits_ptr + block.to(tl.int64) * block_stride
+    late = (j // 16).to(tl.int16)[None, :]
     # Loaded before anything is stored: the compiler cannot know that the two do not overlap.
-    first, second, third, fourth = digit_words(
-        block_ptr, n, plane_stride, j // 16, BITS, SLICES, False
-    )
+    first, second, third, fourth = digit_words(block_ptr, n, plane_stride, late, BITS, SLICES, ASM)
     gain, _ = halves(tl.load(gain_bias_ptr + GAIN_ROW * gain_stride + n))
     for c in tl.static_range(8):
         at = 2 * position_of(c)
@@ -81,6 +80,7 @@ def dequantize_digits(weight: Digits, bits: int, dtype: torch.dtype) -> Tensor:
         out_features, weight.in_features, *weight.digits_SHBN16.stride()[1:3],
         weight.scale_zero_GN.stride(0), weight.gain_bias_WN.stride(0),
         BITS=bits, SLICES=slices_of(bits), GAIN_ROW=WIDTHS.index(bits),
-        BLOCK_GROUPS=BLOCK_INPUTS // weight.group_size, ROWS=_ROWS, num_warps=_WARPS,
+        BLOCK_GROUPS=BLOCK_INPUTS // weight.group_size, ROWS=_ROWS, ASM=not INTERPRETED,
+        num_warps=_WARPS,
     )  # fmt: skip
     return out

@@ -32,7 +32,7 @@ from torch import Tensor
 from mbq.kernels.digits import BLOCK_INPUTS, Digits
 from mbq.kernels.triton_prepare import Prepared, digit_bit, zeros
 
-_INTERPRETED = bool(triton.knobs.runtime.interpret)
+INTERPRETED = bool(triton.knobs.runtime.interpret)
 # So that the counters seldom grow.
 _COUNTERS = 4096
 
@@ -220,7 +220,7 @@ def launch(
         weight.gain_bias_WN, prepared.sum_GT, prepared.bias_sum_GT, prepared.unscale_T, *pointers,
         parts, counters, out, rows, blocks, padded_tokens, prepared.tokens, second, third,
         ROWS=tile.rows, TOKENS=width, SPLIT=tile.split, STAGES=tile.stages,
-        BLOCK_GROUPS=BLOCK_INPUTS // weight.group_size, ASM=not _INTERPRETED,
+        BLOCK_GROUPS=BLOCK_INPUTS // weight.group_size, ASM=not INTERPRETED,
         num_warps=tile.warps, **constants,
     )  # fmt: skip
     starts = zip(weight.starts, weight.out_features, strict=False)

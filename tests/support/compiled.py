@@ -135,6 +135,7 @@ def build_dequantizing(architecture: int, bits: int) -> dict[str, Any]:
         "GAIN_ROW": WIDTHS.index(bits),
         "BLOCK_GROUPS": 2,
         "ROWS": _ROWS,
+        "ASM": True,
     }
     made = _compile(_dequantize_kernel, constants, architecture, _WARPS)
     assembly = made.pop("assembly")
