@@ -41,6 +41,8 @@ _Measured = dict[str, dict[str, dict[str, list[int]]]]
 _PROGRAMS = 396
 # Tiles were measured for groups of this size; larger ones take no more registers.
 _MEASURED_GROUP = 128
+# A100 and Orin, H100, B200 and B300: the others have 99 KiB of shared memory for a program.
+_ROOMY = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
 # The first architecture that copies to shared memory in the background and multiplies bfloat16.
 _CAPABILITY = (8, 0)
 
@@ -135,14 +137,17 @@ def tile(
     kind: str,
 ) -> "triton_tiles.Tile":
     """How to cut a multiplication on a device."""
-    known = _measured(capability(device)) if device.type == "cuda" else {}
+    architecture = capability(device) if device.type == "cuda" else _CAPABILITY
+    known = _measured(architecture)
     rows = -(-out_features // ROW_MULTIPLE) * ROW_MULTIPLE
     blocks = -(-in_features // BLOCK_INPUTS)
     width = token_tile(tokens, kind)
     small = group_size < _MEASURED_GROUP
     shape = f"{rows} x {blocks * BLOCK_INPUTS}"
     found = None if small else known.get(kind, {}).get(shape, {}).get(str(width))
-    return triton_tiles.Tile(*found) if found else default_tile(rows, blocks, width, kind, small)
+    if found:
+        return triton_tiles.Tile(*found)
+    return default_tile(rows, blocks, width, kind, small, architecture)
 
 
 def token_tile(tokens: int, kind: str) -> int:
@@ -152,7 +157,12 @@ def token_tile(tokens: int, kind: str) -> int:
 
 
 def default_tile(
-    rows: int, blocks: int, width: int, kind: str, small_groups: bool
+    rows: int,
+    blocks: int,
+    width: int,
+    kind: str,
+    small_groups: bool,
+    architecture: tuple[int, int],
 ) -> "triton_tiles.Tile":
     """The rule of thumb, for shapes that were not measured: many warps, since they wait for loads.
 
@@ -162,13 +172,16 @@ def default_tile(
     wide = width > 32
     # Eight bits fill the registers, and so do sums that are restarted at every group.
     full = kind == str(CODE_BITS) if width <= 8 else small_groups
+    # There sums lie in tensor memory, which 128 rows of 64 tokens would overfill.
+    full |= wide and architecture[0] == 10
     cut = ROW_MULTIPLE // 2 if full else ROW_MULTIPLE
     # Of 64 tokens one program fills a multiprocessor, and parts are as large as codes.
     most = _PROGRAMS // 2 if wide else _PROGRAMS
     split = 1
     while split * 2 <= min(blocks, 16) and rows // cut * split * 2 <= most:
         split *= 2
-    return triton_tiles.Tile(cut, split, warps=8 if wide else 4, stages=2 if wide else 3)
+    stages = 2 if wide or architecture not in _ROOMY else 3
+    return triton_tiles.Tile(cut, split, warps=8 if wide else 4, stages=stages)
 
 
 @cache

@@ -10,6 +10,7 @@ width: replayed, it follows whatever width was set last.
 Legend: N out_features, K in_features, T tokens, L linears.
 """
 
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,8 @@ class SharedInput:
         self._linears = tuple(weakref.ref(linear) for linear in linears)
         self.router = router
         self._digits: Digits | None = None
+        # One thread makes the layout, others wait for it.
+        self._packing = threading.RLock()
         self._tally_2L: Tensor | None = None
         # One object, so that threads never meet the tensor of one and the products of another.
         self._waiting: tuple[weakref.ref[Tensor], dict[int, Tensor]] | None = None
@@ -82,10 +85,11 @@ class SharedInput:
 
     def digits(self, number: int) -> Digits:
         """The run-time layout of one linear."""
-        if not self.linears[number].packed:
-            self._packed()
-        assert self._digits is not None
-        return part_of(self._digits, number)
+        with self._packing:
+            if not self.linears[number].packed:
+                self._packed()
+            assert self._digits is not None
+            return part_of(self._digits, number)
 
     def tally(self, number: int) -> tuple[int, int]:
         """Tokens that one linear decoded, and the bits that they read."""
@@ -121,17 +125,15 @@ class SharedInput:
 
     def _packed(self) -> Digits:
         """All linears in the run-time layout; their planes, now in it, are let go."""
-        if self._digits is None or not all(linear.packed for linear in self.linears):
-            with torch.inference_mode(False), torch.no_grad():
-                parts = []
-                for number, linear in enumerate(self.linears):
-                    if linear.packed:
-                        assert self._digits is not None
-                        parts.append(part_of(self._digits, number))
-                    else:
-                        parts.append(linear.pack())
-                self._digits = join_digits(parts)
-        return self._digits
+        with self._packing:
+            if self._digits is None or not all(linear.packed for linear in self.linears):
+                with torch.inference_mode(False), torch.no_grad():
+                    parts = [
+                        self.digits(number) if linear.packed else linear.pack()
+                        for number, linear in enumerate(self.linears)
+                    ]
+                    self._digits = join_digits(parts)
+            return self._digits
 
     def _tally(self, device: torch.device) -> Tensor:
         if self._tally_2L is None or self._tally_2L.device != device:
@@ -141,12 +143,13 @@ class SharedInput:
         return self._tally_2L
 
     def __getstate__(self) -> dict[str, Any]:
-        # Weak references cannot be pickled. A copy begins to count anew.
-        fresh: dict[str, Any] = {"_waiting": None, "_tally_2L": None}
+        # Weak references and locks cannot be pickled. A copy begins to count anew.
+        fresh: dict[str, Any] = {"_waiting": None, "_tally_2L": None, "_packing": None}
         return self.__dict__ | fresh | {"_linears": self.linears}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._packing = threading.RLock()
         self._linears = tuple(weakref.ref(linear) for linear in state["_linears"])
 
 

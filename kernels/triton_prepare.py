@@ -33,8 +33,7 @@ from mbq.kernels.widths import SLICE_BITS
 MAX_TOKENS = 64
 _MOST_TOKENS = tl.constexpr(MAX_TOKENS)
 _LANES = tl.constexpr(4)
-# Above this many inputs a program takes 16 warps instead of 8 to hold a token in registers, and has
-# no room for a router's trunk beside it.
+# Above this many inputs a program takes 16 warps instead of 8 to hold a token in registers.
 _WIDE_INPUTS = 8192
 
 
@@ -265,10 +264,17 @@ def prepare(
         inputs, padded_inputs, groups, padded,
         CHUNKS=chunks, GROUP_CHUNKS=group_size // 32, LINEARS=linears, GIVEN=given is not None,
         EXTRA=0 if gates is None else len(gates.threshold_EL), HIDDEN=hidden,
-        FEATURES=_power_of_2(max(hidden, 1)), AHEAD=min(hidden, 1) if wide else hidden,
+        FEATURES=_power_of_2(max(hidden, 1)), AHEAD=min(hidden, rows_ahead(padded_inputs)),
         TALLIED=tally is not None, MIXED=mixed, num_warps=16 if wide else 8,
     )  # fmt: skip
     return made
+
+
+def rows_ahead(inputs: int) -> int:
+    """Rows of a router's trunk that registers hold beside a token."""
+    if inputs <= _WIDE_INPUTS:
+        return 8
+    return 1 if inputs <= 2 * _WIDE_INPUTS else 0
 
 
 def padded_tokens(tokens: int) -> int:

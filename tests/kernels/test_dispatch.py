@@ -22,7 +22,9 @@ FOLDER = Path(dispatch.__file__).parent
 def test_the_rule_of_thumb_leaves_work_for_every_program(
     rows: int, blocks: int, tokens: int, kind: str, small: bool
 ) -> None:
-    tile = dispatch.default_tile(rows, blocks, dispatch.token_tile(tokens, kind), kind, small)
+    tile = dispatch.default_tile(
+        rows, blocks, dispatch.token_tile(tokens, kind), kind, small, (9, 0)
+    )
     assert rows % tile.rows == 0
     assert 1 <= tile.split <= blocks
 

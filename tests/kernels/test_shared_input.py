@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from mbq.kernels import dispatch, triton_mixed, triton_prepare, triton_uniform
 from mbq.kernels.bitplanes import pack_planes
+from mbq.kernels.digits import Digits, unpack_digits
 from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.precision import Curve, Precision
 from mbq.kernels.quantize import pack_pair
@@ -285,3 +287,29 @@ def test_copies_stand_on_their_own(copied: Callable[[Any], Any]) -> None:
     linears[0].precision.set_bits(8)
     assert _same([linear(x) for linear in others[:3]], expected)
     assert others[0].shared is not linears[0].shared
+
+
+@torch.no_grad()
+def test_two_threads_that_come_first_pack_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    linears, _ = _linears(None)
+    codes = [unpack_digits(copy.deepcopy(linear).pack()) for linear in linears]
+    found: dict[int, torch.Tensor] = {}
+
+    def read(number: int) -> None:
+        found[number] = unpack_digits(linears[number].shared.digits(number))
+
+    second = threading.Thread(target=read, args=(2,))
+    pack = ElasticLinear.pack
+
+    def overtaken(linear: ElasticLinear) -> Digits:
+        packed = pack(linear)
+        if linear is linears[0]:
+            # It has to wait; one that did not would be through by then.
+            second.start()
+            second.join(timeout=0.5)
+        return packed
+
+    monkeypatch.setattr(ElasticLinear, "pack", overtaken)
+    read(0)
+    second.join()
+    assert all(torch.equal(found[number], codes[number]) for number in (0, 2))

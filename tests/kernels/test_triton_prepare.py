@@ -24,7 +24,15 @@ def _gates(width: int, inputs: int, linears: int, max_bits: int, log_threshold: 
 @pytest.mark.parametrize("log_threshold", [-8.0, -1.0, 0.3, 2.0, 8.0])
 @pytest.mark.parametrize(
     ("width", "linears", "max_bits", "inputs", "tokens"),
-    [(8, 3, 8, 256, 5), (5, 2, 8, 96, 17), (0, 1, 8, 384, 3), (8, 1, 4, 768, 1), (3, 3, 6, 32, 64)],
+    [
+        (8, 3, 8, 256, 5),
+        (5, 2, 8, 96, 17),
+        (0, 1, 8, 384, 3),
+        (8, 1, 4, 768, 1),
+        (3, 3, 6, 32, 64),
+        (11, 2, 8, 128, 2),
+        (3, 1, 8, 8256, 1),
+    ],
 )
 def test_the_router_equals_its_definition(
     width: int, linears: int, max_bits: int, inputs: int, tokens: int, log_threshold: float

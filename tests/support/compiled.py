@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 from mbq.kernels import dispatch
 from mbq.kernels.triton_dequantize import _ROWS, _WARPS, _dequantize_kernel
 from mbq.kernels.triton_mixed import MOST_TILE_TOKENS, _mixed_kernel
-from mbq.kernels.triton_prepare import _WIDE_INPUTS, _prepare_kernel
+from mbq.kernels.triton_prepare import _WIDE_INPUTS, _prepare_kernel, rows_ahead
 from mbq.kernels.triton_tiles import Tile
 from mbq.kernels.triton_uniform import _uniform_kernel
 from mbq.kernels.widths import WIDTHS, slices_of
@@ -56,7 +56,7 @@ _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(.*?);", re.MULTILINE)
 
 
 def main() -> None:
-    mixed, uniform, dequantizing, preparing = {}, {}, {}, {}
+    mixed, uniform, dequantizing, preparing, elsewhere = {}, {}, {}, {}, {}
     for architecture in (80, 90):
         for tokens in (8, 16, 64):
             name = f"sm_{architecture}, {tokens} tokens"
@@ -78,19 +78,27 @@ def main() -> None:
             dequantizing[name] = build_dequantizing(architecture, bits)
         for inputs in (4096, 5120, 14336):
             preparing[f"sm_{architecture}, {inputs} inputs"] = build_preparing(architecture, inputs)
+    # Those that have less shared memory, and those whose sums lie elsewhere, at the largest tiles.
+    for architecture in (89, 100, 120):
+        for tokens in (32, 64):
+            name = f"sm_{architecture}, {tokens} tokens, 8 bits"
+            elsewhere[name] = build_uniform(architecture, tokens, 2, 8)
+        name = f"sm_{architecture}, {MOST_TILE_TOKENS} tokens, mixed"
+        elsewhere[name] = build_mixed(architecture, MOST_TILE_TOKENS, 2)
     document = {
         "triton": triton.__version__,
         "mixed": mixed,
         "uniform": uniform,
         "dequantizing": dequantizing,
         "preparing": preparing,
+        "elsewhere": elsewhere,
     }
     print(json.dumps(document))
 
 
 def build_mixed(architecture: int, tokens: int, groups: int) -> dict[str, Any]:
     """The default tile of LLaMA-2-7B's gate and up; `instructions` are those per digit."""
-    tile = dispatch.default_tile(22016, 16, tokens, dispatch.MIXED, groups > 2)
+    tile = _tile(architecture, tokens, dispatch.MIXED, groups)
     return _multiplying(_mixed_kernel, {"BLOCK_GROUPS": groups}, architecture, tokens, tile)
 
 
@@ -99,9 +107,14 @@ def build_uniform(
 ) -> dict[str, Any]:
     """The same at one width; 0 for one that only the device knows, `instructions` per weight."""
     kind = dispatch.kind_of(False, bits or None)
-    tile = tile or dispatch.default_tile(22016, 16, tokens, kind, groups > 2)
+    tile = tile or _tile(architecture, tokens, kind, groups)
     constants = {"BITS": bits, "MOST_SLICES": 4, "BLOCK_GROUPS": groups}
     return _multiplying(_uniform_kernel, constants, architecture, tokens, tile)
+
+
+def _tile(architecture: int, tokens: int, kind: str, groups: int) -> Tile:
+    capability = divmod(architecture, 10)
+    return dispatch.default_tile(22016, 16, tokens, kind, groups > 2, capability)
 
 
 def _multiplying(
@@ -153,7 +166,7 @@ def build_preparing(architecture: int, inputs: int) -> dict[str, Any]:
         "EXTRA": 4,
         "HIDDEN": rows,
         "FEATURES": rows,
-        "AHEAD": rows if inputs <= _WIDE_INPUTS else 1,
+        "AHEAD": rows_ahead(inputs),
         "TALLIED": True,
         "MIXED": True,
     }
@@ -188,6 +201,8 @@ def _compile(
     return {
         "stack_bytes": int(stack[1]),
         "shared_bytes": compiled.metadata.shared,
+        # Of 512, where sums do not lie in registers.
+        "tensor_columns": getattr(compiled.metadata, "tmem_size", None) or 0,
         "assembly": assembly,
     }
 
