@@ -19,11 +19,12 @@ import re
 RUNS = "runs"
 BLOBS = "blobs"
 MANIFEST_FILE = "manifest.json"
+SPEC_FILE = "spec.json"
 _NAMES_BLOBS = re.compile(rf"{RUNS}/[^/]+/(spec\.json|blocks/[^/]+/record\.json)")
 
 
 def spec_key(run: str) -> str:
-    return f"{RUNS}/{run}/spec.json"
+    return f"{RUNS}/{run}/{SPEC_FILE}"
 
 
 def status_key(run: str) -> str:

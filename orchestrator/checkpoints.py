@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ def find_checkpoint(target: str, uri: str) -> Store:
         NotFoundError: there is no such run, or it has no checkpoint yet.
         InputError: several runs match, or the scheme is unknown.
     """
-    if not names_run(target) or Path(target).is_dir():
+    if not names_run(target) or _is_folder(target):
         return open_store(target)
     store, document = locate(target, uri)
     if store.stat(keys.manifest_key(document.run)) is None:
@@ -37,6 +38,11 @@ def find_checkpoint(target: str, uri: str) -> Store:
             "follows it"
         )
     return open_store(f"{store.uri}/{keys.checkpoint_prefix(document.run)}")
+
+
+def _is_folder(target: str) -> bool:
+    """Whether a name that could be a run's is that of a folder here, and not of a run's own."""
+    return os.path.isdir(target) and not os.path.isfile(f"{target}/{keys.SPEC_FILE}")
 
 
 def pull_patiently(

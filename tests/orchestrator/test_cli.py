@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -300,12 +301,19 @@ def test_bench_checks_a_run_and_a_folder(
     with contextlib.chdir(finished_run.checkpoint.parent):
         named = invoke("bench", finished_run.checkpoint.name, "--json")
     assert json.loads(named.stdout) == records
+    # A folder may be called as a run would be.
+    folder = tmp_path / "runs" / "mine"
+    shutil.copytree(finished_run.checkpoint, folder)
+    assert json.loads(invoke("bench", str(folder), "--json").stdout) == records
+    by_path = invoke("bench", f"{store}/runs/{run}", "--json")
+    assert json.loads(by_path.stdout) == records
 
 
 def test_eval_measures_every_stored_width(invoke: Callable[..., Result], finished_run: Any) -> None:
     store, run = str(finished_run.store.root), finished_run.document.run
-    result = invoke("eval", run, "--store", store, "--json")
-    assert [row["bits"] for row in json.loads(result.stdout)] == [2, 3, 4, 6, 8]
+    for target in ((run, "--store", store), (f"{store}/runs/{run}",)):
+        result = invoke("eval", *target, "--json")
+        assert [row["bits"] for row in json.loads(result.stdout)] == [2, 3, 4, 6, 8]
 
 
 def test_a_report_goes_where_it_is_told(

@@ -45,6 +45,7 @@ def test_pulls_and_verifies_by_any_name(
         (run, "--store", store),
         (run[:6], "--store", store),
         (f"{store}/runs/{run}",),
+        (f"{finished_run.store.root}/runs/{run}",),
         (f"{store}/runs/{run}/checkpoint",),
         (str(finished_run.checkpoint),),
     ]
