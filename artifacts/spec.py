@@ -275,13 +275,14 @@ class RunSpec(Document):
 def explain(
     error: ValidationError, remedy: Callable[[ErrorDetails, str], str] = lambda fault, field: ""
 ) -> str:
-    """The first fault of a document in one line.
+    """The first fault of a document in one line; a key that we do not know before all others.
 
     Args:
         remedy: what to add, given the fault and the field that it is in.
     """
     faults = error.errors(include_url=False, include_context=False)
-    fault = faults[0]
+    # A key that is misspelt is missing, too, and what is missing says nothing of the spelling.
+    fault = min(faults, key=lambda fault: fault["type"] != "extra_forbidden")
     # A list is set as a whole.
     parts = [str(part) for part in fault["loc"] if not isinstance(part, int)]
     field = ".".join(parts)[:_SHOWN_CHARACTERS]

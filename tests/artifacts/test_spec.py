@@ -81,6 +81,30 @@ def test_the_most_that_is_taken(tiny_document: Make) -> None:
     assert parse_spec(tiny_document(optimisation=clip)).optimisation.widths == (3, 2)
 
 
+@pytest.mark.parametrize(
+    ("key", "misspelt", "message"),
+    [
+        ("model", "modle", "modle: unknown key; did you mean model?"),
+        ("calibration", "calibraton", "calibraton: unknown key; did you mean calibration?"),
+        ("model.source", "sorce", "model.sorce: unknown key; did you mean source?"),
+        ("calibration.dataset", "datset", "calibration.datset: unknown key; did you mean dataset?"),
+    ],
+)
+def test_a_misspelt_key_is_named_before_the_one_that_is_missing(
+    tiny_document: Make, key: str, misspelt: str, message: str
+) -> None:
+    document = tiny_document()
+    *parents, last = key.split(".")
+    section = document
+    for parent in parents:
+        section[parent] = dict(section[parent])
+        section = section[parent]
+    section[misspelt] = section.pop(last)
+    with pytest.raises(InputError) as caught:
+        parse_spec(document)
+    assert str(caught.value).startswith(message)
+
+
 def test_a_missing_section_is_named(tiny_document: Make) -> None:
     document = tiny_document()
     del document["calibration"]
