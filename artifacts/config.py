@@ -7,13 +7,15 @@ share bits. Nothing that is read is believed unseen. A config that is cut to few
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from mbq.artifacts.checkpoint import PACKING, QUANT_METHOD, Linear, RouterShape, find_routers
-from mbq.artifacts.errors import CorruptError
+from mbq.artifacts.errors import CorruptError, NotFoundError
 from mbq.artifacts.spec import FORMAT_VERSION, Document, explain
+from mbq.artifacts.store import LocalStore
 
 CONFIG_FILE = "config.json"
 # The largest known has some hundred kilobytes.
@@ -132,6 +134,26 @@ def check_quantization(stored: Mapping[str, Any]) -> Quantization:
         return Quantization.model_validate(stored)
     except ValidationError as error:
         raise CorruptError(f"config.json: {explain(error)}; fetch it again") from error
+
+
+def folder_quantization(folder: Path) -> Quantization:
+    """Read `quantization_config` of the packed checkpoint in a folder here.
+
+    Raises:
+        NotFoundError: the folder holds no packed checkpoint.
+        CorruptError: its config.json is of another format, or nonsense.
+        StoreError: it cannot be read.
+    """
+    try:
+        config = LocalStore(folder).read(CONFIG_FILE, 0, MAX_CONFIG_BYTES + 1)
+    except NotFoundError as error:
+        raise NotFoundError(
+            f"{folder} holds no {CONFIG_FILE}; give the folder of a packed checkpoint"
+        ) from error
+    stored = read_config(config)
+    if stored is None:
+        raise NotFoundError(f"{folder} is not a checkpoint packed by mbq-cluster")
+    return stored
 
 
 def config_bits(config: bytes) -> int:

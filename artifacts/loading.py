@@ -28,9 +28,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mbq.artifacts.checkpoint import PACKING, QUANT_METHOD, RouterShape
-from mbq.artifacts.config import CONFIG_FILE, check_quantization, read_config
+from mbq.artifacts.config import check_quantization, folder_quantization
 from mbq.artifacts.elastic import add_routers, replace_linears
-from mbq.artifacts.errors import CorruptError, InputError, NotFoundError
+from mbq.artifacts.errors import CorruptError, InputError, first_line
 from mbq.artifacts.precision import realised_bits, set_average_bits, set_bits, set_policy
 from mbq.artifacts.spec import FORMAT_VERSION
 from mbq.kernels.precision import Precision
@@ -51,7 +51,8 @@ def load_model(
 
     Raises:
         NotFoundError: the folder is not a packed checkpoint.
-        CorruptError: a tensor is missing or of another kind, or the format is unknown.
+        CorruptError: a file or a tensor is missing or of another kind, or the format is unknown.
+        StoreError: config.json cannot be read.
         InputError: the width is not stored, two were given, or the path is a URI.
     """
     if bits is not None and average_bits is not None:
@@ -59,12 +60,7 @@ def load_model(
     if "://" in str(path):
         raise InputError(f"{path} is no folder here; `mbq-cluster pull {path} DIR`, then load DIR")
     path = Path(path).expanduser()
-    if not (path / CONFIG_FILE).is_file():
-        raise NotFoundError(
-            f"{path} holds no {CONFIG_FILE}; give the folder of a packed checkpoint"
-        )
-    if read_config((path / CONFIG_FILE).read_bytes()) is None:
-        raise NotFoundError(f"{path} is not a checkpoint packed by mbq-cluster")
+    folder_quantization(path)
     config = AutoConfig.from_pretrained(path)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -72,6 +68,10 @@ def load_model(
         )
     except RuntimeError as error:
         raise CorruptError(f"{path} holds tensors of other shapes ({error})"[:500]) from error
+    except OSError as error:
+        raise CorruptError(
+            f"{path} cannot be read ({first_line(error)}); fetch it again"
+        ) from error
     model: PreTrainedModel = loaded[0]
     if loaded[1]["missing_keys"]:
         missing = ", ".join(sorted(loaded[1]["missing_keys"]))

@@ -8,6 +8,7 @@ everything is held against them: a model that changes under a run is an error, n
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -221,7 +222,7 @@ def open_source(location: str, revision: str) -> Source:
         except StoreError as error:
             raise InputError(f"model.source: {error}") from error
         return Source(store.uri)
-    if Path(location).is_dir():
+    if os.path.isdir(location):
         return Source(str(Path(location).resolve()))
     if is_path(location) or location.count("/") != 1:
         raise InputError(

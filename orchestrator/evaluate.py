@@ -4,6 +4,7 @@ Unlike a run's own evaluation tasks, which go block by block, this loads the who
 transformers in this process and changes its width while running.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from mbq.artifacts import keys
-from mbq.artifacts.config import CONFIG_FILE, read_config
-from mbq.artifacts.errors import InputError, NotFoundError
+from mbq.artifacts.config import CONFIG_FILE, folder_quantization
+from mbq.artifacts.errors import InputError
 from mbq.artifacts.source import Source
 from mbq.artifacts.spec import Evaluation, explain
 from mbq.kernels.widths import widths_up_to
@@ -89,15 +90,12 @@ def evaluate(
 
 
 def _stored_bits(folder: str) -> list[int]:
-    stored = read_config((Path(folder) / CONFIG_FILE).read_bytes())
-    if stored is None:
-        raise NotFoundError(f"{folder} is not a checkpoint packed by mbq-cluster")
-    return list(widths_up_to(stored.max_bits))
+    return list(widths_up_to(folder_quantization(Path(folder)).max_bits))
 
 
 def _find(target: str, store_uri: str, text: Mapping[str, Any] | None) -> tuple[str, Tokens]:
     """The checkpoint's folder, pulled if it is not here, and the tokens to evaluate it on."""
-    here = (Path(target) / CONFIG_FILE).is_file()
+    here = os.path.isfile(f"{target}/{CONFIG_FILE}")
     if text is None and (here or not names_run(target)):
         raise InputError(f"{target} is a checkpoint and names no text; give --dataset or --file")
     tokens = _run_tokens(target, store_uri) if text is None else None

@@ -59,7 +59,7 @@ class Prepared:
 def read_spec(name: str, settings: Sequence[str]) -> tuple[str, RunSpec]:
     """A spec by file or preset, and a short name for the run."""
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
+    if path.suffix in (".yaml", ".yml") or os.path.isfile(path):
         return path.stem, load_spec(path, settings)
     chosen = preset(name)
     if isinstance(chosen, Path):

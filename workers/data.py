@@ -11,6 +11,7 @@ evaluation windows follow each other from the first document on. Windows never o
 """
 
 import itertools
+import os
 import random
 import sysconfig
 import tempfile
@@ -227,9 +228,13 @@ def library_modules(text: Text, field: str) -> list[Path]:
 
 
 def _listed(path: str, field: str) -> set[str]:
-    if not Path(path).is_file():
-        raise InputError(f"{field}: there is no file {path}; give a list of modules, one a line")
-    return set(Path(path).read_text(encoding="utf-8").split())
+    try:
+        return set(Path(path).read_text(encoding="utf-8").split())
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise InputError(
+            f"{field}: cannot read {path} ({reason}); give a list of modules, one a line"
+        ) from error
 
 
 def _loaded(text: Text, field: str) -> list[str]:
@@ -242,7 +247,7 @@ def _loaded(text: Text, field: str) -> list[str]:
 def _local_file(file: str, field: str, folder: Path, number: int) -> str:
     """Path of a text file here; one of an object store is downloaded into the folder."""
     if "://" not in file:
-        if not Path(file).is_file():
+        if not os.path.isfile(file):
             raise InputError(f"{field}.files: there is no file {file}; give paths that exist")
         return file
     store, key = open_object(file)

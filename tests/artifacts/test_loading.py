@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from mbq.artifacts import keys
 from mbq.artifacts.documents import BlockRecord
-from mbq.artifacts.errors import CorruptError, InputError, NotFoundError
+from mbq.artifacts.errors import CorruptError, InputError, NotFoundError, StoreError
 from mbq.artifacts.loading import load_model
 from mbq.artifacts.sealed import get_document
 from mbq.artifacts.tensors import open_tensors
@@ -185,8 +185,17 @@ def test_a_missing_plane_is_an_error(copy: Path) -> None:
 
 
 def test_a_missing_file_is_an_error(copy: Path) -> None:
-    (copy / "model-slice2-00001-of-00001.safetensors").unlink()
-    with pytest.raises(OSError, match="model-slice2"):
+    for name in ("model-slice2-00001-of-00001.safetensors", "model.safetensors.index.json"):
+        (copy / name).unlink()
+        with pytest.raises(CorruptError, match="fetch it again") as caught:
+            load_model(copy)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_config_that_cannot_be_read_is_an_error(copy: Path) -> None:
+    (copy / "config.json").unlink()
+    (copy / "config.json").symlink_to("config.json")
+    with pytest.raises(StoreError, match=r"cannot read .*/config\.json"):
         load_model(copy)
 
 

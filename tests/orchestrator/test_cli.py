@@ -51,6 +51,10 @@ def _fails(result: Result, code: int, *words: str) -> None:
         assert word in lines[0]
 
 
+# More than a file system takes.
+LONG = "x" * 300
+NO_FILES = "calibration.files=[]"
+
 WRONG: list[tuple[str, list[str], tuple[str, ...]]] = [
     ("unknown key", ["--set", "calibration.sampels=3"], ("calibration.sampels", "samples?")),
     ("unknown section", ["--set", "quantization.bits=3"], ("quantization", "unknown key")),
@@ -72,6 +76,23 @@ WRONG: list[tuple[str, list[str], tuple[str, ...]]] = [
     ("no such file", ["--set", "calibration.files=[/nowhere.txt]"], ("/nowhere.txt",)),
     ("files for nothing", ["--set", "calibration.dataset=stdlib"], ("stdlib takes no files",)),
     ("too little text", ["--set", "calibration.samples=60000"], ("1,920,000 tokens", "lower")),
+    ("endless file", ["--set", f"calibration.files=[{LONG}]"], ("calibration.files", LONG)),
+    ("endless folder", ["--set", f"model.source=./{LONG}"], ("model.source", LONG)),
+    (
+        "endless list",
+        ["--set", f"calibration={{dataset: stdlib, exclude: {LONG}}}", "--set", NO_FILES],
+        ("calibration.exclude", LONG),
+    ),
+    (
+        "list of bytes",
+        ["--set", f"calibration={{dataset: stdlib, exclude: {sys.executable}}}", "--set", NO_FILES],
+        ("calibration.exclude", sys.executable, "not UTF-8"),
+    ),
+    (
+        "list in a folder",
+        ["--set", "calibration={dataset: stdlib, exclude: /tmp}", "--set", NO_FILES],
+        ("calibration.exclude", "/tmp", "Is a directory"),
+    ),
     ("no such folder", ["--set", "model.source=./nowhere"], ("model.source", "no folder")),
     ("no such method", ["--set", "optimisation.method=gptq"], ("'gptq'", "'joint' or 'clip'")),
     ("no such sharing", ["--set", "routing.method=best"], ("routing.method", "'best'", "'auto'")),
@@ -145,6 +166,9 @@ def test_models_we_cannot_quantize(
 def test_unknown_presets_and_files(invoke: Callable[..., Result], tmp_path: Path) -> None:
     _fails(invoke("submit", "llama9-1t"), 2, "llama9-1t", "llama2-13b")
     _fails(invoke("check", "gone.yaml"), 3, "no spec file gone.yaml")
+    _fails(invoke("check", LONG), 2, LONG, "presets are")
+    _fails(invoke("check", f"{LONG}.yaml"), 2, LONG)
+    _fails(invoke("eval", LONG), 3, f"there is no run {LONG}")
     assert os.listdir(tmp_path) == []
 
 

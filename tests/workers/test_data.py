@@ -88,7 +88,7 @@ def test_held_out_modules_are_not_calibrated_on(tmp_path: Path) -> None:
     [
         ({"dataset": "text", "files": ("/nowhere.txt",)}, "there is no file /nowhere.txt"),
         ({"dataset": "jsonl", "files": ("/nowhere.jsonl",)}, "there is no file /nowhere.jsonl"),
-        ({"dataset": "stdlib", "include": "/nowhere.txt"}, "calibration.include: there is no file"),
+        ({"dataset": "stdlib", "include": "/nowhere.txt"}, "include: cannot read /nowhere.txt"),
         ({"dataset": "wikitext2"}, "calibration.dataset: cannot read wikitext2"),
     ],
 )
