@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mbq.artifacts.loading import load_model
 from mbq.orchestrator.display import STDOUT
 from mbq.orchestrator.local import find_local_head, home
 
@@ -53,6 +52,8 @@ def _write(folder: str) -> None:
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
+    from mbq.artifacts.loading import load_model
+
     disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model: Any = load_model(folder)
@@ -66,4 +67,7 @@ def _write(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("the demo was interrupted; start it again, and it goes on from here")

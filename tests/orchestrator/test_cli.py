@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from mbq.orchestrator import submit as submitting
 from mbq.orchestrator.cli import main
 
 Make = Callable[..., dict[str, Any]]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -511,3 +513,16 @@ def test_the_options_are_these(invoke: Callable[..., Result]) -> None:
         "verify": ["--store"],
         "watch": ["--address", "--json", "--store"],
     }
+
+
+def test_an_interrupted_demo_ends_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("MBQ_HOME", str(tmp_path))
+    # The demo waits for its commands nearly all of the time.
+    monkeypatch.setattr(subprocess, "run", interrupt)
+    with pytest.raises(SystemExit, match="interrupted; start it again"):
+        runpy.run_path(str(ROOT / "examples" / "demo" / "run.py"), run_name="__main__")
