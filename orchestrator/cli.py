@@ -300,13 +300,20 @@ def _watch(
 ) -> None:
     from mbq.orchestrator import display, status
 
-    with display.Watch() as live:
-        state = status.follow(store, document, jobs, live.show)
+    run = document.run
+    try:
+        with display.Watch() as live:
+            state = status.follow(store, document, jobs, live.show)
+    except KeyboardInterrupt as error:
+        raise MbqError(
+            f"run {run} goes on unwatched; `mbq-cluster watch {run}` follows it, "
+            f"`mbq-cluster stop {run}` stops it"
+        ) from error
     if as_json:
         results = status.results_of(store, document)
         click.echo(display.to_json(display.run_json(state, results)))
     if state.state != "done":
-        raise RunError(f"run {document.run} is {state.state}: {state.detail}")
+        raise RunError(f"run {run} is {state.state}: {state.detail}")
     if not as_json:
         _print_results(store, document, to_stderr)
 

@@ -7,15 +7,19 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
 from click.testing import CliRunner, Result
 from transformers import GemmaConfig, MixtralConfig
 
+from mbq.artifacts import keys
+from mbq.artifacts.documents import Status
+from mbq.artifacts.sealed import put_document
 from mbq.artifacts.store import LocalStore
 from mbq.orchestrator import submit as submitting
 from mbq.orchestrator.cli import main
@@ -56,6 +60,25 @@ def _fails(result: Result, code: int, *words: str) -> None:
 # More than a file system takes.
 LONG = "x" * 300
 NO_FILES = "calibration.files=[]"
+
+
+def _put_status(store: LocalStore, run: str, state: Literal["running", "failed"]) -> None:
+    now = time.time()
+    status = Status(
+        run=run,
+        attempt=1,
+        state=state,
+        blocks_done=1,
+        blocks_total=3,
+        fraction=0.5,
+        seconds_left=None,
+        running=(),
+        failures=(),
+        started_at=now,
+        updated_at=now,
+    )
+    put_document(store, keys.status_key(run), status)
+
 
 WRONG: list[tuple[str, list[str], tuple[str, ...]]] = [
     ("unknown key", ["--set", "calibration.sampels=3"], ("calibration.sampels", "samples?")),
@@ -371,6 +394,30 @@ def test_watching_finished_work_prints_its_table_beside_the_id(
         assert result.stdout == f"{run}\n"
         assert "ROUND TO NEAREST" in result.stderr
         assert f"checkpoint: {finished_run.checkpoint}" in result.stderr
+
+
+def test_a_run_goes_on_when_nobody_watches(
+    invoke: Callable[..., Result],
+    write_run: Callable[..., Any],
+    tiny_document: Make,
+    store: LocalStore,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = write_run(store, tiny_document()).run
+    _put_status(store, run, "running")
+
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    # Between two looks at the store.
+    monkeypatch.setattr(time, "sleep", interrupt)
+    _fails(
+        invoke("watch", run, "--store", store.uri),
+        1,
+        f"run {run} goes on",
+        f"`mbq-cluster watch {run}`",
+        f"`mbq-cluster stop {run}`",
+    )
 
 
 def test_watch_prints_json_alone(invoke: Callable[..., Result], finished_run: Any) -> None:
