@@ -8,14 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mbq.artifacts import keys
-from mbq.artifacts.errors import NotFoundError
 from mbq.artifacts.keys import MANIFEST_FILE
 from mbq.artifacts.packed import PackedCheckpoint, Report, open_checkpoint
 from mbq.artifacts.pull import Pulled, pull
 from mbq.artifacts.sealed import document_sha256
 from mbq.artifacts.store import WORKING_SECONDS, LocalStore, Store, open_store
 from mbq.orchestrator.local import home
-from mbq.orchestrator.status import locate, names_run
+from mbq.orchestrator.status import locate, names_run, no_checkpoint
 
 
 def find_checkpoint(target: str, uri: str) -> Store:
@@ -33,10 +32,7 @@ def find_checkpoint(target: str, uri: str) -> Store:
         return open_store(target)
     store, document = locate(target, uri)
     if store.stat(keys.manifest_key(document.run)) is None:
-        raise NotFoundError(
-            f"run {document.run} has no checkpoint yet; `mbq-cluster watch {document.run}` "
-            "follows it"
-        )
+        raise no_checkpoint(store, document)
     return open_store(f"{store.uri}/{keys.checkpoint_prefix(document.run)}")
 
 

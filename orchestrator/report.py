@@ -27,12 +27,12 @@ from mbq.artifacts.documents import (
     ValidationRecord,
     VariantLosses,
 )
-from mbq.artifacts.errors import CorruptError, NotFoundError
+from mbq.artifacts.errors import CorruptError
 from mbq.artifacts.sealed import document_sha256, find_document
 from mbq.artifacts.store import Store
 from mbq.orchestrator import figures
 from mbq.orchestrator.display import validation_lines
-from mbq.orchestrator.status import validations_of
+from mbq.orchestrator.status import no_checkpoint, validations_of
 from mbq.workers.variants import FULL, PACKED, ROUNDED, ROUTED, parse
 
 _SHOWN_WIDTHS = 4
@@ -81,10 +81,7 @@ def collect(store: Store, document: RunDocument) -> Found:
     run = document.run
     manifest = find_document(store, keys.manifest_key(run), Manifest)
     if manifest is None:
-        raise NotFoundError(
-            f"run {run} has no checkpoint yet, so there is nothing to report; "
-            f"`mbq-cluster watch {run}` follows it"
-        )
+        raise no_checkpoint(store, document)
     results = find_document(store, keys.results_key(run), Results)
     sample = find_document(store, keys.sample_key(run), TokenBits)
     method = results.method if results else None

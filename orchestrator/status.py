@@ -97,6 +97,19 @@ def state_of(store: Store, document: RunDocument, job: JobInfo | None) -> RunSta
     return RunState(document, status.state, status, final)
 
 
+def no_checkpoint(store: Store, document: RunDocument) -> NotFoundError:
+    """What to raise for a run that has not published its checkpoint: it names what helps."""
+    run = document.run
+    found = state_of(store, document, None)
+    # Before its driver has said anything, only the cluster knows.
+    if found.status is not None and found.state in TERMINAL:
+        return NotFoundError(
+            f"run {run} is {found.state} and has no checkpoint; `mbq-cluster resume {run}` "
+            "continues it"
+        )
+    return NotFoundError(f"run {run} has no checkpoint yet; `mbq-cluster watch {run}` follows it")
+
+
 def states(store: Store, jobs: Jobs | None) -> tuple[list[RunState], list[str]]:
     """Every run of a store, and why some cannot be read."""
     latest = {j.run: j for j in jobs.list() if j.store == store.uri} if jobs else {}

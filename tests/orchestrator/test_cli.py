@@ -442,6 +442,10 @@ def test_an_unfinished_run_has_nothing_to_fetch(
     for command in (("pull", run, str(folder)), ("bench", run), ("verify", run), ("report", run)):
         result = invoke(*command, "--store", store.uri)
         _fails(result, 3, f"run {run} has no checkpoint yet", f"mbq-cluster watch {run}")
+    _put_status(store, run, "failed")
+    for command in (("pull", run, str(folder)), ("bench", run), ("verify", run), ("report", run)):
+        result = invoke(*command, "--store", store.uri)
+        _fails(result, 3, f"run {run} is failed and has no checkpoint", f"mbq-cluster resume {run}")
     assert not folder.exists()
 
 
