@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mbq.artifacts.errors import NumericError
 from mbq.kernels.widths import CODE_BITS
-from mbq.workers.model import hooked, linears
+from mbq.workers.model import hooked, linears, remedy_for_infinities
 
 # Least that is added to the Gram matrix, as a share of its mean diagonal (GPTQ's default).
 _DAMPING = 0.01
@@ -67,7 +67,7 @@ def gram_matrices(block: nn.Module, run: Callable[[], object]) -> dict[str, Tens
         run()
     for name, gram_KK in found.items():
         if not gram_KK.isfinite().all():
-            raise NumericError(f"what enters {name} is not finite; use dtype float32")
+            raise NumericError(f"what enters {name} is not finite; {remedy_for_infinities(block)}")
     return found
 
 

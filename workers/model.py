@@ -201,6 +201,13 @@ def linears(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
 
 
+def remedy_for_infinities(block: nn.Module) -> str:
+    """What to do where a block computes what is not finite."""
+    if next(block.parameters()).dtype != torch.float32:
+        return "use dtype float32"
+    return "look at the model's weights: float32 overflows only where they are broken"
+
+
 def _layer_type(config: PretrainedConfig, index: int) -> str:
     types = getattr(config, "layer_types", None)
     if types:

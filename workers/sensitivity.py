@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from mbq.artifacts.checkpoint import block_prefix
 from mbq.artifacts.errors import NumericError
-from mbq.workers.model import Model, linears
+from mbq.workers.model import Model, linears, remedy_for_infinities
 
 
 def measure_sensitivity(
@@ -93,7 +93,8 @@ def backward_block(
     for name, mean in means.items():
         if not torch.isfinite(torch.tensor(mean)):
             raise NumericError(
-                f"the sensitivity of {name} in block {index} is {mean}; use dtype float32"
+                f"the sensitivity of {name} in block {index} is {mean}; "
+                f"{remedy_for_infinities(block)}"
             )
     return means, torch.cat(left)
 

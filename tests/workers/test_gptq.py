@@ -125,11 +125,15 @@ def test_inputs_that_are_always_zero_do_no_harm(dead: str) -> None:
     assert same.all() if dead == "all inputs" else same[:, 3].float().mean() > 0.5
 
 
-def test_inputs_that_are_not_finite_are_an_error() -> None:
-    block = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+@pytest.mark.parametrize(
+    ("dtype", "remedy"),
+    [(torch.float32, "look at the model's weights"), (torch.bfloat16, "use dtype float32")],
+)
+def test_inputs_that_are_not_finite_are_an_error(dtype: torch.dtype, remedy: str) -> None:
+    block = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).to(dtype)
     nn.init.constant_(block[0].weight, 1e30)
-    with pytest.raises(NumericError, match=r"what enters 1 is not finite; use dtype float32"):
-        gram_matrices(block, lambda: block(torch.ones(1, 3, 2)))
+    with pytest.raises(NumericError, match=f"what enters 1 is not finite; {remedy}"):
+        gram_matrices(block, lambda: block(torch.ones(1, 3, 2, dtype=dtype)))
 
 
 def test_gram_matrices_are_of_what_enters_each_linear() -> None:

@@ -8,9 +8,10 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config
 
+from mbq.artifacts.errors import NumericError
 from mbq.artifacts.source import open_source
 from mbq.workers.model import linears, open_model
-from mbq.workers.sensitivity import measure_sensitivity
+from mbq.workers.sensitivity import backward_block, measure_sensitivity
 
 IDS = torch.arange(5 * 24).view(5, 24) * 7 % 320
 
@@ -48,3 +49,16 @@ def test_equals_the_mean_squared_gradient(make_model: Callable[..., Path], kind:
         found = measure_sensitivity(model, IDS, microbatch, seen.append)
         assert found == pytest.approx(expected, rel=1e-3)
     assert seen[-1] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "remedy"),
+    [(torch.float32, "look at the model's weights"), (torch.bfloat16, "use dtype float32")],
+)
+def test_gradients_that_are_not_finite_are_an_error(
+    tiny_model: Path, dtype: torch.dtype, remedy: str
+) -> None:
+    model = open_model(open_source(str(tiny_model), "main"), dtype, torch.device("cpu"))
+    hidden_BTH = torch.ones(1, 4, model.config.hidden_size, dtype=dtype)
+    with pytest.raises(NumericError, match=f"in block 1 is nan; {remedy}"):
+        backward_block(model, 1, hidden_BTH, hidden_BTH * torch.nan, 1)
