@@ -252,6 +252,20 @@ def probe(store: Store) -> None:
         ) from error
 
 
+def require_folder(store: Store) -> None:
+    """Refuse a local store that is not there; object stores have no folders, only names.
+
+    Raises:
+        NotFoundError: there is no such folder.
+        InputError: it is something else.
+    """
+    if not isinstance(store, LocalStore) or os.path.isdir(store.root):
+        return
+    if os.path.lexists(store.root):
+        raise InputError(f"store: {store.root} is not a folder; give the folder of a store")
+    raise NotFoundError(f"store: there is no folder {store.root}; give the one that holds the runs")
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)

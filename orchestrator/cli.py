@@ -99,10 +99,14 @@ def check(
 @json_option
 def list_runs(store: str | None, address: str | None, as_json: bool) -> None:
     """List the runs of a store."""
-    from mbq.artifacts.store import open_store
+    from mbq.artifacts.store import open_store, require_folder
     from mbq.orchestrator import display, status
 
-    states, unreadable = status.states(open_store(store_uri(store)), _jobs(address))
+    opened = open_store(store_uri(store))
+    # The default one is made by the first run.
+    if store:
+        require_folder(opened)
+    states, unreadable = status.states(opened, _jobs(address))
     for reason in unreadable:
         say(reason)
     if as_json:

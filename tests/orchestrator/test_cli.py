@@ -239,6 +239,17 @@ def test_list_shows_every_run(invoke: Callable[..., Result], finished_run: Any) 
     assert invoke("list", "--json").stdout == "[]\n"
 
 
+def test_list_tells_an_empty_store_from_none(invoke: Callable[..., Result], tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    _fails(invoke("list", "--store", str(store)), 3, f"there is no folder {store}")
+    _fails(invoke("list", "--json", MBQ_STORE=str(store)), 3, f"there is no folder {store}")
+    store.mkdir()
+    assert invoke("list", "--store", str(store), "--json").stdout == "[]\n"
+    file = store / "file"
+    file.write_text("")
+    _fails(invoke("list", "--store", str(file)), 2, f"{file} is not a folder")
+
+
 def test_runs_that_are_not_there_or_not_unique(
     invoke: Callable[..., Result], finished_run: Any, tmp_path: Path
 ) -> None:
