@@ -212,15 +212,16 @@ def open_source(location: str, revision: str) -> Source:
         InputError: there is none, or the Hub or the object store cannot be used.
     """
     if "://" in location:
-        store = open_store(location)
         try:
-            if store.stat("config.json") is None:
-                raise InputError(
-                    f"model.source: there is no config.json in {location}; give the prefix of a "
-                    "model in Hugging Face layout"
-                )
-        except StoreError as error:
+            store = open_store(location)
+            found = store.stat("config.json")
+        except (InputError, StoreError) as error:
             raise InputError(f"model.source: {error}") from error
+        if found is None:
+            raise InputError(
+                f"model.source: there is no config.json in {location}; give the prefix of a "
+                "model in Hugging Face layout"
+            )
         return Source(store.uri)
     if os.path.isdir(location):
         return Source(str(Path(location).resolve()))

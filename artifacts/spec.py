@@ -25,6 +25,11 @@ MOST_SEQUENCES = 200_000
 
 # Names and rules in a message may come from a hostile document.
 _SHOWN_CHARACTERS = 500
+# As pydantic calls them.
+UNKNOWN_KEY = ("extra_forbidden", "invalid_key")
+NO_SECTION = "model_type"
+# What pydantic says of them is in words of Python.
+_RULES = {"tuple_type": "must be a list", NO_SECTION: "must hold fields"}
 
 Dataset = Literal["wikitext2", "c4", "ptb", "text", "jsonl", "stdlib"]
 Rival = Literal["linear", "norm", "learned", "shuffled", "random", "oracle"]
@@ -282,17 +287,18 @@ def explain(
     """
     faults = error.errors(include_url=False, include_context=False)
     # A key that is misspelt is missing, too, and what is missing says nothing of the spelling.
-    fault = min(faults, key=lambda fault: fault["type"] != "extra_forbidden")
-    # A list is set as a whole.
-    parts = [str(part) for part in fault["loc"] if not isinstance(part, int)]
+    fault = min(faults, key=lambda fault: fault["type"] not in UNKNOWN_KEY)
+    # A list is set as a whole; a key that we do not know may be a number.
+    unknown = fault["type"] in UNKNOWN_KEY
+    parts = [str(part) for part in fault["loc"] if unknown or not isinstance(part, int)]
     field = ".".join(parts)[:_SHOWN_CHARACTERS]
     rest = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    if fault["type"] == "extra_forbidden":
+    if unknown:
         return f"{field}: unknown key{remedy(fault, field)}{rest}"
     if fault["type"] == "missing":
         return f"{field}: missing{remedy(fault, field)}{rest}"
-    rule = fault["msg"].removeprefix("Value error, ").replace("Input should", "must")
-    rule = rule[:_SHOWN_CHARACTERS]
+    said = fault["msg"].removeprefix("Value error, ").replace("Input should", "must")
+    rule = _RULES.get(fault["type"], said)[:_SHOWN_CHARACTERS]
     if not fault["loc"]:
         # The rule concerns several fields and names them.
         return f"{rule}{rest}"

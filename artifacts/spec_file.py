@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from mbq.artifacts.errors import InputError, NotFoundError
-from mbq.artifacts.spec import RunSpec, explain, is_path
+from mbq.artifacts.spec import NO_SECTION, UNKNOWN_KEY, RunSpec, explain, is_path
 
 
 def load_spec(path: Path, settings: Sequence[str] = ()) -> RunSpec:
@@ -65,21 +65,29 @@ def parse_spec(document: Mapping[str, Any]) -> RunSpec:
 
 def _remedy(fault: ErrorDetails, field: str) -> str:
     """What to change in the spec."""
-    if fault["type"] == "extra_forbidden":
+    if fault["type"] in UNKNOWN_KEY:
         return _suggest(fault["loc"])
     if fault["type"] == "missing":
         return f"; add it to the spec or pass --set {field}=..."
+    if fault["type"] == NO_SECTION:
+        first = _known_keys(fault["loc"])[0]
+        return f", as in `{field}: {{{first}: ...}}`; change it in the spec"
     return f"; change it in the spec or with --set {field}=..."
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """The keys that a section of the spec may hold."""
+    section: Any = RunSpec
+    for part in location:
+        kind = section.model_fields[str(part)].annotation
+        # An optional section is a union with None.
+        section = next((k for k in get_args(kind) if k is not NoneType), kind)
+    return list(section.model_fields)
 
 
 def _suggest(location: tuple[int | str, ...]) -> str:
     """The key that was meant, or all that there are."""
-    section: Any = RunSpec
-    for part in location[:-1]:
-        kind = section.model_fields[str(part)].annotation
-        # An optional section is a union with None.
-        section = next((k for k in get_args(kind) if k is not NoneType), kind)
-    known = list(section.model_fields)
+    known = _known_keys(location[:-1])
     close = difflib.get_close_matches(str(location[-1]), known, n=1)
     return f"; did you mean {close[0]}?" if close else f"; known keys are {', '.join(known)}"
 

@@ -193,13 +193,13 @@ def open_store(uri: str, patience_seconds: float = ASKING_SECONDS) -> Store:
         return LocalStore(Path(unquote(parsed.path) or "/"))
     if "://" in uri:
         raise InputError(
-            f"store: {uri} has an unknown scheme {parsed.scheme}://; use a folder's path, "
+            f"{uri} has an unknown scheme {parsed.scheme}://; use a folder's path, "
             "file:// for a folder that every node of the cluster mounts, or s3://bucket/prefix"
         )
     try:
         return LocalStore(Path(uri).expanduser().resolve())
     except RuntimeError as error:
-        raise InputError(f"store: {uri} is the home of nobody; write the folder's path") from error
+        raise InputError(f"{uri} is the home of nobody; write the folder's path") from error
 
 
 def open_object(uri: str) -> tuple[Store, str]:

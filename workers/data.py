@@ -250,16 +250,17 @@ def _local_file(file: str, field: str, folder: Path, number: int) -> str:
         if not os.path.isfile(file):
             raise InputError(f"{field}.files: there is no file {file}; give paths that exist")
         return file
-    store, key = open_object(file)
     try:
-        if store.stat(key) is None:
-            raise InputError(f"{field}.files: there is no {file}; give objects that exist")
+        store, key = open_object(file)
         path = folder / f"{number}-{key}"
+        found = store.stat(key)
         with path.open("wb") as out:
             for chunk in read_chunks(store, key):
                 out.write(chunk)
-    except StoreError as error:
+    except (InputError, StoreError) as error:
         raise InputError(f"{field}.files: {error}") from error
+    if found is None:
+        raise InputError(f"{field}.files: there is no {file}; give objects that exist")
     return str(path)
 
 

@@ -15,8 +15,8 @@ from mbq.artifacts.spec_file import load_spec, parse_spec
 Make = Callable[..., dict[str, Any]]
 
 
-def _with(document: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    *parents, last = path.split(".")
+def _with(document: dict[str, Any], path: str | int, value: Any) -> dict[str, Any]:
+    *parents, last = path.split(".") if isinstance(path, str) else [path]
     inner = document
     for parent in parents:
         inner[parent] = dict(inner.get(parent, {}))
@@ -58,11 +58,16 @@ def _with(document: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("evaluation.tokens", 300, "must hold at least two sequences of 200"),
         ("evaluation.tokens", 40_000_200, "40000200 are more than 200,000 sequences of 200"),
         ("evaluation.average_bits", [2.5, 3.0001], r"\[2\.5, 3\.0001\] .* most three decimals"),
+        ("calibration.files", "a.txt", r"calibration\.files: 'a\.txt' must be a list; change it"),
+        ("optimisation.widths", 3, r"optimisation\.widths: 3 must be a list; change it"),
+        ("model", "/x", "model: '/x' must hold fields, as in `model: {source: ...}`; change it in"),
+        ("evaluation", [1], "evaluation: must hold fields, as in `evaluation: {dataset: ...}`"),
+        (1, 2, "^1: unknown key; known keys are model"),
         ("model.source", "", "must be a valid string|at least 1 character"),
     ],
 )
 def test_refuses_with_field_value_and_remedy(
-    tiny_document: Make, path: str, value: Any, message: str
+    tiny_document: Make, path: str | int, value: Any, message: str
 ) -> None:
     document = tiny_document()
     if path == "evaluation.tokens":

@@ -136,6 +136,16 @@ WRONG: list[tuple[str, list[str], tuple[str, ...]]] = [
     ),
     ("malformed setting", ["--set", "threads"], ("--set threads", "field=value")),
     ("unknown scheme", ["--store", "gs://bucket/runs"], ("gs://bucket/runs", "unknown scheme")),
+    (
+        "unknown scheme of a model",
+        ["--set", "model.source=http://x/y"],
+        ("mbq-cluster: model.source: http://x/y has an unknown scheme",),
+    ),
+    (
+        "unknown scheme of a text",
+        ["--set", "calibration.files=[http://x/y.txt]"],
+        ("mbq-cluster: calibration.files: http://x has an unknown scheme",),
+    ),
     ("store in a file", ["--store", "/dev/null/store"], ("/dev/null/store", "you may write")),
     ("no dashboard", ["--address", "ray://here:10001"], ("--address ray://here:10001", "http://")),
     ("no cluster there", ["--address", "http://127.0.0.1:9"], ("cannot reach", "--address")),
