@@ -64,10 +64,14 @@ def killable() -> Iterator[None]:
 
 
 def local_folder(store: Store, report: Report) -> Path:
-    """A folder here with the checkpoint: its own, or one that it is pulled to."""
+    """A folder here with the checkpoint: its own, or one that it is pulled to.
+
+    Raises:
+        NotFoundError: there is no checkpoint.
+    """
+    checkpoint = open_checkpoint(store)
     if isinstance(store, LocalStore):
         return store.root
-    checkpoint = open_checkpoint(store)
     manifest = checkpoint.manifest
     folder = home() / "checkpoints" / f"{manifest.run}-{document_sha256(store, MANIFEST_FILE)[:12]}"
     pull_patiently(checkpoint, folder, None, report)

@@ -5,7 +5,7 @@ transformers in this process and changes its width while running.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,12 @@ from pydantic import ValidationError
 
 from mbq.artifacts import keys
 from mbq.artifacts.config import CONFIG_FILE, folder_quantization
+from mbq.artifacts.documents import Manifest
 from mbq.artifacts.errors import InputError
+from mbq.artifacts.sealed import find_document
 from mbq.artifacts.source import Source
 from mbq.artifacts.spec import Evaluation, explain
+from mbq.artifacts.store import LocalStore
 from mbq.kernels.widths import widths_up_to
 from mbq.orchestrator.checkpoints import find_checkpoint, local_folder
 from mbq.orchestrator.display import bar
@@ -23,6 +26,13 @@ from mbq.orchestrator.status import locate, names_run
 from mbq.workers.data import Tokens, evaluation_tokens
 
 _DEFAULT_LENGTH = 2048
+# That set fields of an `Evaluation`.
+_OPTIONS = {
+    "dataset": "--dataset",
+    "files": "--file",
+    "tokens": "--tokens",
+    "sequence_length": "--sequence-length",
+}
 
 
 def evaluate(
@@ -48,15 +58,14 @@ def evaluate(
     """
     widths = [("bits", width) for width in _parse("--bits", bits, int)]
     widths += [("average_bits", width) for width in _parse("--average-bits", average_bits, float)]
-    folder, tokens = _find(target, store_uri, text)
+    folder, own = _find(target, store_uri, text)
     stored = _stored_bits(folder)
     widths = widths or [("bits", width) for width in stored]
     for kind, width in widths:
         if not stored[0] <= width <= stored[-1] or (kind == "bits" and width not in stored):
-            option, known = f"--{kind.replace('_', '-')}", ", ".join(map(str, stored))
-            raise InputError(
-                f"{option} {width:g}: the checkpoint runs at {known} bits and averages between them"
-            )
+            option = f"--{kind.replace('_', '-')}"
+            raise InputError(f"{option} {width:g}: {_what_runs(folder, stored, width)}")
+    tokens = own if own is not None else _text_tokens(folder, text or {})
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -93,18 +102,27 @@ def _stored_bits(folder: str) -> list[int]:
     return list(widths_up_to(folder_quantization(Path(folder)).max_bits))
 
 
-def _find(target: str, store_uri: str, text: Mapping[str, Any] | None) -> tuple[str, Tokens]:
-    """The checkpoint's folder, pulled if it is not here, and the tokens to evaluate it on."""
+def _what_runs(folder: str, stored: Sequence[int], width: float) -> str:
+    """The widths of a checkpoint for who asked for another one, and how to have that one."""
+    manifest = find_document(LocalStore(Path(folder)), keys.MANIFEST_FILE, Manifest)
+    cut = manifest is not None and stored[-1] < width <= manifest.max_bits
+    averages = " and averages between them" if len(stored) > 1 else ""
+    more = "; pull it with a larger --max-bits" if cut else ""
+    return f"{folder} runs at {', '.join(map(str, stored))} bits{averages}{more}"
+
+
+def _find(target: str, store_uri: str, text: Mapping[str, Any] | None) -> tuple[str, Tokens | None]:
+    """The checkpoint's folder, pulled if it is not here, and a run's own tokens without a text."""
     here = os.path.isfile(f"{target}/{CONFIG_FILE}")
     if text is None and (here or not names_run(target)):
-        raise InputError(f"{target} is a checkpoint and names no text; give --dataset or --file")
+        raise InputError(f"{target} is no run and names no text; give --dataset or --file")
     tokens = _run_tokens(target, store_uri) if text is None else None
     if here:
         folder = target
     else:
         with bar("pulling") as show:
             folder = str(local_folder(find_checkpoint(target, store_uri), show))
-    return folder, tokens if tokens is not None else _text_tokens(folder, text or {})
+    return folder, tokens
 
 
 def _text_tokens(folder: str, text: Mapping[str, Any]) -> Tokens:
@@ -114,13 +132,23 @@ def _text_tokens(folder: str, text: Mapping[str, Any]) -> Tokens:
     try:
         evaluation = Evaluation.model_validate(text)
     except ValidationError as error:
-        raise InputError(explain(error)) from error
+        raise _of_options(explain(error)) from error
     if evaluation.sequence_length > positions:
         raise InputError(
             f"--sequence-length {evaluation.sequence_length} is more than the model's {positions} "
             f"positions; use at most {positions}"
         )
-    return evaluation_tokens(evaluation, source)
+    try:
+        return evaluation_tokens(evaluation, source)
+    except InputError as error:
+        raise _of_options(str(error)) from error
+
+
+def _of_options(fault: str) -> InputError:
+    """What is wrong with a field of the evaluation, said of the option that sets it."""
+    field, colon, rest = fault.partition(":")
+    option = _OPTIONS.get(field.removeprefix("evaluation."), field)
+    return InputError(option + colon + rest)
 
 
 def _run_tokens(target: str, store_uri: str) -> Tokens:

@@ -336,7 +336,7 @@ def test_eval_agrees_with_the_runs_own_table(
 
 
 def test_eval_of_a_folder_on_a_text_of_its_own(
-    invoke: Callable[..., Result], finished_run: Any, text_file: Path
+    invoke: Callable[..., Result], finished_run: Any, text_file: Path, tmp_path: Path
 ) -> None:
     folder = str(finished_run.checkpoint)
     text = ["--dataset", "text", "--file", str(text_file), "--sequence-length", "32"]
@@ -352,7 +352,32 @@ def test_eval_of_a_folder_on_a_text_of_its_own(
     _fails(invoke("eval", folder, "--bits", "5", *text), 2, "--bits 5", "2, 3, 4, 6, 8 bits")
     shared = invoke("eval", folder, averages, "2.5", *text, "--tokens", "256")
     assert shared.stdout.startswith("average 2.5 bits (2.")
-    _fails(invoke("eval", "/nowhere", *text), 2, "/nowhere")
+    for nothing in ("/nowhere", str(tmp_path)):
+        _fails(invoke("eval", nothing, *text), 3, nothing, "is not a packed checkpoint")
+    shutil.copy(f"{folder}/manifest.json", tmp_path)
+    _fails(invoke("eval", str(tmp_path), *text), 3, "holds no config.json")
+    _fails(invoke("eval", folder, "--file", "/no.txt"), 2, "mbq-cluster: --file: ", "/no.txt")
+    _fails(invoke("eval", folder, *text, "--tokens", "5"), 2, "mbq-cluster: --tokens: 5 must be")
+    few = tmp_path / "few.txt"
+    few.write_text("few words")
+    _fails(
+        invoke("eval", folder, "--file", str(few)),
+        2,
+        "mbq-cluster: --sequence-length: two sequences",
+    )
+
+
+def test_eval_of_a_cut_checkpoint_says_how_to_have_more(
+    invoke: Callable[..., Result], finished_run: Any, text_file: Path, tmp_path: Path
+) -> None:
+    folder = str(tmp_path / "two")
+    assert invoke("pull", str(finished_run.checkpoint), folder, "--max-bits", "2").exit_code == 0
+    text = ["--file", str(text_file), "--sequence-length", "32"]
+    result = invoke("eval", folder, "--bits", "4", *text)
+    _fails(result, 2, "--bits 4", f"{folder} runs at 2 bits; pull it with a larger --max-bits")
+    result = invoke("eval", folder, "--average-bits", "9", *text)
+    _fails(result, 2, "--average-bits 9", f"{folder} runs at 2 bits")
+    assert "pull" not in result.stderr
 
 
 def test_bench_checks_a_run_and_a_folder(
