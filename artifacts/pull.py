@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -56,7 +57,8 @@ def pull(
     """Make a folder hold the checkpoint at `max_bits`, by default all of them.
 
     Raises:
-        InputError: the width does not exist, or the folder holds something else.
+        InputError: the width does not exist, or the folder holds something else or cannot be
+            written.
         CorruptError: the store holds other bytes than its manifest says.
         StoreError: the store or the disk failed; the next pull goes on from here.
     """
@@ -206,9 +208,17 @@ def _partial(folder: Path, name: str) -> Path:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Keep other pulls out of a folder, which is made if it is not there."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; give one that exists or can be made")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder} is not a folder; give one that exists or can be made")
+        folder.mkdir(parents=True, exist_ok=True)
+        # Asking for permissions would say nothing of a disk that is read-only.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"cannot write into {folder} ({error.strerror}); pull into a folder that you may write"
+        ) from error
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -161,6 +161,19 @@ def test_folders_that_would_be_spoilt(
         pull(open_checkpoint(LocalStore(tmp_path / "dir")), tmp_path / "dir", None, _silent)
 
 
+@pytest.mark.parametrize("place", ["/proc", "/proc/new", "file/new", "x" * 300])
+def test_folders_that_cannot_be_written_are_refused_before_anything_is_fetched(
+    finished_run: Any, tmp_path: Path, place: str
+) -> None:
+    source = LocalStore(tmp_path / "source")
+    for name in (MANIFEST_FILE, CONFIG_FILE):
+        source.put(name, [(finished_run.checkpoint / name).read_bytes()])
+    (tmp_path / "file").touch()
+    folder = tmp_path / place
+    with pytest.raises(InputError, match=f"cannot write into {folder} .* pull into a folder"):
+        pull(open_checkpoint(source), folder, None, _silent)
+
+
 def test_two_pulls_do_not_write_to_one_folder(
     local: PackedCheckpoint, finished_run: Any, tmp_path: Path
 ) -> None:
