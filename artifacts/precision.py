@@ -78,7 +78,12 @@ def set_policy(model: PreTrainedModel, policy: Callable[[], float] | None) -> No
 
     Also `model.set_policy(policy)`. With None the width stays as it is. What the policy raises, and
     InputError where its answer is no width of the model, comes out of `generate`.
+
+    Raises:
+        InputError: `policy` cannot be called.
     """
+    if policy is not None and not callable(policy):
+        raise InputError(f"policy {policy!r} must be a function that returns average bits, or None")
     model.__dict__.pop("generate", None)
     if policy is None:
         return

@@ -64,7 +64,7 @@ class Precision:
         """
         widths = list(widths_up_to(self.max_bits))
         if bits not in widths:
-            raise ValueError(f"bits {bits} must be one of {widths}, the widths that are loaded")
+            raise ValueError(f"bits {bits!r} must be one of {widths}, the widths that are loaded")
         self.bits = int(bits)
 
     def set_average_bits(self, average_bits: float, curve: Curve) -> None:

@@ -168,6 +168,10 @@ def test_refuses_what_is_no_width_and_no_folder(finished_run: Any) -> None:
     model: Any = load_model(finished_run.checkpoint, bits=3)
     with pytest.raises(InputError, match="average bits 'three' must be a number"):
         model.set_average_bits("three")
+    with pytest.raises(InputError, match=r"bits '4' must be one of \[2, 3, 4, 6, 8\]"):
+        model.set_bits("4")
+    with pytest.raises(InputError, match="policy 5 must be a function that returns average bits"):
+        model.set_policy(5)
     model.set_bits(4.0)
     assert torch.equal(_logits(model), _logits(load_model(finished_run.checkpoint, bits=4)))
     with pytest.raises(InputError, match="`mbq-cluster pull s3://bucket/x DIR`"):
