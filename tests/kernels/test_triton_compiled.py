@@ -16,13 +16,7 @@ import pytest
 from mbq.kernels.widths import slices_of
 
 SCRIPT = Path(__file__).parents[1] / "support" / "compiled.py"
-SHARED_BYTES = {
-    "sm_80": 166912,
-    "sm_89": 101376,
-    "sm_90": 232448,
-    "sm_100": 232448,
-    "sm_120": 101376,
-}
+SHARED_BYTES = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448}
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ the disassembler. `instructions` are those of the largest loop, per digit (2 bit
 of the whole kernel, per weight, where it has no loop.
 """
 
+import itertools
 import json
 import re
 import subprocess
@@ -79,12 +80,9 @@ def main() -> None:
         for inputs in (4096, 5120, 14336):
             preparing[f"sm_{architecture}, {inputs} inputs"] = build_preparing(architecture, inputs)
     # Those that have less shared memory, and those whose sums lie elsewhere, at the largest tiles.
-    for architecture in (89, 100, 120):
-        for tokens in (32, 64):
-            name = f"sm_{architecture}, {tokens} tokens, 8 bits"
-            elsewhere[name] = build_uniform(architecture, tokens, 2, 8)
-        name = f"sm_{architecture}, {MOST_TILE_TOKENS} tokens, mixed"
-        elsewhere[name] = build_mixed(architecture, MOST_TILE_TOKENS, 2)
+    for architecture, tokens in itertools.product((89, 100), (32, 64)):
+        name = f"sm_{architecture}, {tokens} tokens, 8 bits"
+        elsewhere[name] = build_uniform(architecture, tokens, 2, 8)
     document = {
         "triton": triton.__version__,
         "mixed": mixed,
