@@ -45,10 +45,10 @@ GROUP_SIZES = (32, 64, 128, 256)
 # q, k and v.
 MOST_LINEARS = 3
 _CHUNKS = 8
-# The second: 3 bits are all of the first and the high bits of this one.
+# The second: 3 bits take all of the first and the high bits of this one.
 _SPLIT_SLICE = 1
-# Of an int16: bits at odd and at even places.
-_ODD, _EVEN = -0x5556, 0x5555
+# Of an int16, those at odd and at even places.
+ODD_BITS, EVEN_BITS = -0x5556, 0x5555
 
 
 @dataclass(frozen=True)
@@ -153,9 +153,9 @@ def unpack_digits(packed: Digits) -> Tensor:
 
 def _split(here: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
     """Digits of neighbouring 16 inputs, to the high bits and the low bits of both."""
-    return here & _ODD | there >> 1 & _EVEN, here & _EVEN | there << 1 & _ODD
+    return here & ODD_BITS | there >> 1 & EVEN_BITS, here & EVEN_BITS | there << 1 & ODD_BITS
 
 
 def _rejoined(high: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
     """Digits again, from what `_split` made of them."""
-    return high & _ODD | low & _EVEN, high << 1 & _ODD | low >> 1 & _EVEN
+    return high & ODD_BITS | low & EVEN_BITS, high << 1 & ODD_BITS | low >> 1 & EVEN_BITS

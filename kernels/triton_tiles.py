@@ -1,9 +1,10 @@
 """What the multiplying kernels share: digits, and how products are cut into tiles and summed.
 
-A tile's words are read 32 to a row, 16 from each plane of a slice. The planes of the second slice
-are both read for all 32, shifted by a bit where inputs are among the last 16, and put together to
-digits. What says which those are is loaded from memory: the compiler brings words, rather than what
-is made of them, to the threads that need them, only if all that they meet is loaded or constant.
+The words of a tile are read 32 to a row, 16 from each plane of a slice. Of the second slice, whose
+planes hold high and low bits, both serve all 32: they are shifted by a bit for the last 16 inputs,
+and digits put together. Which inputs are late is loaded, not computed: the compiler brings words,
+rather than what is made of them, to the threads that need them only if all that they meet on the
+way is loaded or constant.
 
 A digit becomes a float16 without any arithmetic: two bits in the mantissa of a power of two,
 
@@ -29,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mbq.kernels.digits import BLOCK_INPUTS, Digits
+from mbq.kernels.digits import BLOCK_INPUTS, ODD_BITS, Digits
 from mbq.kernels.triton_prepare import Prepared, digit_bit, zeros
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -45,6 +46,15 @@ class Tile:
     split: int
     warps: int
     stages: int
+
+
+# PTX that makes two words ($0) of high and low bits ($1, $2), shifted by $3, under a selector ($4).
+REJOINING = tl.constexpr(
+    "{ .reg .b32 t, u; shf.l.wrap.b32 t, 0, $1, $3; shf.r.wrap.b32 u, $2, 0, $3; "
+    "lop3.b32 $0, t, u, $4, 0xE4; }"
+)
+# High bits of the second slice.
+ODD = tl.constexpr(ODD_BITS)
 
 
 @triton.jit
@@ -108,15 +118,6 @@ def assembly(p: int) -> str:
     if p < 5:
         return "lop3.b32 $0, $1, $2, $3, 0xEA;"
     return "{ .reg .b32 t; shr.u32 t, $1, 6; lop3.b32 $0, t, $2, $3, 0xEA; }"
-
-
-# PTX that makes two words ($0) of high and low bits ($1, $2), shifted by $3, under a selector ($4).
-REJOINING = tl.constexpr(
-    "{ .reg .b32 t, u; shf.l.wrap.b32 t, 0, $1, $3; shf.r.wrap.b32 u, $2, 0, $3; "
-    "lop3.b32 $0, t, u, $4, 0xE4; }"
-)
-# Bits of int16 words at odd places: high ones of the second slice.
-ODD = tl.constexpr(-0x5556)
 
 
 @triton.jit
