@@ -88,7 +88,8 @@ def check(
 
     name, parsed = submitting.read_spec(spec, settings)
     prepared = submitting.prepare(name, parsed)
-    submitting.choose_store(store or parsed.store, address, prepared.document.source)
+    chosen = submitting.choose_store(store or parsed.store, address, prepared.document.source)
+    submitting.try_out(prepared, chosen, address)
     found = estimate.estimate(prepared.document)
     click.echo(display.to_json(found) if as_json else estimate.to_text(found))
 

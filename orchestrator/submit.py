@@ -4,6 +4,7 @@ Everything that can be wrong is found before anything is written or started; wha
 one line. Resolving fixes what names stand for: the model's commit or digest, and the very tokens.
 """
 
+import contextlib
 import ipaddress
 import os
 import sys
@@ -19,13 +20,13 @@ import numpy as np
 from mbq.artifacts import keys
 from mbq.artifacts.digests import digest_of
 from mbq.artifacts.documents import Manifest, Results, RunDocument, Status
-from mbq.artifacts.errors import InputError
+from mbq.artifacts.errors import InputError, NotFoundError
 from mbq.artifacts.runs import find_run, put_blob
 from mbq.artifacts.sealed import find_document, put_document
 from mbq.artifacts.source import Source, open_source
 from mbq.artifacts.spec import RunSpec, run_id
 from mbq.artifacts.spec_file import apply_settings, load_spec
-from mbq.artifacts.store import Store, open_store, probe
+from mbq.artifacts.store import Store, open_store, probe, require_folder
 from mbq.artifacts.tensors import Entry, encode
 from mbq.cluster.jobs import Jobs
 from mbq.orchestrator.check import check_source
@@ -117,6 +118,21 @@ def choose_store(uri: str | None, address: str | None, source: Source) -> Store:
                 f"{address} is not on it; use a Hub repository or s3://bucket/prefix"
             )
     return store
+
+
+def try_out(prepared: Prepared, store: Store, address: str | None) -> None:
+    """See that store and cluster answer; nothing is written or started.
+
+    Raises:
+        InputError: the store is no folder, or there is no cluster at the address.
+        StoreError: the store cannot be read.
+    """
+    if address is not None:
+        Jobs(address)
+    # A folder that is not there is made when a run starts.
+    with contextlib.suppress(NotFoundError):
+        require_folder(store)
+    store.stat(keys.spec_key(prepared.document.run))
 
 
 def submit(prepared: Prepared, store: Store, address: str | None, say: Say) -> Jobs | None:

@@ -544,6 +544,21 @@ def test_check_takes_the_store_that_submit_would(
     _fails(invoke("check", path, "--store", "gs://other", MBQ_STORE=str(tmp_path)), 2, "gs://other")
 
 
+def test_check_tries_store_and_cluster_and_makes_nothing(
+    invoke: Callable[..., Result],
+    spec: Callable[[dict[str, Any]], str],
+    tiny_document: Make,
+    tmp_path: Path,
+) -> None:
+    path, file, folder = spec(tiny_document()), tmp_path / "file", tmp_path / "later"
+    file.touch()
+    _fails(invoke("check", path, "--store", str(file)), 2, str(file), "not a folder")
+    nobody = ("--address", "http://127.0.0.1:1")
+    _fails(invoke("check", path, *nobody), 2, "cannot reach http://127.0.0.1:1")
+    assert invoke("check", path, "--store", str(folder)).exit_code == 0
+    assert not folder.exists()
+
+
 def test_other_commands_take_the_option_before_the_variable(
     invoke: Callable[..., Result], finished_run: Any, tmp_path: Path
 ) -> None:
