@@ -1,6 +1,6 @@
 """A source checkpoint: a local folder, a prefix of an object store, or a Hub repository.
 
-Knows names, shapes and digests, never tensors: everything here works without torch, so a wrong
+Knows names, shapes and digests, never tensors: everything here works without torch, so what is no
 model is refused before any heavy import. Only safetensors files are read; pickled weights are not.
 Folders and object stores are read in ranges, block by block, and once their digests are known
 everything is held against them: a model that changes under a run is an error, not another result.

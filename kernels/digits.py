@@ -48,7 +48,7 @@ _CHUNKS = 8
 # The second: 3 bits take all of the first and the high bits of this one.
 _SPLIT_SLICE = 1
 # Of an int16, those at odd and at even places.
-ODD_BITS, EVEN_BITS = -0x5556, 0x5555
+ODD_BITS, _EVEN_BITS = -0x5556, 0x5555
 
 
 @dataclass(frozen=True)
@@ -153,9 +153,9 @@ def unpack_digits(packed: Digits) -> Tensor:
 
 def _split(here: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
     """Digits of neighbouring 16 inputs, to the high bits and the low bits of both."""
-    return here & ODD_BITS | there >> 1 & EVEN_BITS, here & EVEN_BITS | there << 1 & ODD_BITS
+    return here & ODD_BITS | there >> 1 & _EVEN_BITS, here & _EVEN_BITS | there << 1 & ODD_BITS
 
 
 def _rejoined(high: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
     """Digits again, from what `_split` made of them."""
-    return high & ODD_BITS | low & EVEN_BITS, high << 1 & ODD_BITS | low >> 1 & EVEN_BITS
+    return high & ODD_BITS | low & _EVEN_BITS, high << 1 & ODD_BITS | low >> 1 & _EVEN_BITS

@@ -162,6 +162,16 @@ def open_model(source: Source, dtype: torch.dtype, device: torch.device) -> Mode
     return Model(source, config, skeleton, dtype, device)
 
 
+def promised_shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of the model that config.json describes, a head of its own too.
+
+    Raises:
+        InputError: as `open_model`.
+    """
+    skeleton = open_model(source, torch.float32, torch.device("meta")).skeleton
+    return {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+
+
 @dataclass(frozen=True)
 class BlockRunner:
     """A block and its forward pass.
