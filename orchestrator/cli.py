@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mbq.artifacts.errors import InputError, MbqError, RunError
+from mbq.orchestrator.cli_checkpoint import bench, evaluate
 from mbq.orchestrator.cli_head import head
 from mbq.orchestrator.cli_store import gc, pull, verify
 from mbq.orchestrator.options import (
@@ -211,72 +212,6 @@ def resume(run: str, store: str | None, address: str | None, watching: bool) -> 
         _watch(chosen, document, jobs, as_json=False, to_stderr=True)
 
 
-@main.command("eval")
-@click.argument("target", metavar="RUN|URI|DIR")
-@click.option("--bits", help="Widths, as in 2,4 [default: all that are stored].")
-@click.option("--average-bits", help="Average widths, as in 2.5,3.2.")
-@click.option("--dataset", default=None, help="wikitext2, c4, ptb, text, jsonl or stdlib.")
-@click.option("--file", "files", multiple=True, help="A text file (or jsonl); repeatable.")
-@click.option("--tokens", type=int, help="How many tokens of the text at most [default: 131072].")
-@click.option(
-    "--sequence-length", type=int, help="Tokens per sequence [default: 2048, or all positions]."
-)
-@store_option
-@json_option
-def evaluate(
-    target: str,
-    bits: str | None,
-    average_bits: str | None,
-    dataset: str | None,
-    files: tuple[str, ...],
-    tokens: int | None,
-    sequence_length: int | None,
-    store: str | None,
-    as_json: bool,
-) -> None:
-    """Perplexity of a packed checkpoint, loaded here. A run's own text is the default."""
-    from mbq.orchestrator import display
-    from mbq.orchestrator import evaluate as evaluating
-
-    cut = {"tokens": tokens, "sequence_length": sequence_length}
-    cut = {name: value for name, value in cut.items() if value is not None}
-    text = None
-    if dataset or files:
-        text = {"dataset": dataset or "text", "files": list(files), **cut}
-    elif cut:
-        raise InputError(
-            "--tokens and --sequence-length are of a text; give --dataset or --file, or neither: "
-            "then a run is measured on its own text"
-        )
-    rows = evaluating.evaluate(target, store_uri(store), bits, average_bits, text, say)
-    if as_json:
-        click.echo(display.to_json(rows))
-        return
-    for row in rows:
-        shared = "average_bits" in row
-        width = f"average {row['average_bits']:g}" if shared else f"{row['bits']}"
-        read = f" ({row['realised_bits']:.2f} read)" if shared else ""
-        perplexity = f"{row['perplexity']:.3f} ± {row['perplexity_error']:.3f}"
-        click.echo(f"{width} bits{read}: {perplexity}")
-
-
-@main.command()
-@click.argument("target", metavar="RUN|URI|DIR")
-@store_option
-@json_option
-def bench(target: str, store: str | None, as_json: bool) -> None:
-    """Check a packed checkpoint's linears against float64 here and, on a GPU, time them."""
-    from mbq.orchestrator import bench as benching
-    from mbq.orchestrator import display
-
-    records = benching.bench(target, store_uri(store), say)
-    if as_json:
-        click.echo(display.to_json([record.model_dump(mode="json") for record in records]))
-        return
-    for line in display.validation_lines(records):
-        click.echo(line)
-
-
 @main.command()
 @click.argument("run")
 @click.option(
@@ -348,7 +283,7 @@ def _jobs(address: str | None) -> "Jobs | None":
         return None
 
 
-for _command in (head, pull, verify, gc):
+for _command in (evaluate, bench, head, pull, verify, gc):
     main.add_command(_command)
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""The command line as a user meets it: wrong input first, without any cluster."""
+"""The command line as a user meets it, without any cluster."""
 
 import contextlib
 import json
 import os
 import runpy
-import shutil
 import subprocess
 import sys
 import time
@@ -13,9 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-import yaml
-from click.testing import CliRunner, Result
-from transformers import GemmaConfig, MixtralConfig
+from click.testing import Result
 
 from mbq.artifacts import keys
 from mbq.artifacts.documents import Status
@@ -23,43 +20,10 @@ from mbq.artifacts.sealed import put_document
 from mbq.artifacts.store import LocalStore
 from mbq.orchestrator import submit as submitting
 from mbq.orchestrator.cli import main
+from tests.support.commands import fails
 
 Make = Callable[..., dict[str, Any]]
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def invoke(tmp_path: Path) -> Callable[..., Result]:
-    def run(*arguments: str, **environment: str) -> Result:
-        home = {"MBQ_HOME": str(tmp_path / "home"), "MBQ_STORE": "", "MBQ_ADDRESS": ""}
-        return CliRunner().invoke(main, list(arguments), env=home | environment)
-
-    return run
-
-
-@pytest.fixture
-def spec(tmp_path: Path) -> Callable[[dict[str, Any]], str]:
-    def write(document: dict[str, Any]) -> str:
-        path = tmp_path / "spec.yaml"
-        path.write_text(yaml.safe_dump(document))
-        return str(path)
-
-    return write
-
-
-def _fails(result: Result, code: int, *words: str) -> None:
-    assert result.exit_code == code, result.output
-    assert result.stdout == ""
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("mbq-cluster: ")
-    for word in words:
-        assert word in lines[0]
-
-
-# More than a file system takes.
-LONG = "x" * 300
-NO_FILES = "calibration.files=[]"
 
 
 def _put_status(store: LocalStore, run: str, state: Literal["running", "failed"]) -> None:
@@ -80,136 +44,9 @@ def _put_status(store: LocalStore, run: str, state: Literal["running", "failed"]
     put_document(store, keys.status_key(run), status)
 
 
-WRONG: list[tuple[str, list[str], tuple[str, ...]]] = [
-    ("unknown key", ["--set", "calibration.sampels=3"], ("calibration.sampels", "samples?")),
-    ("unknown section", ["--set", "quantization.bits=3"], ("quantization", "unknown key")),
-    ("no widths", ["--set", "optimisation.widths=[]"], ("widths", "distinct")),
-    ("no such width", ["--set", "optimisation.widths=[2,5]"], ("[2, 5]", "[2, 3, 4, 6, 8]")),
-    (
-        "width beyond the slices",
-        ["--set", "slices=1"],
-        ("optimisation.widths [2, 3, 4]", "out of [2]"),
-    ),
-    ("too many slices", ["--set", "slices=9"], ("slices", "9")),
-    ("odd group", ["--set", "group_size=33"], ("group_size 33", "multiple of 32")),
-    ("group too wide", ["--set", "group_size=64"], ("64", "96", "mlp.down_proj", "use 32")),
-    ("no samples", ["--set", "calibration.samples=0"], ("calibration.samples", "0")),
-    ("endless sequence", ["--set", "calibration.sequence_length=99999999"], ("sequence_length",)),
-    ("beyond positions", ["--set", "calibration.sequence_length=256"], ("256", "128 positions")),
-    ("not a number", ["--set", "threads=many"], ("threads", "'many'", "integer")),
-    ("unknown dataset", ["--set", "calibration.dataset=pile"], ("calibration.dataset", "'pile'")),
-    ("no such file", ["--set", "calibration.files=[/nowhere.txt]"], ("/nowhere.txt",)),
-    ("files for nothing", ["--set", "calibration.dataset=stdlib"], ("stdlib takes no files",)),
-    ("too little text", ["--set", "calibration.samples=60000"], ("1,920,000 tokens", "lower")),
-    ("endless file", ["--set", f"calibration.files=[{LONG}]"], ("calibration.files", LONG)),
-    ("endless folder", ["--set", f"model.source=./{LONG}"], ("model.source", LONG)),
-    (
-        "endless list",
-        ["--set", f"calibration={{dataset: stdlib, exclude: {LONG}}}", "--set", NO_FILES],
-        ("calibration.exclude", LONG),
-    ),
-    (
-        "list of bytes",
-        ["--set", f"calibration={{dataset: stdlib, exclude: {sys.executable}}}", "--set", NO_FILES],
-        ("calibration.exclude", sys.executable, "not UTF-8"),
-    ),
-    (
-        "list in a folder",
-        ["--set", "calibration={dataset: stdlib, exclude: /tmp}", "--set", NO_FILES],
-        ("calibration.exclude", "/tmp", "Is a directory"),
-    ),
-    ("no such folder", ["--set", "model.source=./nowhere"], ("model.source", "no folder")),
-    ("no such method", ["--set", "optimisation.method=gptq"], ("'gptq'", "'joint' or 'clip'")),
-    ("no such sharing", ["--set", "routing.method=best"], ("routing.method", "'best'", "'auto'")),
-    ("average too high", ["--set", "evaluation.average_bits=[2.5,9]"], ("average_bits", "9")),
-    (
-        "average beyond the slices",
-        ["--set", "slices=2", "--set", "evaluation.average_bits=[5]"],
-        ("evaluation.average_bits [5.0]", "between 2 and 4"),
-    ),
-    ("average twice", ["--set", "evaluation.average_bits=[3,3]"], ("distinct",)),
-    ("unknown rival", ["--set", "evaluation.rivals=[best]"], ("evaluation.rivals", "'best'")),
-    (
-        "target beyond the slices",
-        ["--set", "slices=2", "--set", "routing={method: target, target_bits: 8}"],
-        ("routing.target_bits 8.0", "more than 4"),
-    ),
-    ("malformed setting", ["--set", "threads"], ("--set threads", "field=value")),
-    ("unknown scheme", ["--store", "gs://bucket/runs"], ("gs://bucket/runs", "unknown scheme")),
-    (
-        "unknown scheme of a model",
-        ["--set", "model.source=http://x/y"],
-        ("mbq-cluster: model.source: http://x/y has an unknown scheme",),
-    ),
-    (
-        "unknown scheme of a text",
-        ["--set", "calibration.files=[http://x/y.txt]"],
-        ("mbq-cluster: calibration.files: http://x has an unknown scheme",),
-    ),
-    ("store in a file", ["--store", "/dev/null/store"], ("/dev/null/store", "you may write")),
-    ("no dashboard", ["--address", "ray://here:10001"], ("--address ray://here:10001", "http://")),
-    ("no cluster there", ["--address", "http://127.0.0.1:9"], ("cannot reach", "--address")),
-    (
-        "laptop path, remote cluster",
-        ["--address", "http://192.0.2.7:8265"],
-        ("path of this machine", "file://"),
-    ),
-    (
-        "laptop model, remote cluster",
-        ["--address", "http://192.0.2.7:8265", "--store", "file:///mnt/store"],
-        ("model.source", "folder of this machine"),
-    ),
-]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"), [w[1:] for w in WRONG], ids=[w[0].replace(" ", "-") for w in WRONG]
-)
-def test_wrong_input_is_one_line_and_leaves_nothing(
-    invoke: Callable[..., Result],
-    spec: Callable[[dict[str, Any]], str],
-    tiny_document: Make,
-    tmp_path: Path,
-    arguments: list[str],
-    words: tuple[str, ...],
-) -> None:
-    path = spec(tiny_document())
-    _fails(invoke("submit", path, *arguments), 2, *words)
-    assert os.listdir(tmp_path) == ["spec.yaml"]
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes", "words"),
-    [
-        (MixtralConfig, {"num_local_experts": 2}, ("mixture of experts", "dense")),
-        (GemmaConfig, {"head_dim": 16}, ("gemma", "use one of llama")),
-    ],
-)
-def test_models_we_cannot_quantize(
-    invoke: Callable[..., Result],
-    spec: Callable[[dict[str, Any]], str],
-    make_model: Callable[..., Path],
-    tiny_document: Make,
-    kind: type,
-    changes: dict[str, Any],
-    words: tuple[str, ...],
-) -> None:
-    folder = make_model(kind, **changes)
-    _fails(invoke("submit", spec(tiny_document(model={"source": str(folder)}))), 2, *words)
-
-
-def test_unknown_presets_and_files(invoke: Callable[..., Result], tmp_path: Path) -> None:
-    _fails(invoke("submit", "llama9-1t"), 2, "llama9-1t", "llama2-13b")
-    _fails(invoke("check", "gone.yaml"), 3, "no spec file gone.yaml")
-    _fails(invoke("check", LONG), 2, LONG, "presets are")
-    _fails(invoke("check", f"{LONG}.yaml"), 2, LONG)
-    _fails(invoke("eval", LONG), 3, f"there is no run {LONG}")
-    assert os.listdir(tmp_path) == []
-
-
 def test_presets_name_models_on_the_hub(invoke: Callable[..., Result]) -> None:
     # Tests run offline: the model cannot be looked up, and the message says where to go.
-    _fails(invoke("check", "llama2-13b"), 2, "meta-llama/Llama-2-13b-hf", "local folder")
+    fails(invoke("check", "llama2-13b"), 2, "meta-llama/Llama-2-13b-hf", "local folder")
 
 
 def test_check_says_what_a_run_takes_and_writes_nothing(
@@ -251,28 +88,28 @@ def test_list_shows_every_run(invoke: Callable[..., Result], finished_run: Any) 
 
 def test_list_tells_an_empty_store_from_none(invoke: Callable[..., Result], tmp_path: Path) -> None:
     store = tmp_path / "store"
-    _fails(invoke("list", "--store", str(store)), 3, f"there is no folder {store}")
-    _fails(invoke("list", "--json", MBQ_STORE=str(store)), 3, f"there is no folder {store}")
+    fails(invoke("list", "--store", str(store)), 3, f"there is no folder {store}")
+    fails(invoke("list", "--json", MBQ_STORE=str(store)), 3, f"there is no folder {store}")
     store.mkdir()
     assert invoke("list", "--store", str(store), "--json").stdout == "[]\n"
     file = store / "file"
     file.write_text("")
-    _fails(invoke("list", "--store", str(file)), 2, f"{file} is not a folder")
+    fails(invoke("list", "--store", str(file)), 2, f"{file} is not a folder")
 
 
 def test_runs_that_are_not_there_or_not_unique(
     invoke: Callable[..., Result], finished_run: Any, tmp_path: Path
 ) -> None:
     for command in ("status", "watch", "logs", "stop", "resume"):
-        _fails(invoke(command, "0123"), 3, "there is no run 0123", "mbq-cluster list")
-    _fails(invoke("status", "/somewhere/else/abc"), 2, "<store>/runs/<id>")
+        fails(invoke(command, "0123"), 3, "there is no run 0123", "mbq-cluster list")
+    fails(invoke("status", "/somewhere/else/abc"), 2, "<store>/runs/<id>")
     store = LocalStore(tmp_path / "store")
     for run in ("aa0000000000", "aa1111111111"):
         store.put(f"runs/{run}/spec.json", [b"{}"])
-    _fails(invoke("status", "aa", "--store", str(store.root)), 2, "is the start of 2 runs")
-    _fails(invoke("status", "aa0", "--store", str(store.root)), 1, "is not as it was written")
+    fails(invoke("status", "aa", "--store", str(store.root)), 2, "is the start of 2 runs")
+    fails(invoke("status", "aa0", "--store", str(store.root)), 1, "is not as it was written")
     store.put("runs/aa0000000000/spec.json", [b'{"format_version": 1, "code_version": "0.1.0"}'])
-    _fails(invoke("status", "aa0", "--store", str(store.root)), 1, "has format 1", "0.1.0")
+    fails(invoke("status", "aa0", "--store", str(store.root)), 1, "has format 1", "0.1.0")
     # One run that cannot be read does not hide the others.
     listed = invoke("list", "--store", str(store.root), "--json")
     assert (listed.exit_code, json.loads(listed.stdout)) == (0, [])
@@ -284,10 +121,10 @@ def test_commands_that_need_a_head_say_that_there_is_none(
 ) -> None:
     store = str(finished_run.store.root)
     run = finished_run.document.run
-    _fails(invoke("head", "status"), 3, "no local Ray is running")
-    _fails(invoke("head", "stop"), 3, "no local Ray is running")
-    _fails(invoke("logs", run, "--store", store), 3, "no cluster")
-    _fails(invoke("stop", run, "--store", store), 3, "is done: there is nothing to stop")
+    fails(invoke("head", "status"), 3, "no local Ray is running")
+    fails(invoke("head", "stop"), 3, "no local Ray is running")
+    fails(invoke("logs", run, "--store", store), 3, "no cluster")
+    fails(invoke("stop", run, "--store", store), 3, "is done: there is nothing to stop")
 
 
 def test_finished_work_needs_no_cluster(
@@ -314,103 +151,6 @@ def test_watch_of_a_finished_run_prints_its_table(
     assert "ROUND TO NEAREST" in result.stdout
 
 
-def test_eval_agrees_with_the_runs_own_table(
-    invoke: Callable[..., Result], finished_run: Any
-) -> None:
-    store, run = str(finished_run.store.root), finished_run.document.run
-    result = invoke("eval", run, "--store", store, "--bits", "2,3,8", "--json")
-    rows = json.loads(result.stdout)
-    status = json.loads(invoke("status", run, "--store", store, "--json").stdout)
-    expected = {row["variant"]: row["perplexity"] for row in status["results"]["rows"]}
-    assert [row["bits"] for row in rows] == [2, 3, 8]
-    for row in rows:
-        assert row["perplexity"] == pytest.approx(expected[f"mbq-{row['bits']}"], rel=1e-5)
-    result = invoke("eval", run, "--store", store, "--average-bits", "2.25,3", "--json")
-    rows = json.loads(result.stdout)
-    assert [row["average_bits"] for row in rows] == [2.25, 3]
-    for row in rows:
-        # Which token a threshold takes may depend on how many are multiplied at once.
-        name = f"routed-{row['average_bits']:g}"
-        assert row["perplexity"] == pytest.approx(expected[name], rel=1e-3)
-        assert row["realised_bits"] == pytest.approx(row["average_bits"], abs=0.2)
-
-
-def test_eval_of_a_folder_on_a_text_of_its_own(
-    invoke: Callable[..., Result], finished_run: Any, text_file: Path, tmp_path: Path
-) -> None:
-    folder = str(finished_run.checkpoint)
-    text = ["--dataset", "text", "--file", str(text_file), "--sequence-length", "32"]
-    result = invoke("eval", folder, "--bits", "4", *text, "--tokens", "256")
-    assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("4 bits: ")
-    _fails(invoke("eval", folder, "--bits", "4"), 2, "names no text", "--dataset")
-    _fails(invoke("eval", folder, "--bits", "4", "--tokens", "5"), 2, "--tokens", "are of a text")
-    _fails(invoke("eval", folder, "--bits", "four", *text), 2, "--bits four")
-    averages = "--average-bits"
-    _fails(invoke("eval", folder, averages, "2.5,", *text), 2, "--average-bits 2.5,", "as in 2.5,3")
-    _fails(invoke("eval", folder, averages, "2.5,9", *text), 2, "--average-bits 9", "2, 3, 4, 6, 8")
-    _fails(invoke("eval", folder, "--bits", "5", *text), 2, "--bits 5", "2, 3, 4, 6, 8 bits")
-    shared = invoke("eval", folder, averages, "2.5", *text, "--tokens", "256")
-    assert shared.stdout.startswith("average 2.5 bits (2.")
-    for nothing in ("/nowhere", str(tmp_path)):
-        _fails(invoke("eval", nothing, *text), 3, nothing, "is not a packed checkpoint")
-    shutil.copy(f"{folder}/manifest.json", tmp_path)
-    _fails(invoke("eval", str(tmp_path), *text), 3, "holds no config.json")
-    _fails(invoke("eval", folder, "--file", "/no.txt"), 2, "mbq-cluster: --file: ", "/no.txt")
-    _fails(invoke("eval", folder, *text, "--tokens", "5"), 2, "mbq-cluster: --tokens: 5 must be")
-    few = tmp_path / "few.txt"
-    few.write_text("few words")
-    _fails(
-        invoke("eval", folder, "--file", str(few)),
-        2,
-        "mbq-cluster: --sequence-length: two sequences",
-    )
-
-
-def test_eval_of_a_cut_checkpoint_says_how_to_have_more(
-    invoke: Callable[..., Result], finished_run: Any, text_file: Path, tmp_path: Path
-) -> None:
-    folder = str(tmp_path / "two")
-    assert invoke("pull", str(finished_run.checkpoint), folder, "--max-bits", "2").exit_code == 0
-    text = ["--file", str(text_file), "--sequence-length", "32"]
-    result = invoke("eval", folder, "--bits", "4", *text)
-    _fails(result, 2, "--bits 4", f"{folder} runs at 2 bits; pull it with a larger --max-bits")
-    result = invoke("eval", folder, "--average-bits", "9", *text)
-    _fails(result, 2, "--average-bits 9", f"{folder} runs at 2 bits")
-    assert "pull" not in result.stderr
-
-
-def test_bench_checks_a_run_and_a_folder(
-    invoke: Callable[..., Result], finished_run: Any, tmp_path: Path
-) -> None:
-    store, run = str(finished_run.store.root), finished_run.document.run
-    result = invoke("bench", run, "--store", store)
-    assert result.exit_code == 0, result.output
-    assert "products of 4 shapes are right, largest error" in result.stdout
-    records = json.loads(invoke("bench", str(finished_run.checkpoint), "--json").stdout)
-    assert {r["linear"].rpartition(".")[2] for r in records} <= {
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-    }  # fmt: skip
-    assert all(0 < r["largest_error"] < 1e-5 for r in records)
-    _fails(invoke("bench", str(tmp_path)), 3, "manifest.json")
-    with contextlib.chdir(finished_run.checkpoint.parent):
-        named = invoke("bench", finished_run.checkpoint.name, "--json")
-    assert json.loads(named.stdout) == records
-    # A folder may be called as a run would be.
-    folder = tmp_path / "runs" / "mine"
-    shutil.copytree(finished_run.checkpoint, folder)
-    assert json.loads(invoke("bench", str(folder), "--json").stdout) == records
-    by_path = invoke("bench", f"{store}/runs/{run}", "--json")
-    assert json.loads(by_path.stdout) == records
-
-
-def test_eval_measures_every_stored_width(invoke: Callable[..., Result], finished_run: Any) -> None:
-    store, run = str(finished_run.store.root), finished_run.document.run
-    for target in ((run, "--store", store), (f"{store}/runs/{run}",)):
-        result = invoke("eval", *target, "--json")
-        assert [row["bits"] for row in json.loads(result.stdout)] == [2, 3, 4, 6, 8]
-
-
 def test_a_report_goes_where_it_is_told(
     invoke: Callable[..., Result], finished_run: Any, tmp_path: Path
 ) -> None:
@@ -423,7 +163,7 @@ def test_a_report_goes_where_it_is_told(
         assert invoke("report", run[:6], *store).stdout == f"{run}.html\n"
     assert (tmp_path / f"{run}.html").read_text(encoding="utf-8") == page
     nowhere = str(tmp_path / "no" / "folder.html")
-    _fails(invoke("report", run, "--out", nowhere, *store), 2, "--out", nowhere)
+    fails(invoke("report", run, "--out", nowhere, *store), 2, "--out", nowhere)
 
 
 def test_watching_finished_work_prints_its_table_beside_the_id(
@@ -457,7 +197,7 @@ def test_a_run_goes_on_when_nobody_watches(
 
     # Between two looks at the store.
     monkeypatch.setattr(time, "sleep", interrupt)
-    _fails(
+    fails(
         invoke("watch", run, "--store", store.uri),
         1,
         f"run {run} goes on",
@@ -487,11 +227,11 @@ def test_an_unfinished_run_has_nothing_to_fetch(
     folder = tmp_path / "pulled"
     for command in (("pull", run, str(folder)), ("bench", run), ("verify", run), ("report", run)):
         result = invoke(*command, "--store", store.uri)
-        _fails(result, 3, f"run {run} has no checkpoint yet", f"mbq-cluster watch {run}")
+        fails(result, 3, f"run {run} has no checkpoint yet", f"mbq-cluster watch {run}")
     _put_status(store, run, "failed")
     for command in (("pull", run, str(folder)), ("bench", run), ("verify", run), ("report", run)):
         result = invoke(*command, "--store", store.uri)
-        _fails(result, 3, f"run {run} is failed and has no checkpoint", f"mbq-cluster resume {run}")
+        fails(result, 3, f"run {run} is failed and has no checkpoint", f"mbq-cluster resume {run}")
     assert not folder.exists()
 
 
@@ -539,9 +279,9 @@ def test_check_takes_the_store_that_submit_would(
     tmp_path: Path,
 ) -> None:
     path = spec(tiny_document(store="gs://bucket/runs"))
-    _fails(invoke("check", path), 2, "gs://bucket/runs")
+    fails(invoke("check", path), 2, "gs://bucket/runs")
     assert invoke("check", path, MBQ_STORE=str(tmp_path)).exit_code == 0
-    _fails(invoke("check", path, "--store", "gs://other", MBQ_STORE=str(tmp_path)), 2, "gs://other")
+    fails(invoke("check", path, "--store", "gs://other", MBQ_STORE=str(tmp_path)), 2, "gs://other")
 
 
 def test_check_tries_store_and_cluster_and_makes_nothing(
@@ -552,9 +292,9 @@ def test_check_tries_store_and_cluster_and_makes_nothing(
 ) -> None:
     path, file, folder = spec(tiny_document()), tmp_path / "file", tmp_path / "later"
     file.touch()
-    _fails(invoke("check", path, "--store", str(file)), 2, str(file), "not a folder")
+    fails(invoke("check", path, "--store", str(file)), 2, str(file), "not a folder")
     nobody = ("--address", "http://127.0.0.1:1")
-    _fails(invoke("check", path, *nobody), 2, "cannot reach http://127.0.0.1:1")
+    fails(invoke("check", path, *nobody), 2, "cannot reach http://127.0.0.1:1")
     assert invoke("check", path, "--store", str(folder)).exit_code == 0
     assert not folder.exists()
 
@@ -565,20 +305,21 @@ def test_other_commands_take_the_option_before_the_variable(
     store, run = str(finished_run.store.root), finished_run.document.run
     found = invoke("status", run, "--store", store, "--json", MBQ_STORE=str(tmp_path / "other"))
     assert json.loads(found.stdout)["run"] == run
-    _fails(invoke("status", run, "--store", str(tmp_path / "other"), MBQ_STORE=store), 3, run)
+    fails(invoke("status", run, "--store", str(tmp_path / "other"), MBQ_STORE=store), 3, run)
 
 
 @pytest.mark.parametrize("command", [("list",), ("status", "0123"), ("check", "demo")])
 def test_the_address_of_the_environment_is_checked_too(
     invoke: Callable[..., Result], command: tuple[str, ...]
 ) -> None:
-    _fails(invoke(*command, MBQ_ADDRESS="ray://x"), 2, "ray://x", "http://host:8265")
+    fails(invoke(*command, MBQ_ADDRESS="ray://x"), 2, "ray://x", "http://host:8265")
 
 
 def test_help_waits_for_no_heavy_import_and_lists_every_command() -> None:
     script = """
 import sys
 from mbq.orchestrator.cli import main
+from tests.support.commands import fails
 main(["--help"], standalone_mode=False)
 print([name for name in ("torch", "ray", "transformers", "numpy", "boto3") if name in sys.modules])
 """

@@ -9,24 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from mbq.artifacts import keys, s3_client
 from mbq.artifacts.garbage import GRACE_SECONDS
 from mbq.artifacts.runs import put_blob
 from mbq.artifacts.store import LocalStore
-from mbq.orchestrator.cli import main
 from mbq.orchestrator.submit import prepare, read_spec
 from tests.support.servers import Server
-
-
-@pytest.fixture
-def invoke(tmp_path: Path) -> Callable[..., Result]:
-    def run(*arguments: str) -> Result:
-        environment = {"MBQ_HOME": str(tmp_path / "home"), "MBQ_STORE": "", "MBQ_ADDRESS": ""}
-        return CliRunner().invoke(main, list(arguments), env=environment)
-
-    return run
 
 
 def _line(result: Result, code: int) -> str:
