@@ -33,7 +33,7 @@ from mbq.kernels.widths import SLICE_BITS
 MAX_TOKENS = 64
 _MOST_TOKENS = tl.constexpr(MAX_TOKENS)
 _LANES = tl.constexpr(4)
-# Above this many inputs a program takes 16 warps instead of 8 to hold a token in registers.
+# Of more inputs 8 warps do not hold a token in registers.
 _WIDE_INPUTS = 8192
 
 
@@ -255,7 +255,6 @@ def prepare(
     )
     hidden = 0 if gates is None else len(gates.trunk_HK)
     chunks = _power_of_2(padded_inputs // 32)
-    wide = padded_inputs > _WIDE_INPUTS
     _prepare_kernel[(tokens,)](
         x_TK, given, *_pointers(gates), made.x_TK, made.sum_GT, made.bias_sum_GT, made.unscale_T,
         made.bits_LT, made.steps_L2, zeros(x_TK.device, "prepare", 1), tally,
@@ -265,9 +264,14 @@ def prepare(
         CHUNKS=chunks, GROUP_CHUNKS=group_size // 32, LINEARS=linears, GIVEN=given is not None,
         EXTRA=0 if gates is None else len(gates.threshold_EL), HIDDEN=hidden,
         FEATURES=_power_of_2(max(hidden, 1)), AHEAD=min(hidden, rows_ahead(padded_inputs)),
-        TALLIED=tally is not None, MIXED=mixed, num_warps=16 if wide else 8,
+        TALLIED=tally is not None, MIXED=mixed, num_warps=warps_for(padded_inputs),
     )  # fmt: skip
     return made
+
+
+def warps_for(inputs: int) -> int:
+    """Of a program, so that registers hold its token."""
+    return 8 if inputs <= _WIDE_INPUTS else 16
 
 
 def rows_ahead(inputs: int) -> int:

@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from mbq.kernels import dispatch
 from mbq.kernels.triton_dequantize import _ROWS, _WARPS, _dequantize_kernel
 from mbq.kernels.triton_mixed import MOST_TILE_TOKENS, _mixed_kernel
-from mbq.kernels.triton_prepare import _WIDE_INPUTS, _prepare_kernel, rows_ahead
+from mbq.kernels.triton_prepare import _prepare_kernel, rows_ahead, warps_for
 from mbq.kernels.triton_tiles import Tile
 from mbq.kernels.triton_uniform import _uniform_kernel
 from mbq.kernels.widths import WIDTHS, slices_of
@@ -155,7 +155,7 @@ def build_dequantizing(architecture: int, bits: int) -> dict[str, Any]:
 
 def build_preparing(architecture: int, inputs: int) -> dict[str, Any]:
     """A router of 8 rows that decides for three linears."""
-    rows, warps = 8, 8 if inputs <= _WIDE_INPUTS else 16
+    rows = 8
     constants = {
         "CHUNKS": triton.next_power_of_2(inputs // 32),
         "GROUP_CHUNKS": 4,
@@ -168,7 +168,7 @@ def build_preparing(architecture: int, inputs: int) -> dict[str, Any]:
         "TALLIED": True,
         "MIXED": True,
     }
-    made = _compile(_prepare_kernel, constants, architecture, warps)
+    made = _compile(_prepare_kernel, constants, architecture, warps_for(inputs))
     assembly = made.pop("assembly")
     return made | {"instructions": len(_INSTRUCTION.findall(assembly))}
 
