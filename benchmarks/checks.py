@@ -1,5 +1,6 @@
 """Are the kernels right on this GPU? Random data against float64, equal bits from run to run."""
 
+import dataclasses
 import itertools
 import math
 
@@ -100,14 +101,53 @@ def repeatable(n: int, k: int) -> bool:
     return all(torch.equal(out, outs[0]) for out in outs)
 
 
-def random_gates(k: int) -> Gates:
-    """A router of three linears whose gates are open for about half of all tokens."""
+def in_order(k: int) -> bool:
+    """Whether launches that follow each other at once give the bits of launches on their own.
+
+    A chain of products, each the input of the next: every launch begins while the one before it,
+    whose results it needs, is ending.
+    """
+    weight, gates = random_digits(k, k), random_gates(k, 1)
+
+    def chain(x: torch.Tensor, alone: bool) -> torch.Tensor:
+        for _ in range(12):
+            (out,) = dispatch.decode(x, gates, CODE_BITS, weight)
+            x = out / out.abs().max()
+            if alone:
+                torch.cuda.synchronize()
+        return x
+
+    start = torch.randn(1, k, device="cuda", dtype=torch.bfloat16)
+    expected = chain(start, alone=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = chain(start, alone=False)
+    for _ in range(20):
+        found.fill_(math.nan)
+        graph.replay()
+        if not torch.equal(found, expected):
+            return False
+    return True
+
+
+def random_gates(k: int, linears: int = SHARING) -> Gates:
+    """A router whose gates are open for about half of all tokens."""
     extra = len(WIDTHS) - 1
     return Gates(
         (torch.randn(TRUNK, k, device="cuda") / math.sqrt(k)).half(),
         torch.randn(TRUNK, device="cuda"),
-        torch.randn(extra, SHARING, TRUNK + 2, device="cuda"),
-        torch.zeros(extra, SHARING, device="cuda"),
+        torch.randn(extra, linears, TRUNK + 2, device="cuda"),
+        torch.zeros(extra, linears, device="cuda"),
+    )
+
+
+def open_gates(k: int, bits: int) -> Gates:
+    """The same, open for every token up to one width."""
+    open_E = torch.tensor(WIDTHS[1:], device="cuda") <= bits
+    threshold_E = torch.where(open_E, -math.inf, math.inf)
+    gates = random_gates(k)
+    return dataclasses.replace(
+        gates, threshold_EL=threshold_E[:, None].expand_as(gates.threshold_EL).contiguous()
     )
 
 

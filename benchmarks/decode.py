@@ -15,27 +15,44 @@ random; outputs are held against float64 first. Needs torch, triton and click on
 import itertools
 import json
 import math
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 from ceilings import measure_ceilings
-from checks import SHARING, check, check_joined, random_gates, repeatable, routed_differently
+from checks import (
+    SHARING,
+    check,
+    check_joined,
+    in_order,
+    open_gates,
+    random_gates,
+    repeatable,
+    routed_differently,
+)
 from compiling import Product, compile_products
 from kernel_peers import cublas, time_peers
 from provenance import gpu_provenance
+from torch import Tensor
 from weights import (
     BLOCKS,
     GROUP,
+    ROTATED_BYTES,
     SHAPES,
     decode_times,
     hungry_tokens,
+    multiply,
+    random_digits,
     rotation,
     tile_for,
     tokens_at,
 )
 
+from mbq.kernels.digits import Digits
+from mbq.kernels.router import Gates
 from mbq.kernels.timing import time_graph
 from mbq.kernels.triton_dequantize import dequantize_digits
 from mbq.kernels.triton_prepare import padded_tokens, prepare
@@ -71,10 +88,10 @@ def main(out: Path, any_precision: Path | None, models: tuple[str, ...]) -> None
     click.echo(f"largest error against float64: {max(errors.values()):.1e}")
     otherwise = {k: routed_differently(k) for k in inputs}
     click.echo(f"widths routed otherwise than by torch: {max(otherwise.values()):.2%}")
-    same = all(repeatable(n, k) for n, k in shapes)
+    same = all(repeatable(n, k) for n, k in shapes) and all(in_order(k) for k in inputs)
     keep(errors=errors, repeatable=same, routed_differently=otherwise)
     # Not before: a GPU that was idle is slow.
-    keep(ceilings=measure_ceilings(), points=[], peers=[], mixed=[], prompts=[])
+    keep(ceilings=measure_ceilings(), points=[], peers=[], blocks=[], mixed=[], prompts=[])
     click.echo(json.dumps(result["ceilings"]))
     keep(preparing=[point for k in inputs for point in time_preparing(k)])
     for n, k in shapes:
@@ -83,6 +100,8 @@ def main(out: Path, any_precision: Path | None, models: tuple[str, ...]) -> None
             {"n": n, "k": k, "tokens": m, **time_peers(n, k, m, any_precision)} for m in TOKENS
         ]
         keep(peers=result["peers"] + peers)
+    for model in chosen:
+        keep(blocks=result["blocks"] + time_blocks(model))
         keep(sums=model_sums(result, chosen))
     keep(mixed=time_mixed(*shapes[-1]))
     for shape in shapes:
@@ -174,6 +193,53 @@ def time_mixed(n: int, k: int) -> list[Point]:
     return points
 
 
+def time_blocks(model: str) -> list[Point]:
+    """All inputs of a model in turn, made ready and multiplied.
+
+    As a step runs at a width that the host knows; and as one that was captured does: it asks
+    routers, and only the device knows the width.
+    """
+    shapes = list(SHAPES[model].values())
+    inputs = {k for _, k in shapes}
+    points = []
+    for bits in WIDTHS:
+        size = sum(n * k for n, k in shapes) * bits / 8
+        count = math.ceil(ROTATED_BYTES / size) + 1
+        blocks = [[random_digits(n, k) for n, k in shapes] for _ in range(count)]
+        turn = itertools.cycle(blocks)
+        gates = {k: open_gates(k, bits) for k in inputs}
+        for m in TOKENS:
+            xs = {k: torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for k in inputs}
+            known = partial(step, turn, xs, dict.fromkeys(inputs, bits), bits)
+            seconds, spread = time_graph(known, 2 * count)
+            captured = time_graph(partial(step, turn, xs, gates, None), 2 * count)[0]
+            points.append(
+                {
+                    "model": model,
+                    "tokens": m,
+                    "bits": bits,
+                    "seconds": BLOCKS[model] * seconds,
+                    "spread_seconds": BLOCKS[model] * spread,
+                    "captured_seconds": BLOCKS[model] * captured,
+                }
+            )
+    return points
+
+
+def step(
+    blocks: Iterator[list[Digits]],
+    xs: dict[int, Tensor],
+    widths: Mapping[int, int | Gates],
+    known: int | None,
+) -> None:
+    """The next block: each of its inputs made ready, and multiplied."""
+    for weight in next(blocks):
+        (n,), k = weight.out_features, weight.in_features
+        prepared = prepare(xs[k], widths[k], SHARING, GROUP, CODE_BITS)
+        tile = tile_for(n, k, len(xs[k]), known, prepared.mixed)
+        multiply(prepared, known, weight, tile)
+
+
 def time_prompts(n: int, k: int) -> list[Point]:
     """Many tokens: dequantizing and multiplying, and multiplying alone."""
     digits = itertools.cycle(rotation(n, k, 8))
@@ -206,8 +272,7 @@ def time_prompts(n: int, k: int) -> list[Point]:
 def model_sums(result: Point, models: tuple[str, ...]) -> list[Point]:
     """All linears of a model, by tokens: seconds of each width, of its bound, and of each peer.
 
-    Ours with what prepares the tokens at one width, once for each input; and as a captured step of
-    a loaded model runs, with routers, at a width that only the device knows.
+    Ours as `time_blocks` runs them, and `multiplying` alone: sums of products.
     """
     sums = []
     for model, m in itertools.product(models, TOKENS):
@@ -216,20 +281,18 @@ def model_sums(result: Point, models: tuple[str, ...]) -> list[Point]:
             [p for p in result[kind] if p["tokens"] == m and (p["n"], p["k"]) in shapes]
             for kind in ("points", "peers")
         )
-        if len(theirs) < len(shapes):
+        steps = [p for p in result["blocks"] if p["tokens"] == m and p["model"] == model]
+        if not steps:
             continue
         total = {"model": model, "tokens": m}
-        for kind in ("alike", "routed"):
-            at = {p["k"]: p[f"{kind}_seconds"] for p in result["preparing"] if p["tokens"] == m}
-            total[f"preparing_{kind}_seconds"] = BLOCKS[model] * sum(at[k] for _, k in shapes)
-        for bits in WIDTHS:
+        for point in steps:
+            bits = point["bits"]
             found = [p for p in ours if p["bits"] == bits]
-            total[f"{bits}_bound_seconds"] = BLOCKS[model] * sum(p["bound_seconds"] for p in found)
-            multiplying = BLOCKS[model] * sum(p["seconds"] for p in found)
-            total[f"{bits}_multiplying_seconds"] = multiplying
-            total[f"{bits}_seconds"] = multiplying + total["preparing_alike_seconds"]
-            unknown = BLOCKS[model] * sum(p["unknown_seconds"] for p in found)
-            total[f"{bits}_captured_seconds"] = unknown + total["preparing_routed_seconds"]
+            for name, of_product in (("bound", "bound_seconds"), ("multiplying", "seconds")):
+                seconds = BLOCKS[model] * sum(p[of_product] for p in found)
+                total[f"{bits}_{name}_seconds"] = seconds
+            total[f"{bits}_seconds"] = point["seconds"]
+            total[f"{bits}_captured_seconds"] = point["captured_seconds"]
         # Those that serve every shape.
         for name in sorted(set.intersection(*(set(p) for p in theirs)) - {"n", "k", "tokens"}):
             total[name] = BLOCKS[model] * sum(p[name] for p in theirs)

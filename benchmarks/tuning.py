@@ -19,10 +19,12 @@ from mbq.kernels import dispatch
 from mbq.kernels.digits import BLOCK_INPUTS
 from mbq.kernels.triton_tiles import Tile
 
-SPLITS = (1, 2, 4, 8, 16)
+SPLITS = (1, 2, 4, 8)
 STAGES = (2, 3)
 # Rows and warps.
-CUTS = ((64, 1), (64, 2), (64, 4), (128, 2), (128, 4), (128, 8), (256, 4), (256, 8))
+CUTS = ((64, 2), (64, 4), (128, 2), (128, 4), (128, 8))
+# Of few tokens: rows, warps that share the inputs, and loads in flight.
+NARROW = (16, 32), (2, 4, 8), (1, 3, 4)
 TOKENS = (1, 16, 32, 64)
 # What each kind of product is timed at; mixed tokens all take 4 bits, unknown to the host.
 BITS = {"2": 2, "4": 4, "8": 8, dispatch.MIXED: 4}
@@ -45,7 +47,7 @@ def main(out: Path, model: str) -> None:
         Product(BITS[kind], kind == dispatch.MIXED, m, tile)
         for kind, (n, k) in itertools.product(BITS, shapes)
         for m in tokens_for(kind)
-        for tile in candidates(n, k, m)
+        for tile in candidates(n, k, m, kind)
     )
     for (n, k), kind in itertools.product(shapes, BITS):
         entry = {
@@ -61,12 +63,17 @@ def tokens_for(kind: str) -> list[int]:
     return [m for m in TOKENS if kind != dispatch.MIXED or dispatch.token_tile(m, kind) >= m]
 
 
-def candidates(n: int, k: int, m: int) -> list[Tile]:
+def candidates(n: int, k: int, m: int, kind: str) -> list[Tile]:
     """Tiles worth timing: enough programs for every multiprocessor, not far too many.
 
     At most 64 sums of a tile for each thread: more do not fit the registers.
     """
     found = []
+    if kind != dispatch.MIXED and dispatch.narrow(m):
+        for rows, warps, stages in itertools.product(*NARROW):
+            if 500 <= n // rows * warps <= 4000 and warps <= k // BLOCK_INPUTS:
+                found.append(Tile(rows, 1, warps, stages))
+        return found
     for (rows, warps), split, stages in itertools.product(CUTS, SPLITS, STAGES):
         programs = n // rows * split
         if rows * m > 64 * 32 * warps:
@@ -81,7 +88,7 @@ def fastest(n: int, k: int, m: int, kind: str) -> list[int]:
     bits = BITS[kind]
     weights, prepared = rotation(n, k, bits), tokens_of(kind == dispatch.MIXED, m, k, bits)
     seconds = {}
-    for tile in candidates(n, k, m):
+    for tile in candidates(n, k, m, kind):
         try:
             seconds[tile] = decode_times(weights, prepared, bits, tile, REPLAYS)[0]
         except Exception as error:  # as while compiling

@@ -12,10 +12,8 @@ from mbq.kernels import dispatch
 from mbq.kernels.digits import BLOCK_INPUTS, Digits
 from mbq.kernels.quantize import pack_pair
 from mbq.kernels.timing import time_graph
-from mbq.kernels.triton_mixed import multiply_mixed
 from mbq.kernels.triton_prepare import Prepared, prepare
 from mbq.kernels.triton_tiles import Tile
-from mbq.kernels.triton_uniform import multiply_uniform
 from mbq.kernels.widths import CODE_BITS, MAX_SLICES, WIDTHS
 
 SHAPES = {
@@ -74,10 +72,8 @@ def tile_for(n: int, k: int, m: int, bits: int | None, mixed: bool = False) -> T
 def multiply(
     prepared: Prepared, bits: int | None, weight: Digits, tile: Tile
 ) -> tuple[torch.Tensor, ...]:
-    """Tokens times one weight, by the kernel that serves them; `bits` as for `multiply_uniform`."""
-    if prepared.mixed:
-        return multiply_mixed(prepared, weight, tile, torch.bfloat16)
-    return multiply_uniform(prepared, bits, weight, tile, torch.bfloat16)
+    """Tokens times one weight, by the kernel that serves them."""
+    return dispatch.multiply(prepared, bits, weight, tile, torch.bfloat16)
 
 
 def decode_times(

@@ -25,6 +25,7 @@ try:
     from mbq.kernels import (
         triton_dequantize,
         triton_mixed,
+        triton_narrow,
         triton_prepare,
         triton_tiles,
         triton_uniform,
@@ -39,6 +40,8 @@ _Measured = dict[str, dict[str, dict[str, list[int]]]]
 
 # Programs to aim at: three for each of a large GPU's multiprocessors.
 _PROGRAMS = 396
+# Warps to aim at: 8 for each.
+_WARPS = 1024
 # Tiles were measured for groups of this size; larger ones take no more registers.
 _MEASURED_GROUP = 128
 # A100 and Orin, H100, B200 and B300: the others have 99 KiB of shared memory for a program.
@@ -108,9 +111,31 @@ def decode(
         cut = tile(rows, inputs, weight.group_size, len(x_TK), x_TK.device, kind)
         if any(start % cut.rows for start in weight.starts):
             cut = dataclasses.replace(cut, rows=ROW_MULTIPLE)
-        if prepared.mixed:
-            return triton_mixed.multiply_mixed(prepared, weight, cut, x_TK.dtype)
-        return triton_uniform.multiply_uniform(prepared, bits, weight, cut, x_TK.dtype)
+        return multiply(prepared, bits, weight, cut, x_TK.dtype)
+
+
+def multiply(
+    prepared: "triton_prepare.Prepared",
+    bits: int | None,
+    weight: Digits,
+    cut: "triton_tiles.Tile",
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """Prepared tokens times the weights of linears, by the kernel that serves them: [T, N] of each.
+
+    Args:
+        bits: the width of all tokens, or None if only the device knows it.
+    """
+    if prepared.mixed:
+        return triton_mixed.multiply_mixed(prepared, weight, cut, dtype)
+    if narrow(len(prepared.x_TK)):
+        return triton_narrow.multiply_narrow(prepared, bits, weight, cut, dtype)
+    return triton_uniform.multiply_uniform(prepared, bits, weight, cut, dtype)
+
+
+def narrow(width: int) -> bool:
+    """Whether tokens of one width are few enough to be multiplied by warps on their own."""
+    return width <= triton_narrow.TOKENS
 
 
 def dequantize(weight: Digits, bits: int, dtype: torch.dtype) -> Tensor:
@@ -166,9 +191,10 @@ def default_tile(
 ) -> "triton_tiles.Tile":
     """The rule of thumb, for shapes that were not measured: many warps, since they wait for loads.
 
-    16 or more on each multiprocessor, as in the fastest tiles that were measured (of the kernel for
-    mixed tokens, on an H200).
+    8 or more on each multiprocessor, as in the fastest tiles that were measured on an H200.
     """
+    if kind != MIXED and narrow(width):
+        return _narrow_tile(rows, blocks, kind)
     wide = width > 32
     # Eight bits fill the registers, and so do sums that are restarted at every group.
     full = kind == str(CODE_BITS) if width <= 8 else small_groups
@@ -182,6 +208,16 @@ def default_tile(
         split *= 2
     stages = 2 if wide or architecture not in _ROOMY else 3
     return triton_tiles.Tile(cut, split, warps=8 if wide else 4, stages=stages)
+
+
+def _narrow_tile(rows: int, blocks: int, kind: str) -> "triton_tiles.Tile":
+    """Of a product that warps share by its inputs: few warps a program, few blocks a warp."""
+    # 32 rows make more of each token, 16 leave more for programs to share and less in registers.
+    cut = 32 if rows >= 32 * _PROGRAMS // 2 and kind != str(CODE_BITS) else 16
+    warps = 2
+    while warps < 8 and (rows // cut * warps < _WARPS or blocks > 8 * warps):
+        warps *= 2
+    return triton_tiles.Tile(cut, split=1, warps=warps, stages=1)
 
 
 @cache

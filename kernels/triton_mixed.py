@@ -45,8 +45,10 @@ def _mixed_kernel(
     bits_ptr, steps_ptr, part_ptr, arrived_ptr, out_ptr,
     rows, blocks, padded_tokens, tokens, second, third,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr, ASM: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr, PROGRAMMATIC: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
+    if PROGRAMMATIC:
+        tl.extra.cuda.gdc_wait()
     tile = tl.program_id(0)
     linear = (tile >= second).to(tl.int32) + (tile >= third).to(tl.int32)
     steps_ptr += 2 * linear

@@ -20,6 +20,7 @@ groups, L linears of one input, E extra widths, H rows of the trunk, F features 
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -35,6 +36,7 @@ _MOST_TOKENS = tl.constexpr(MAX_TOKENS)
 _LANES = tl.constexpr(4)
 # Of more inputs 8 warps do not hold a token in registers.
 _WIDE_INPUTS = 8192
+_HOPPER = (9, 0)
 
 
 position_of = triton.constexpr_function(position)
@@ -150,24 +152,27 @@ def _prepare_kernel(
     in_features, padded_inputs, groups, padded_tokens,
     CHUNKS: tl.constexpr, GROUP_CHUNKS: tl.constexpr, LINEARS: tl.constexpr, GIVEN: tl.constexpr,
     EXTRA: tl.constexpr, HIDDEN: tl.constexpr, FEATURES: tl.constexpr, AHEAD: tl.constexpr,
-    TALLIED: tl.constexpr, MIXED: tl.constexpr,
+    TALLIED: tl.constexpr, MIXED: tl.constexpr, PROGRAMMATIC: tl.constexpr,
 ):  # fmt: skip
+    if PROGRAMMATIC:
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, CHUNKS)[:, None] * 32 + tl.arange(0, 32)[None, :]
-    x = tl.load(x_ptr + token * x_stride + at, mask=at < in_features, other=0.0).to(tl.float32)
-
     linear = tl.arange(0, _LANES)
     there = linear < LINEARS
     if EXTRA > 0:
-        # Asked for before the first sum over the program, for which its warps wait.
+        # Asked for before the first sum over the program, for which its warps wait, and before the
+        # launch before this one has ended: that does not write them.
         rows = ()
         for h in tl.static_range(AHEAD):
             rows += (_trunk_row(h, at, trunk_ptr, in_features),)  # type: ignore[assignment]
-    elif GIVEN:
+    if PROGRAMMATIC:
+        tl.extra.cuda.gdc_wait()
+    x = tl.load(x_ptr + token * x_stride + at, mask=at < in_features, other=0.0).to(tl.float32)
+    bits = tl.full((_LANES,), 0, tl.int32) + uniform
+    if GIVEN:
         given_at = linear * given_linear_stride + token * given_token_stride
         bits = tl.load(given_ptr + given_at, mask=there, other=2).to(tl.int32)
-    else:
-        bits = tl.full((_LANES,), 0, tl.int32) + uniform
 
     largest = tl.max(tl.max(tl.abs(x), axis=1), axis=0)
     exponent = largest.to(tl.int32, bitcast=True) >> 23
@@ -193,21 +198,20 @@ def _prepare_kernel(
     tl.store(sum_ptr + group * padded_tokens + token, sums, mask=group < groups)
     tl.store(bias_sum_ptr + group * padded_tokens + token, bias_sums, mask=group < groups)
 
-    finished = False
     if MIXED:
         tl.debug_barrier()
         finished = tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1
-    if finished:
-        t = tl.arange(0, _MOST_TOKENS)[None, :]
-        bits_at = bits_ptr + linear[:, None] * padded_tokens + t
-        given = there[:, None] & (t < tl.num_programs(0))
-        padding = there[:, None] & (t >= tl.num_programs(0)) & (t < padded_tokens)
-        all_bits = tl.load(bits_at, mask=given, other=2, cache_modifier=".cg")
-        tl.store(bits_at, all_bits, mask=padding)
-        halved = tl.max((all_bits == 3).to(tl.int32), axis=1)
-        tl.store(steps_ptr + 2 * linear, tl.max(all_bits, axis=1) // 2 + halved, mask=there)
-        tl.store(steps_ptr + 2 * linear + 1, halved, mask=there)
-        tl.store(arrived_ptr, 0)
+        if finished:
+            t = tl.arange(0, _MOST_TOKENS)[None, :]
+            bits_at = bits_ptr + linear[:, None] * padded_tokens + t
+            given = there[:, None] & (t < tl.num_programs(0))
+            padding = there[:, None] & (t >= tl.num_programs(0)) & (t < padded_tokens)
+            all_bits = tl.load(bits_at, mask=given, other=2, cache_modifier=".cg")
+            tl.store(bits_at, all_bits, mask=padding)
+            halved = tl.max((all_bits == 3).to(tl.int32), axis=1)
+            tl.store(steps_ptr + 2 * linear, tl.max(all_bits, axis=1) // 2 + halved, mask=there)
+            tl.store(steps_ptr + 2 * linear + 1, halved, mask=there)
+            tl.store(arrived_ptr, 0)
 
 
 def prepare(
@@ -265,8 +269,17 @@ def prepare(
         EXTRA=0 if gates is None else len(gates.threshold_EL), HIDDEN=hidden,
         FEATURES=_power_of_2(max(hidden, 1)), AHEAD=min(hidden, rows_ahead(padded_inputs)),
         TALLIED=tally is not None, MIXED=mixed, num_warps=warps_for(padded_inputs),
+        **launching(x_TK.device),
     )  # fmt: skip
     return made
+
+
+@cache
+def launching(device: torch.device) -> dict[str, bool]:
+    """Options of a kernel that begins while the launch before it ends, where a GPU can do that."""
+    programmatic = device.type == "cuda" and torch.cuda.get_device_capability(device) >= _HOPPER
+    # Compilers for other GPUs do not know the option.
+    return {"PROGRAMMATIC": programmatic} | ({"launch_pdl": True} if programmatic else {})
 
 
 def warps_for(inputs: int) -> int:

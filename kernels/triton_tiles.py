@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mbq.kernels.digits import BLOCK_INPUTS, ODD_BITS, Digits
-from mbq.kernels.triton_prepare import Prepared, digit_bit, zeros
+from mbq.kernels.triton_prepare import Prepared, digit_bit, launching, zeros
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # So that the counters seldom grow.
@@ -57,16 +57,23 @@ REJOINING = tl.constexpr(
 ODD = tl.constexpr(ODD_BITS)
 
 
+@triton.constexpr_function
+def words_in_register(dtype: Any) -> int:
+    """Elements of int16 or int32 in the 32 bits that assembly works on."""
+    return 32 // dtype.primitive_bitwidth
+
+
 @triton.jit
 def second_digits(high, low, late, selector, ASM: tl.constexpr):
     """Words of the second slice's digits, from those of its high bits and of its low bits.
 
-    `late` is 1 for the last 16 inputs of 32, else 0; `selector` says which bits are high ones.
+    int16, or two words in an int32. `late` is 1 for the last 16 inputs of 32, else 0; `selector`
+    says which bits are high ones.
     """
     if ASM:
         made = tl.inline_asm_elementwise(
             REJOINING.value, "=r,r,r,r,r", [high, low, late, selector],
-            dtype=tl.int16, is_pure=True, pack=2,
+            dtype=high.dtype, is_pure=True, pack=words_in_register(high.dtype),
         )  # fmt: skip
     else:
         made = ((high << late) & selector) | ((low >> late) & ~selector)
@@ -155,6 +162,14 @@ def halves(pair):
 
 
 @triton.jit
+def asked_by_now():
+    """Keep the compiler from moving loads from before this to after it."""
+    tl.inline_asm_elementwise(
+        "bar.warp.sync 0xffffffff; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def finish(
     total, gain_row, unscale_ptr, part_ptr, arrived_ptr, out_ptr,
     rows, padded_tokens, tokens,
@@ -179,10 +194,16 @@ def finish(
                 total += tl.load(parts + p * size, mask=there, other=0.0, cache_modifier=".cg")
             tl.store(counter, 0)
     if finished:
-        gain, bias = halves(tl.load(gain_row + n[:, None]))
-        y = gain * (total * tl.load(unscale_ptr + t)[None, :]) + bias
-        at = t[None, :].to(tl.int64) * rows + n[:, None]
-        tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=t[None, :] < tokens)
+        write(total, tl.load(gain_row + n[:, None]), unscale_ptr, out_ptr, n, t, rows, tokens)
+
+
+@triton.jit
+def write(total, gain_bias, unscale_ptr, out_ptr, n, t, rows, tokens):
+    """Write sums [rows, tokens], with gain and bias."""
+    gain, bias = halves(gain_bias)
+    y = gain * (total * tl.load(unscale_ptr + t)[None, :]) + bias
+    at = t[None, :].to(tl.int64) * rows + n[:, None]
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=t[None, :] < tokens)
 
 
 def launch(
@@ -207,10 +228,6 @@ def launch(
         ValueError: a tile would reach from one linear into the next.
     """
     *_, blocks, rows, _ = weight.digits_SHBN16.shape
-    if any(start % tile.rows for start in weight.starts):
-        raise ValueError(f"tiles of {tile.rows} rows do not divide linears of {weight.starts} rows")
-    # The tiles at which the second and the third linear start, or more than there are.
-    second, third = [*(start // tile.rows for start in weight.starts[1:]), rows][:2]
     padded_tokens = len(prepared.x_TK)
     grid = (rows // tile.rows, tile.split, padded_tokens // width)
     out = weight.digits_SHBN16.new_empty(prepared.tokens, rows, dtype=dtype)
@@ -219,11 +236,30 @@ def launch(
     kernel[grid](
         prepared.x_TK, late_inputs(out.device), weight.digits_SHBN16, weight.scale_zero_GN,
         weight.gain_bias_WN, prepared.sum_GT, prepared.bias_sum_GT, prepared.unscale_T, *pointers,
-        parts, counters, out, rows, blocks, padded_tokens, prepared.tokens, second, third,
+        parts, counters, out, rows, blocks, padded_tokens, prepared.tokens,
+        *next_linears(weight, tile.rows),
         ROWS=tile.rows, TOKENS=width, SPLIT=tile.split, STAGES=tile.stages,
         BLOCK_GROUPS=BLOCK_INPUTS // weight.group_size, ASM=not INTERPRETED,
-        num_warps=tile.warps, **constants,
+        num_warps=tile.warps, **launching(out.device), **constants,
     )  # fmt: skip
+    return sides(out, weight)
+
+
+def next_linears(weight: Digits, tile_rows: int) -> tuple[int, int]:
+    """The tiles at which the second and the third linear start, or more than there are.
+
+    Raises:
+        ValueError: a tile would reach from one linear into the next.
+    """
+    if any(start % tile_rows for start in weight.starts):
+        raise ValueError(f"tiles of {tile_rows} rows do not divide linears of {weight.starts} rows")
+    last = weight.starts[-1]
+    second, third = [*(start // tile_rows for start in weight.starts[1:]), last, last][:2]
+    return second, third
+
+
+def sides(out: Tensor, weight: Digits) -> tuple[Tensor, ...]:
+    """Products [T, N] of each linear, of those that lie side by side."""
     starts = zip(weight.starts, weight.out_features, strict=False)
     return tuple(out[:, start : start + features] for start, features in starts)
 

@@ -26,7 +26,16 @@ from torch import Tensor
 
 from mbq.kernels.digits import Digits
 from mbq.kernels.triton_prepare import Prepared, position_of
-from mbq.kernels.triton_tiles import Tile, digit, digit_words, finish, halves, launch, row_of
+from mbq.kernels.triton_tiles import (
+    Tile,
+    digit,
+    digit_words,
+    finish,
+    halves,
+    launch,
+    row_of,
+    words_in_register,
+)
 
 # Triton runs these at compile time; it reads them, too, hence their plainness.
 
@@ -47,6 +56,12 @@ def field_bit(p: int, bits: int) -> int:
 def field_one(p: int, bits: int) -> float:
     """What a field of 1 at position p adds to a float16; digits of 2 bits are whole numbers."""
     return 1.0 if bits == 2 else 2.0 ** (field_bit(p, bits) - 24)
+
+
+@triton.constexpr_function
+def unit(bits: int) -> float:
+    """What sums of fields, each part in terms of its largest, are multiplied by."""
+    return 4.0 / (1 << field_bits(bits)) / field_one(2, bits)
 
 
 @triton.constexpr_function
@@ -87,32 +102,32 @@ def extracting(p: int, bits: int) -> str:
 
 
 @triton.jit
-def _combined(first, second, third, fourth, BITS: tl.constexpr, SLICES: tl.constexpr):
-    """Words of fields: as many as a field has slices.
+def combined(first, second, third, fourth, BITS: tl.constexpr, SLICES: tl.constexpr):
+    """Words of fields, int16 or int32 as the words are: as many as a field has slices.
 
     Some are written before all of what they are made of is read, hence `&`.
     """
     body: tl.constexpr = combining(BITS)
+    pack: tl.constexpr = words_in_register(first.dtype)
     if SLICES == 2:
         even, odd = tl.inline_asm_elementwise(
-            body, "=&r,=&r,r,r", [first, second], dtype=(tl.int16, tl.int16), is_pure=True, pack=2
-        )
+            body, "=&r,=&r,r,r", [first, second],
+            dtype=(first.dtype, first.dtype), is_pure=True, pack=pack,
+        )  # fmt: skip
         return even, odd, even, odd
     if SLICES == 3:
-        words = [first, second, third]
         return tl.inline_asm_elementwise(
-            body, "=&r,=&r,=&r,=&r,r,r,r", words,
-            dtype=(tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2,
+            body, "=&r,=&r,=&r,=&r,r,r,r", [first, second, third],
+            dtype=(first.dtype, first.dtype, first.dtype, first.dtype), is_pure=True, pack=pack,
         )  # fmt: skip
-    words = [first, second, third, fourth]
     return tl.inline_asm_elementwise(
-        body, "=&r,=&r,=&r,=&r,r,r,r,r", words,
-        dtype=(tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2,
+        body, "=&r,=&r,=&r,=&r,r,r,r,r", [first, second, third, fourth],
+        dtype=(first.dtype, first.dtype, first.dtype, first.dtype), is_pure=True, pack=pack,
     )  # fmt: skip
 
 
 @triton.jit
-def _extracted(zeroth, first, second, third, p: tl.constexpr, BITS: tl.constexpr):
+def extracted(zeroth, first, second, third, p: tl.constexpr, BITS: tl.constexpr):
     """The fields at position p, as float16."""
     word = zeroth
     if p % 4 == 1:
@@ -127,7 +142,7 @@ def _extracted(zeroth, first, second, third, p: tl.constexpr, BITS: tl.constexpr
 
 
 @triton.jit
-def _defined(
+def defined(
     first, second, third, fourth, p: tl.constexpr, BITS: tl.constexpr, SLICES: tl.constexpr
 ):
     """What both together give; in the interpreter."""
@@ -171,7 +186,7 @@ def _summed(
             block_ptr, n, plane_words, late, BITS, SLICES, ASM
         )
         if ASM and SLICES > 1:
-            w0, w1, w2, w3 = _combined(first, second, third, fourth, BITS, SLICES)
+            w0, w1, w2, w3 = combined(first, second, third, fourth, BITS, SLICES)
         # What is padded repeats the last token, and is thrown away.
         x_at = x_ptr + tl.minimum(t, tokens - 1)[None, :] * inputs + block * 256 + j[:, None]
         for h in tl.static_range(PARTS):
@@ -189,14 +204,14 @@ def _summed(
                 if SLICES == 1:
                     codes = digit(first, position_of(h * PART_CHUNKS + c), 3, ASM)
                 elif ASM:
-                    codes = _extracted(w0, w1, w2, w3, position_of(h * PART_CHUNKS + c), BITS)
+                    codes = extracted(w0, w1, w2, w3, position_of(h * PART_CHUNKS + c), BITS)
                 else:
-                    codes = _defined(
+                    codes = defined(
                         first, second, third, fourth, position_of(h * PART_CHUNKS + c), BITS, SLICES
                     )
                 acc = tl.dot(codes, x, acc)
             total += (s * (LARGEST / one))[:, None] * acc
-    return total * (1.0 / (FINER * LARGEST))
+    return total * unit(BITS)
 
 
 # Fewer variants to compile: these need no alignment.
@@ -206,8 +221,11 @@ def _uniform_kernel(
     bits_ptr, part_ptr, arrived_ptr, out_ptr,
     rows, blocks, padded_tokens, tokens, second, third,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr, BITS: tl.constexpr, MOST_SLICES: tl.constexpr, ASM: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr, BITS: tl.constexpr, MOST_SLICES: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
+    if PROGRAMMATIC:
+        tl.extra.cuda.gdc_wait()
     tile = tl.program_id(0)
     n = tile * ROWS + tl.arange(0, ROWS)
     t = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)

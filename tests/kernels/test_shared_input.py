@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from mbq.kernels import dispatch, triton_mixed, triton_prepare, triton_uniform
+from mbq.kernels import (
+    dispatch,
+    triton_mixed,
+    triton_narrow,
+    triton_prepare,
+    triton_uniform,
+)
 from mbq.kernels.bitplanes import pack_planes
 from mbq.kernels.digits import Digits, unpack_digits
 from mbq.kernels.linear import ElasticLinear
@@ -84,6 +90,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
     kernels = (
         (triton_prepare, "_prepare_kernel"),
         (triton_uniform, "_uniform_kernel"),
+        (triton_narrow, "_narrow_kernel"),
         (triton_mixed, "_mixed_kernel"),
     )
     for module, name in kernels:

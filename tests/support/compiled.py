@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 from mbq.kernels import dispatch
 from mbq.kernels.triton_dequantize import _ROWS, _WARPS, _dequantize_kernel
 from mbq.kernels.triton_mixed import MOST_TILE_TOKENS, _mixed_kernel
+from mbq.kernels.triton_narrow import _narrow_kernel
 from mbq.kernels.triton_prepare import _prepare_kernel, rows_ahead, warps_for
 from mbq.kernels.triton_tiles import Tile
 from mbq.kernels.triton_uniform import _uniform_kernel
@@ -38,7 +39,15 @@ POINTERS = {
     "given_ptr": "*i64",
     "tally_ptr": "*i64",
 }
-WHOLE = ("scale_zero_ptr", "gain_bias_ptr", "bits_ptr", "steps_ptr", "arrived_ptr")
+
+WHOLE = (
+    "word_pairs_ptr",
+    "scale_zero_ptr",
+    "gain_bias_ptr",
+    "bits_ptr",
+    "steps_ptr",
+    "arrived_ptr",
+)
 # What the launcher finds to be multiples of 16 at every real shape.
 ALIGNED = (
     "out_features",
@@ -51,8 +60,6 @@ ALIGNED = (
     "group_stride",
     "gain_stride",
 )
-# Fewer instructions, which wait longer for their loads; for comparison.
-HALF_THE_WARPS = Tile(rows=128, split=4, warps=2, stages=4)
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(.*?);", re.MULTILINE)
 
 
@@ -66,9 +73,6 @@ def main() -> None:
             for bits in (2, 3, 4, 8, 0):
                 made = build_uniform(architecture, tokens, 2, bits)
                 uniform[f"{name}, {bits or 'any'} bits"] = made
-        for bits in (2, 4):
-            name = f"sm_{architecture}, 8 tokens, {bits} bits, half the warps"
-            uniform[name] = build_uniform(architecture, 8, 2, bits, HALF_THE_WARPS)
         # The tightest of small groups.
         name = f"sm_{architecture}, {MOST_TILE_TOKENS} tokens, groups of 32"
         mixed[name] = build_mixed(architecture, MOST_TILE_TOKENS, 8)
@@ -79,6 +83,7 @@ def main() -> None:
             dequantizing[name] = build_dequantizing(architecture, bits)
         for inputs in (4096, 5120, 14336):
             preparing[f"sm_{architecture}, {inputs} inputs"] = build_preparing(architecture, inputs)
+        preparing[f"sm_{architecture}, one width"] = build_preparing(architecture, 4096, alike=True)
     # Those that have less shared memory, and those whose sums lie elsewhere, at the largest tiles.
     for architecture, tokens in itertools.product((89, 100), (32, 64)):
         name = f"sm_{architecture}, {tokens} tokens, 8 bits"
@@ -100,14 +105,15 @@ def build_mixed(architecture: int, tokens: int, groups: int) -> dict[str, Any]:
     return _multiplying(_mixed_kernel, {"BLOCK_GROUPS": groups}, architecture, tokens, tile)
 
 
-def build_uniform(
-    architecture: int, tokens: int, groups: int, bits: int, tile: Tile | None = None
-) -> dict[str, Any]:
+def build_uniform(architecture: int, tokens: int, groups: int, bits: int) -> dict[str, Any]:
     """The same at one width; 0 for one that only the device knows, `instructions` per weight."""
-    kind = dispatch.kind_of(False, bits or None)
-    tile = tile or _tile(architecture, tokens, kind, groups)
-    constants = {"BITS": bits, "MOST_SLICES": 4, "BLOCK_GROUPS": groups}
-    return _multiplying(_uniform_kernel, constants, architecture, tokens, tile)
+    tile = _tile(architecture, tokens, dispatch.kind_of(False, bits or None), groups)
+    constants = {"BITS": bits, "MOST_SLICES": 4}
+    if not dispatch.narrow(tokens):
+        constants["BLOCK_GROUPS"] = groups
+        return _multiplying(_uniform_kernel, constants, architecture, tokens, tile)
+    constants |= {"GROUPS": groups, "WARPS": tile.warps}
+    return _multiplying(_narrow_kernel, constants, architecture, tokens, tile, tile.warps)
 
 
 def _tile(architecture: int, tokens: int, kind: str, groups: int) -> Tile:
@@ -116,25 +122,29 @@ def _tile(architecture: int, tokens: int, kind: str, groups: int) -> Tile:
 
 
 def _multiplying(
-    kernel: Any, constants: dict[str, Any], architecture: int, tokens: int, tile: Tile
+    kernel: Any,
+    constants: dict[str, Any],
+    architecture: int,
+    tokens: int,
+    tile: Tile,
+    blocks: int = 1,
 ) -> dict[str, Any]:
-    constants = constants | {
-        "ROWS": tile.rows,
-        "TOKENS": tokens,
-        "SPLIT": tile.split,
-        "STAGES": tile.stages,
-        "ASM": True,
-    }
+    """What a kernel takes that multiplies by so many blocks of 256 inputs in a turn of its loop."""
+    cut = {"ROWS": tile.rows, "TOKENS": tokens, "SPLIT": tile.split, "STAGES": tile.stages}
+    constants = constants | {name: cut[name] for name in cut if name in kernel.arg_names}
+    constants |= {"ASM": True, "PROGRAMMATIC": architecture >= 90}
     made = _compile(kernel, constants, architecture, tile.warps)
     assembly = made.pop("assembly")
-    weights = tile.rows * 256 / (32 * tile.warps)
+    weights = blocks * tile.rows * 256 / (32 * tile.warps)
     loops = _loops(assembly)
+    largest = max(loops, key=len)
     spilled = [one for loop in loops for one in loop if re.search(r"\b(LDL|STL)\b", one)]
     return made | {
         "spills_in_loops": len(spilled),
-        "wide_loads": assembly.count("LDGSTS.E.BYPASS.128"),
+        "wide_loads": len(re.findall(r"LDGSTS\.E\.BYPASS\.128|LDG\.E\.128", assembly)),
         "matrix": assembly.count("HMMA") + assembly.count("HGMMA"),
-        "instructions": max(map(len, loops)) / weights,
+        "moving": len([one for one in largest if re.search(r"\b(LDS|LDSM|STS|SHFL|BAR)\b", one)]),
+        "instructions": len(largest) / weights,
     }
 
 
@@ -153,20 +163,22 @@ def build_dequantizing(architecture: int, bits: int) -> dict[str, Any]:
     return made | {"instructions": len(_INSTRUCTION.findall(assembly)) * 32 * _WARPS / _ROWS / 256}
 
 
-def build_preparing(architecture: int, inputs: int) -> dict[str, Any]:
-    """A router of 8 rows that decides for three linears."""
-    rows = 8
-    constants = {
+def build_preparing(architecture: int, inputs: int, alike: bool = False) -> dict[str, Any]:
+    """A router of 8 rows that decides for three linears; or one width for a single token."""
+    rows = 0 if alike else 8
+    absent = ("given", "trunk", "offset", "head", "threshold", "steps", "tally") if alike else ()
+    constants: dict[str, Any] = {f"{name}_ptr": None for name in absent} | {
         "CHUNKS": triton.next_power_of_2(inputs // 32),
         "GROUP_CHUNKS": 4,
         "LINEARS": 3,
         "GIVEN": False,
-        "EXTRA": 4,
+        "EXTRA": 0 if alike else 4,
         "HIDDEN": rows,
-        "FEATURES": rows,
-        "AHEAD": rows_ahead(inputs),
-        "TALLIED": True,
-        "MIXED": True,
+        "FEATURES": max(rows, 1),
+        "AHEAD": min(rows, rows_ahead(inputs)),
+        "TALLIED": not alike,
+        "MIXED": not alike,
+        "PROGRAMMATIC": architecture >= 90,
     }
     made = _compile(_prepare_kernel, constants, architecture, warps_for(inputs))
     assembly = made.pop("assembly")
@@ -179,7 +191,11 @@ def _compile(
     """Bytes that it takes, and its assembly."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else _kind(name) for name in names}
-    aligned = [name for name in names if name.endswith("_ptr") or name in ALIGNED]
+    aligned = [
+        name
+        for name in names
+        if name not in constants and (name.endswith("_ptr") or name in ALIGNED)
+    ]
     source = ASTSource(
         fn=kernel,
         signature=signature,

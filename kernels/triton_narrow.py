@@ -1,0 +1,289 @@
+"""Up to 8 tokens times quantized weights, all tokens of a linear at one width.
+
+What `triton_uniform.py` computes, for so few tokens that waiting is all that matters:
+
+  - Every warp of a program takes blocks of inputs of its own, for the same 16 or 32 rows, and the
+    sums of all warps are added once, at the end. No program waits for another.
+  - Words and tokens go from memory to the very registers in which matrix units take them. A thread
+    loads 16 bytes in a row: 8 inputs of a row, or of a token. Matrix units take two times 4 inputs
+    from each thread, so inputs change places (`_in_order`), which costs nothing: weights and tokens
+    change alike, and no register moves. Word and token of input i of 32 stand at
+
+        16 (i // 2 % 2) + 4 (i // 8) + 2 (i // 4 % 2) + i % 2
+
+  - Nothing that the loop reads is waited for in the turn that asks for it. With one stage the next
+    turn's words and scales are asked for by hand, into registers; with more the compiler does it,
+    through shared memory.
+  - A program asks for its first words before the launch before it has ended (Hopper and later).
+
+Words are loaded two in an int32 and become int16 when they are used: registers that hold 16 bits
+are copied, and so waited for, wherever a loop ends.
+
+Legend: N' N padded, B blocks of 256 inputs, T tokens, L linears of one input, W warps.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mbq.kernels.digits import BLOCK_INPUTS, ODD_BITS, Digits
+from mbq.kernels.triton_prepare import Prepared, launching, position_of
+from mbq.kernels.triton_tiles import (
+    INTERPRETED,
+    Tile,
+    asked_by_now,
+    digit,
+    halves,
+    next_linears,
+    row_of,
+    second_digits,
+    sides,
+    write,
+)
+from mbq.kernels.triton_uniform import (
+    combined,
+    defined,
+    extracted,
+    field_bits,
+    field_one,
+    unit,
+)
+
+# Tokens of a program: as many as the narrowest matrix instruction takes.
+TOKENS = 8
+# High bits of the second slice, in two words.
+_ODD = tl.constexpr(ODD_BITS << 16 | ODD_BITS & 0xFFFF)
+_TOKENS = tl.constexpr(TOKENS)
+
+
+@triton.jit
+def _in_order(loaded, WARPS: tl.constexpr):
+    """[M W 8, 32] as it is loaded to [M, W, 8, 2, 4, 2, 2]: groups, warps, rows, and 32 inputs."""
+    made = tl.reshape(loaded, (loaded.shape[0] // WARPS // 8, WARPS, 8, 4, 2, 2, 2))
+    return tl.permute(made, (0, 1, 2, 5, 3, 4, 6))
+
+
+@triton.jit
+def _weights_in_order(words, WARPS: tl.constexpr, ROWS: tl.constexpr):
+    """[ROWS / 8 W 8, 16] int32 to [W, ROWS, 32] int16."""
+    pairs = tl.join(words.to(tl.int16), (words >> 16).to(tl.int16))
+    made = _in_order(tl.reshape(pairs, (words.shape[0], 32)), WARPS)
+    return tl.reshape(tl.permute(made, (1, 0, 2, 3, 4, 5, 6)), (WARPS, ROWS, 32))
+
+
+@triton.jit
+def _tokens_in_order(x, WARPS: tl.constexpr):
+    """[W 8, 32] to [W, 32, 8]."""
+    made = tl.permute(_in_order(x, WARPS), (0, 1, 3, 4, 5, 6, 2))
+    return tl.reshape(made, (WARPS, 32, _TOKENS))
+
+
+@triton.jit
+def _words(
+    word_pairs_ptr, block, wide, narrow, rows, plane_words, BITS: tl.constexpr, SLICES: tl.constexpr
+):
+    """Words of each plane that a width reads, of a block for each row; others repeat the first.
+
+    Returns those of the first slice, the high and the low bits of the second, the other slices.
+    """
+    block_ptr = word_pairs_ptr + (block.to(tl.int64) * rows * 8)[:, None]
+    slice_words = 2 * plane_words.to(tl.int64)
+    first = tl.load(block_ptr + wide)
+    high = tl.load(block_ptr + slice_words + narrow) if SLICES > 1 else first
+    low = tl.load(block_ptr + slice_words + plane_words + narrow) if BITS > 3 else first
+    third = tl.load(block_ptr + 2 * slice_words + wide) if SLICES > 2 else first
+    fourth = tl.load(block_ptr + 3 * slice_words + wide) if SLICES > 3 else first
+    return first, high, low, third, fourth
+
+
+@triton.jit
+def _scale_pairs(
+    scale_zero_ptr, block, rows, WARPS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr
+):
+    """Scales and zeros of a block for each warp, by group: int32 [W, ROWS] each.
+
+    16 rows at a time: the compiler loads what has fewer elements than threads to where it is used.
+    """
+    pairs = ()
+    at = scale_zero_ptr + tl.arange(0, 16)[None, :]
+    for group in tl.static_range(GROUPS):
+        group_ptr = at + ((block * GROUPS + group) * rows)[:, None]
+        pair = tl.load(group_ptr)
+        if ROWS == 32:
+            both = tl.join(pair, tl.load(group_ptr + 16))
+            pair = tl.reshape(tl.permute(both, (0, 2, 1)), (WARPS, ROWS))
+        pairs += (pair,)  # type: ignore[assignment]
+    return pairs
+
+
+@triton.jit
+def _turn(
+    words, pairs, x_ptr, sum_ptr, bias_sum_ptr, block, there, padded_tokens, late,
+    ROWS: tl.constexpr, WARPS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """Sums over a block for each warp: [W, ROWS, T]. `there` says which warps have one left."""
+    t = tl.arange(0, _TOKENS)
+    # Sums are restarted at every group, and where fields begin to lie elsewhere.
+    PARTS: tl.constexpr = GROUPS if GROUPS > 1 else 2
+    PART_CHUNKS: tl.constexpr = 8 // PARTS
+    SLICES: tl.constexpr = (BITS + 1) // 2
+    FIELD: tl.constexpr = field_bits(BITS)
+    LARGEST: tl.constexpr = field_one(2, BITS)
+    # Bins of a field in one of 2 bits, and half a bin of this width.
+    FINER: tl.constexpr = (1 << FIELD) // 4
+    HALF: tl.constexpr = (1 << (FIELD - BITS)) / 2
+    first, high, low, third, fourth = words
+    if SLICES > 1:
+        if BITS == 3:
+            low = tl.zeros_like(high)
+        second = second_digits(high, low, late, tl.full(high.shape, _ODD, tl.int32), ASM)
+        if ASM:
+            first, second, third, fourth = combined(first, second, third, fourth, BITS, SLICES)
+        second = _weights_in_order(second, WARPS, ROWS)
+        third = _weights_in_order(third, WARPS, ROWS)
+        fourth = _weights_in_order(fourth, WARPS, ROWS)
+    first = _weights_in_order(first, WARPS, ROWS)
+    total = tl.zeros((WARPS, ROWS, _TOKENS), dtype=tl.float32)
+    for h in tl.static_range(PARTS):
+        group = block * GROUPS + h * GROUPS // PARTS
+        s, z = halves(pairs[h * GROUPS // PARTS])
+        s = tl.where(there[:, None], s, 0.0)
+        one = field_one(position_of(h * PART_CHUNKS), BITS)
+        acc = tl.zeros((WARPS, ROWS, _TOKENS), dtype=tl.float32)
+        if h * GROUPS % PARTS == 0:
+            sums_at = (group * padded_tokens)[:, None] + t[None, :]
+            sums = tl.load(sum_ptr + sums_at)
+            acc = (HALF * one - FINER * one * z)[:, :, None] * sums[:, None, :]
+            if SLICES == 1:
+                acc -= tl.load(bias_sum_ptr + sums_at)[:, None, :]
+        for c in tl.static_range(PART_CHUNKS):
+            x = _tokens_in_order(tl.load(x_ptr + (h * PART_CHUNKS + c) * 32), WARPS)
+            if SLICES == 1:
+                codes = digit(first, position_of(h * PART_CHUNKS + c), 3, ASM)
+            elif ASM:
+                codes = extracted(
+                    first, second, third, fourth, position_of(h * PART_CHUNKS + c), BITS
+                )
+            else:
+                codes = defined(
+                    first, second, third, fourth, position_of(h * PART_CHUNKS + c), BITS, SLICES
+                )
+            acc = tl.dot(codes, x, acc)
+        total += (s * (LARGEST / one))[:, :, None] * acc
+    return total
+
+
+@triton.jit
+def _summed(
+    x_ptr, word_pairs_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr, bias_sum_ptr, rows, blocks,
+    padded_tokens, tokens,
+    ROWS: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr,
+    BITS: tl.constexpr, WAITS: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Sums [ROWS, T] at one width, and what to do with them: gain and bias, a pair for each row.
+
+    Pointers are those of a program's first row; `WAITS` for the launch before, but for weights.
+    """
+    SLICES: tl.constexpr = (BITS + 1) // 2
+    warp = tl.arange(0, WARPS)
+    word = tl.arange(0, 16)
+    late = (word // 8)[None, :]
+    of_row = tl.arange(0, ROWS * WARPS)
+    row_warp = of_row // 8 % WARPS
+    row = of_row // (8 * WARPS) * 8 + of_row % 8
+    plane_words = blocks * rows * 8
+    narrow = row[:, None] * 8 + (word % 8)[None, :]
+    wide = narrow + (word // 8 * plane_words)[None, :]
+    gain_bias = tl.load(gain_bias_ptr + row_of(BITS) * rows + tl.arange(0, ROWS))
+    if STAGES == 1:
+        first = tl.minimum(row_warp, blocks - 1)
+        words = _words(word_pairs_ptr, first, wide, narrow, rows, plane_words, BITS, SLICES)
+        first = tl.minimum(warp, blocks - 1)
+        pairs = _scale_pairs(scale_zero_ptr, first, rows, WARPS, ROWS, GROUPS)
+    if WAITS:
+        tl.extra.cuda.gdc_wait()
+    of_token = tl.arange(0, WARPS * _TOKENS)
+    # What is padded repeats the last token, and is thrown away.
+    token = tl.minimum(of_token % _TOKENS, tokens - 1)
+    x_at = x_ptr + (token * blocks * 256)[:, None] + tl.arange(0, 32)[None, :]
+    total = tl.zeros((WARPS, ROWS, _TOKENS), dtype=tl.float32)
+    for turn in tl.range(0, (blocks + WARPS - 1) // WARPS, num_stages=STAGES):
+        # Warps that have no block left take the last one, and nothing of it.
+        block = tl.minimum(turn * WARPS + warp, blocks - 1)
+        if STAGES == 1:
+            used, used_pairs = words, pairs
+            ahead = (turn + 1) * WARPS
+            next_block = tl.minimum(ahead + row_warp, blocks - 1)
+            words = _words(
+                word_pairs_ptr, next_block, wide, narrow, rows, plane_words, BITS, SLICES
+            )
+            next_block = tl.minimum(ahead + warp, blocks - 1)
+            pairs = _scale_pairs(scale_zero_ptr, next_block, rows, WARPS, ROWS, GROUPS)
+            if ASM and ROWS == 16:
+                asked_by_now()
+        else:
+            here = tl.minimum(turn * WARPS + row_warp, blocks - 1)
+            used = _words(word_pairs_ptr, here, wide, narrow, rows, plane_words, BITS, SLICES)
+            used_pairs = _scale_pairs(scale_zero_ptr, block, rows, WARPS, ROWS, GROUPS)
+        x_block = tl.minimum(turn * WARPS + of_token // _TOKENS, blocks - 1)
+        total += _turn(
+            used, used_pairs, x_at + (x_block * 256)[:, None], sum_ptr, bias_sum_ptr, block,
+            turn * WARPS + warp < blocks, padded_tokens, late, ROWS, WARPS, GROUPS, BITS, ASM,
+        )  # fmt: skip
+    return tl.sum(total, axis=0) * unit(BITS), gain_bias
+
+
+# Fewer variants to compile: these need no alignment.
+@triton.jit(do_not_specialize=["blocks", "padded_tokens", "tokens", "second", "third"])
+def _narrow_kernel(
+    x_ptr, word_pairs_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr, bias_sum_ptr, unscale_ptr,
+    bits_ptr, out_ptr, rows, blocks, padded_tokens, tokens, second, third,
+    ROWS: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr,
+    BITS: tl.constexpr, MOST_SLICES: tl.constexpr, PROGRAMMATIC: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    start = tile * ROWS
+    n, t = start + tl.arange(0, ROWS), tl.arange(0, _TOKENS)
+    linear = (tile >= second).to(tl.int32) + (tile >= third).to(tl.int32)
+    if BITS == 0 and PROGRAMMATIC:
+        tl.extra.cuda.gdc_wait()
+    bits = BITS if BITS > 0 else tl.load(bits_ptr + linear * padded_tokens)
+    for width in tl.static_range(2, 2 * MOST_SLICES + 1):
+        # In steps: only the last one is left to the device.
+        if (width <= 4) or (width % 2 == 0):  # noqa: SIM102
+            if (BITS == 0) or (width == BITS):  # noqa: SIM102
+                if bits == width:
+                    total, gain_bias = _summed(
+                        x_ptr, word_pairs_ptr + start * 8, scale_zero_ptr + start,
+                        gain_bias_ptr + start, sum_ptr, bias_sum_ptr, rows, blocks,
+                        padded_tokens, tokens, ROWS, WARPS, STAGES, GROUPS, width,
+                        PROGRAMMATIC and BITS > 0, ASM,
+                    )  # fmt: skip
+                    write(total, gain_bias[:, None], unscale_ptr, out_ptr, n, t, rows, tokens)
+
+
+def multiply_narrow(
+    prepared: Prepared, bits: int | None, weight: Digits, tile: Tile, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Up to 8 tokens times every linear's weight, with gain and bias.
+
+    Arguments and result as those of `triton_uniform.multiply_uniform`; `tile.split` is 1.
+
+    Raises:
+        ValueError: a tile would reach from one linear into the next.
+    """
+    *_, blocks, rows, _ = weight.digits_SHBN16.shape
+    out = prepared.x_TK.new_empty(prepared.tokens, rows, dtype=dtype)
+    _narrow_kernel[(rows // tile.rows,)](
+        prepared.x_TK, weight.digits_SHBN16.view(torch.int32), weight.scale_zero_GN,
+        weight.gain_bias_WN, prepared.sum_GT, prepared.bias_sum_GT, prepared.unscale_T,
+        prepared.bits_LT, out, rows, blocks, len(prepared.x_TK), prepared.tokens,
+        *next_linears(weight, tile.rows),
+        ROWS=tile.rows, WARPS=tile.warps, STAGES=tile.stages,
+        GROUPS=BLOCK_INPUTS // weight.group_size, BITS=bits or 0,
+        MOST_SLICES=len(weight.digits_SHBN16), ASM=not INTERPRETED, num_warps=tile.warps,
+        **launching(out.device),
+    )  # fmt: skip
+    return sides(out, weight)

@@ -1,0 +1,74 @@
+"""Few tokens of one width in Triton's interpreter against float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from mbq.kernels.digits import join_digits
+from mbq.kernels.reference import routed_linear
+from mbq.kernels.triton_narrow import multiply_narrow
+from mbq.kernels.triton_prepare import prepare
+from mbq.kernels.triton_tiles import REJOINING, Tile
+from mbq.kernels.widths import WIDTHS
+from tests.support.ptx import emulate
+from tests.support.weights import error, random_weight
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+# Warps with blocks left over, none at all, and more warps than blocks; stages as both loops have.
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize(
+    ("tokens", "rows", "inputs", "group_size", "tile"),
+    [
+        (1, 70, 768, 128, Tile(16, 1, 2, 1)),
+        (8, 130, 512, 64, Tile(32, 1, 2, 3)),
+        (5, 40, 384, 32, Tile(32, 1, 4, 1)),
+        (3, 10, 1280, 256, Tile(16, 1, 4, 4)),
+    ],
+)
+def test_equals_the_definition(
+    known: bool, bits: int, tokens: int, rows: int, inputs: int, group_size: int, tile: Tile
+) -> None:
+    torch.manual_seed(bits)
+    made = [random_weight(rows + more, inputs, group_size) for more in (0, 90)]
+    x = torch.randn(tokens, inputs).bfloat16()
+    prepared = prepare(x, bits if known else torch.full((2, 1), bits), 2, group_size, 8)
+    joined = join_digits([weight for weight, *_ in made])
+    outs = multiply_narrow(prepared, bits if known else None, joined, tile, torch.float32)
+    for out, (_, weight_WNK, bias_WN) in zip(outs, made, strict=True):
+        expected = routed_linear(x, weight_WNK, bias_WN, torch.full((tokens,), bits))
+        assert out.shape == expected.shape
+        assert error(out, expected) < 1e-5
+
+
+@pytest.mark.parametrize("max_bits", [8, 4])
+def test_linears_of_one_input_at_widths_the_device_knows(max_bits: int) -> None:
+    made = [random_weight(rows, 512, 128, max_bits=max_bits) for rows in (100, 64, 200)]
+    joined = join_digits([weight for weight, *_ in made])
+    widths = torch.tensor([[3], [2], [max_bits]])
+    x = torch.randn(5, 512).half()
+    prepared = prepare(x, widths, 3, 128, max_bits)
+    outs = multiply_narrow(prepared, None, joined, Tile(32, 1, 2, 1), torch.float32)
+    for out, (_, weight_WNK, bias_WN), bits in zip(outs, made, widths[:, 0], strict=True):
+        assert error(out, routed_linear(x, weight_WNK, bias_WN, bits.expand(5))) < 1e-5
+
+
+def test_a_tile_does_not_reach_into_the_next_linear() -> None:
+    joined = join_digits([random_weight(rows, 256, 128)[0] for rows in (128, 384)])
+    prepared = prepare(torch.randn(1, 256).half(), 2, 2, 128, 8)
+    with pytest.raises(ValueError, match=r"256 rows do not divide linears of \(0, 128, 512\) rows"):
+        multiply_narrow(prepared, 2, joined, Tile(256, 1, 4, 1), torch.float16)
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_assembly_puts_two_words_of_the_second_slice_together(late: int) -> None:
+    """Bits of one of the two int16 in a register never become the other's."""
+    rng = np.random.default_rng(late)
+    high, low = rng.integers(0, 2**32, (2, 4096), dtype=np.uint32)
+    odd = np.full_like(high, 0xAAAAAAAA)
+    operands = {"$1": high, "$2": low, "$3": np.full_like(high, late), "$4": odd}
+    made = emulate(REJOINING.value, operands)["$0"].view(np.uint16)
+    halves = high.view(np.uint16) << np.uint16(late), low.view(np.uint16) >> np.uint16(late)
+    assert np.array_equal(made, halves[0] & np.uint16(0xAAAA) | halves[1] & np.uint16(0x5555))
