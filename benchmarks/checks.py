@@ -29,6 +29,8 @@ CHECKS = (
 )
 # Linears that share an input, and rows of their router's trunk.
 SHARING, TRUNK = 3, 8
+# Rows of linears that are checked together, and tokens.
+JOINED_ROWS, JOINED_TOKENS = (1024, 256, 512), 9
 
 
 def check(n: int, k: int) -> float:
@@ -75,8 +77,8 @@ def check(n: int, k: int) -> float:
 
 def check_joined(k: int) -> float:
     """Largest relative error of three linears of one input, at widths that a router decides."""
-    made = [random_digits(n, k) for n in (1024, 256, 512)]
-    x = torch.randn(9, k, device="cuda", dtype=torch.bfloat16)
+    made = [random_digits(n, k) for n in JOINED_ROWS]
+    x = torch.randn(JOINED_TOKENS, k, device="cuda", dtype=torch.bfloat16)
     gates = random_gates(k)
     bits_LT = prepare(x, gates, SHARING, GROUP, CODE_BITS).bits_LT[:, : len(x)]
     worst = 0.0

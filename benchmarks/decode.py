@@ -24,6 +24,8 @@ import click
 import torch
 from ceilings import measure_ceilings
 from checks import (
+    JOINED_ROWS,
+    JOINED_TOKENS,
     SHARING,
     check,
     check_joined,
@@ -94,14 +96,15 @@ def main(out: Path, any_precision: Path | None, models: tuple[str, ...]) -> None
     keep(ceilings=measure_ceilings(), points=[], peers=[], blocks=[], mixed=[], prompts=[])
     click.echo(json.dumps(result["ceilings"]))
     keep(preparing=[point for k in inputs for point in time_preparing(k)])
+    # What matters most first.
+    for model in chosen:
+        keep(blocks=result["blocks"] + time_blocks(model))
     for n, k in shapes:
         keep(points=result["points"] + time_shape(n, k, result["ceilings"]))
         peers = [
             {"n": n, "k": k, "tokens": m, **time_peers(n, k, m, any_precision)} for m in TOKENS
         ]
         keep(peers=result["peers"] + peers)
-    for model in chosen:
-        keep(blocks=result["blocks"] + time_blocks(model))
         keep(sums=model_sums(result, chosen))
     keep(mixed=time_mixed(*shapes[-1]))
     for shape in shapes:
@@ -112,11 +115,17 @@ def main(out: Path, any_precision: Path | None, models: tuple[str, ...]) -> None
 
 
 def products(shapes: list[tuple[int, int]]) -> list[Product]:
-    """All that `time_shape` and `time_mixed` will launch."""
+    """All that is checked and timed."""
+    kinds = [*((bits, False) for bits in (*WIDTHS, None)), (None, True)]
+    wanted = [
+        (n, k, m, bits, mixed)
+        for (n, k), m, (bits, mixed) in itertools.product(shapes, TOKENS, kinds)
+    ]
+    for k in {k for _, k in shapes}:
+        wanted += [(sum(JOINED_ROWS), k, JOINED_TOKENS, None, True), (k, k, 1, None, False)]
     return [
         Product(bits, mixed, padded_tokens(m), tile_for(n, k, m, bits, mixed))
-        for (n, k), m in itertools.product(shapes, TOKENS)
-        for bits, mixed in [*((bits, False) for bits in (*WIDTHS, None)), (None, True)]
+        for n, k, m, bits, mixed in wanted
     ]
 
 
@@ -281,9 +290,9 @@ def model_sums(result: Point, models: tuple[str, ...]) -> list[Point]:
             [p for p in result[kind] if p["tokens"] == m and (p["n"], p["k"]) in shapes]
             for kind in ("points", "peers")
         )
-        steps = [p for p in result["blocks"] if p["tokens"] == m and p["model"] == model]
-        if not steps:
+        if len(theirs) < len(shapes):
             continue
+        steps = [p for p in result["blocks"] if p["tokens"] == m and p["model"] == model]
         total = {"model": model, "tokens": m}
         for point in steps:
             bits = point["bits"]

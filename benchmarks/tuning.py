@@ -23,8 +23,8 @@ SPLITS = (1, 2, 4, 8)
 STAGES = (2, 3)
 # Rows and warps.
 CUTS = ((64, 2), (64, 4), (128, 2), (128, 4), (128, 8))
-# Of few tokens: rows, warps that share the inputs, and loads in flight.
-NARROW = (16, 32), (2, 4, 8), (1, 3, 4)
+# The same for few tokens, where warps share the inputs.
+NARROW = tuple(itertools.product((16, 32), (2, 4, 8)))
 TOKENS = (1, 16, 32, 64)
 # What each kind of product is timed at; mixed tokens all take 4 bits, unknown to the host.
 BITS = {"2": 2, "4": 4, "8": 8, dispatch.MIXED: 4}
@@ -68,12 +68,13 @@ def candidates(n: int, k: int, m: int, kind: str) -> list[Tile]:
 
     At most 64 sums of a tile for each thread: more do not fit the registers.
     """
-    found = []
     if kind != dispatch.MIXED and dispatch.narrow(m):
-        for rows, warps, stages in itertools.product(*NARROW):
-            if 500 <= n // rows * warps <= 4000 and warps <= k // BLOCK_INPUTS:
-                found.append(Tile(rows, 1, warps, stages))
-        return found
+        return [
+            Tile(rows, split=1, warps=warps, stages=1)
+            for rows, warps in NARROW
+            if 500 <= n // rows * warps <= 4000 and warps <= k // BLOCK_INPUTS
+        ]
+    found = []
     for (rows, warps), split, stages in itertools.product(CUTS, SPLITS, STAGES):
         programs = n // rows * split
         if rows * m > 64 * 32 * warps:

@@ -11,10 +11,8 @@ What `triton_uniform.py` computes, for so few tokens that waiting is all that ma
 
         16 (i // 2 % 2) + 4 (i // 8) + 2 (i // 4 % 2) + i % 2
 
-  - Nothing that the loop reads is waited for in the turn that asks for it. With one stage the next
-    turn's words and scales are asked for by hand, into registers; with more the compiler does it,
-    through shared memory.
-  - A program asks for its first words before the launch before it has ended (Hopper and later).
+  - Words and scales, which come from memory and not from a cache, are asked for a turn ahead; those
+    of the first turn before the launch before has ended (Hopper and later).
 
 Words are loaded two in an int32 and become int16 when they are used: registers that hold 16 bits
 are copied, and so waited for, wherever a loop ends.
@@ -179,8 +177,8 @@ def _turn(
 def _summed(
     x_ptr, word_pairs_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr, bias_sum_ptr, rows, blocks,
     padded_tokens, tokens,
-    ROWS: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr,
-    BITS: tl.constexpr, WAITS: tl.constexpr, ASM: tl.constexpr,
+    ROWS: tl.constexpr, WARPS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
+    WAITS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Sums [ROWS, T] at one width, and what to do with them: gain and bias, a pair for each row.
 
@@ -197,11 +195,10 @@ def _summed(
     narrow = row[:, None] * 8 + (word % 8)[None, :]
     wide = narrow + (word // 8 * plane_words)[None, :]
     gain_bias = tl.load(gain_bias_ptr + row_of(BITS) * rows + tl.arange(0, ROWS))
-    if STAGES == 1:
-        first = tl.minimum(row_warp, blocks - 1)
-        words = _words(word_pairs_ptr, first, wide, narrow, rows, plane_words, BITS, SLICES)
-        first = tl.minimum(warp, blocks - 1)
-        pairs = _scale_pairs(scale_zero_ptr, first, rows, WARPS, ROWS, GROUPS)
+    first = tl.minimum(row_warp, blocks - 1)
+    words = _words(word_pairs_ptr, first, wide, narrow, rows, plane_words, BITS, SLICES)
+    first = tl.minimum(warp, blocks - 1)
+    pairs = _scale_pairs(scale_zero_ptr, first, rows, WARPS, ROWS, GROUPS)
     if WAITS:
         tl.extra.cuda.gdc_wait()
     of_token = tl.arange(0, WARPS * _TOKENS)
@@ -209,24 +206,18 @@ def _summed(
     token = tl.minimum(of_token % _TOKENS, tokens - 1)
     x_at = x_ptr + (token * blocks * 256)[:, None] + tl.arange(0, 32)[None, :]
     total = tl.zeros((WARPS, ROWS, _TOKENS), dtype=tl.float32)
-    for turn in tl.range(0, (blocks + WARPS - 1) // WARPS, num_stages=STAGES):
+    for turn in tl.range(0, (blocks + WARPS - 1) // WARPS, num_stages=1):
+        used, used_pairs = words, pairs
         # Warps that have no block left take the last one, and nothing of it.
+        ahead = (turn + 1) * WARPS
+        next_block = tl.minimum(ahead + row_warp, blocks - 1)
+        words = _words(word_pairs_ptr, next_block, wide, narrow, rows, plane_words, BITS, SLICES)
+        next_block = tl.minimum(ahead + warp, blocks - 1)
+        pairs = _scale_pairs(scale_zero_ptr, next_block, rows, WARPS, ROWS, GROUPS)
+        # Of 32 rows the registers do not hold all that is asked for early.
+        if ASM and ROWS == 16:
+            asked_by_now()
         block = tl.minimum(turn * WARPS + warp, blocks - 1)
-        if STAGES == 1:
-            used, used_pairs = words, pairs
-            ahead = (turn + 1) * WARPS
-            next_block = tl.minimum(ahead + row_warp, blocks - 1)
-            words = _words(
-                word_pairs_ptr, next_block, wide, narrow, rows, plane_words, BITS, SLICES
-            )
-            next_block = tl.minimum(ahead + warp, blocks - 1)
-            pairs = _scale_pairs(scale_zero_ptr, next_block, rows, WARPS, ROWS, GROUPS)
-            if ASM and ROWS == 16:
-                asked_by_now()
-        else:
-            here = tl.minimum(turn * WARPS + row_warp, blocks - 1)
-            used = _words(word_pairs_ptr, here, wide, narrow, rows, plane_words, BITS, SLICES)
-            used_pairs = _scale_pairs(scale_zero_ptr, block, rows, WARPS, ROWS, GROUPS)
         x_block = tl.minimum(turn * WARPS + of_token // _TOKENS, blocks - 1)
         total += _turn(
             used, used_pairs, x_at + (x_block * 256)[:, None], sum_ptr, bias_sum_ptr, block,
@@ -240,8 +231,8 @@ def _summed(
 def _narrow_kernel(
     x_ptr, word_pairs_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr, bias_sum_ptr, unscale_ptr,
     bits_ptr, out_ptr, rows, blocks, padded_tokens, tokens, second, third,
-    ROWS: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr,
-    BITS: tl.constexpr, MOST_SLICES: tl.constexpr, PROGRAMMATIC: tl.constexpr, ASM: tl.constexpr,
+    ROWS: tl.constexpr, WARPS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
+    MOST_SLICES: tl.constexpr, PROGRAMMATIC: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     start = tile * ROWS
@@ -258,7 +249,7 @@ def _narrow_kernel(
                     total, gain_bias = _summed(
                         x_ptr, word_pairs_ptr + start * 8, scale_zero_ptr + start,
                         gain_bias_ptr + start, sum_ptr, bias_sum_ptr, rows, blocks,
-                        padded_tokens, tokens, ROWS, WARPS, STAGES, GROUPS, width,
+                        padded_tokens, tokens, ROWS, WARPS, GROUPS, width,
                         PROGRAMMATIC and BITS > 0, ASM,
                     )  # fmt: skip
                     write(total, gain_bias[:, None], unscale_ptr, out_ptr, n, t, rows, tokens)
@@ -269,7 +260,8 @@ def multiply_narrow(
 ) -> tuple[Tensor, ...]:
     """Up to 8 tokens times every linear's weight, with gain and bias.
 
-    Arguments and result as those of `triton_uniform.multiply_uniform`; `tile.split` is 1.
+    Arguments and result as those of `triton_uniform.multiply_uniform`; `tile.split` and
+    `tile.stages` are 1.
 
     Raises:
         ValueError: a tile would reach from one linear into the next.
@@ -281,9 +273,9 @@ def multiply_narrow(
         weight.gain_bias_WN, prepared.sum_GT, prepared.bias_sum_GT, prepared.unscale_T,
         prepared.bits_LT, out, rows, blocks, len(prepared.x_TK), prepared.tokens,
         *next_linears(weight, tile.rows),
-        ROWS=tile.rows, WARPS=tile.warps, STAGES=tile.stages,
-        GROUPS=BLOCK_INPUTS // weight.group_size, BITS=bits or 0,
-        MOST_SLICES=len(weight.digits_SHBN16), ASM=not INTERPRETED, num_warps=tile.warps,
+        ROWS=tile.rows, WARPS=tile.warps, GROUPS=BLOCK_INPUTS // weight.group_size,
+        BITS=bits or 0, MOST_SLICES=len(weight.digits_SHBN16), ASM=not INTERPRETED,
+        num_warps=tile.warps,
         **launching(out.device),
     )  # fmt: skip
     return sides(out, weight)
