@@ -59,8 +59,13 @@ def main(out: Path, model: str) -> None:
 
 
 def tokens_for(kind: str) -> list[int]:
-    """Numbers of tokens that are cut differently: of mixed widths, 64 are cut at 32."""
-    return [m for m in TOKENS if kind != dispatch.MIXED or dispatch.token_tile(m, kind) >= m]
+    """Numbers of tokens that are cut differently.
+
+    Of mixed widths, 64 are cut at 32, and few in one way for all shapes.
+    """
+    if kind != dispatch.MIXED:
+        return list(TOKENS)
+    return [m for m in TOKENS if not dispatch.narrow(m) and dispatch.token_tile(m, kind) >= m]
 
 
 def candidates(n: int, k: int, m: int, kind: str) -> list[Tile]:
@@ -68,7 +73,7 @@ def candidates(n: int, k: int, m: int, kind: str) -> list[Tile]:
 
     At most 64 sums of a tile for each thread: more do not fit the registers.
     """
-    if kind != dispatch.MIXED and dispatch.narrow(m):
+    if dispatch.narrow(m):
         return [
             Tile(rows, split=1, warps=warps, stages=1)
             for rows, warps in NARROW

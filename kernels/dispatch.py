@@ -126,15 +126,15 @@ def multiply(
     Args:
         bits: the width of all tokens, or None if only the device knows it.
     """
-    if prepared.mixed:
-        return triton_mixed.multiply_mixed(prepared, weight, cut, dtype)
     if narrow(len(prepared.x_TK)):
         return triton_narrow.multiply_narrow(prepared, bits, weight, cut, dtype)
+    if prepared.mixed:
+        return triton_mixed.multiply_mixed(prepared, weight, cut, dtype)
     return triton_uniform.multiply_uniform(prepared, bits, weight, cut, dtype)
 
 
 def narrow(width: int) -> bool:
-    """Whether tokens of one width are few enough to be multiplied by warps on their own."""
+    """Whether tokens are few enough to be multiplied by warps on their own."""
     return width <= triton_narrow.TOKENS
 
 
@@ -193,7 +193,7 @@ def default_tile(
 
     8 or more on each multiprocessor, as in the fastest tiles that were measured on an H200.
     """
-    if kind != MIXED and narrow(width):
+    if narrow(width):
         return _narrow_tile(rows, blocks, kind)
     wide = width > 32
     # Eight bits fill the registers, and so do sums that are restarted at every group.
@@ -212,6 +212,9 @@ def default_tile(
 
 def _narrow_tile(rows: int, blocks: int, kind: str) -> "triton_tiles.Tile":
     """Of a product that warps share by its inputs: few warps a program, few blocks a warp."""
+    if kind == MIXED:
+        # One cut for all shapes: this kernel takes longest to compile.
+        return triton_tiles.Tile(16, split=1, warps=4, stages=1)
     # 32 rows make more of each token, 16 leave more for programs to share and less in registers.
     cut = 32 if rows >= 32 * _PROGRAMS // 2 and kind != str(CODE_BITS) else 16
     warps = 2

@@ -1,6 +1,7 @@
-"""Up to 8 tokens times quantized weights, all tokens of a linear at one width.
+"""Up to 8 tokens times quantized weights.
 
-What `triton_uniform.py` computes, for so few tokens that waiting is all that matters:
+What `triton_uniform.py` and `triton_mixed.py` compute, for so few tokens that waiting is all that
+matters:
 
   - Every warp of a program takes blocks of inputs of its own, for the same 16 or 32 rows, and the
     sums of all warps are added once, at the end. No program waits for another.
@@ -13,6 +14,11 @@ What `triton_uniform.py` computes, for so few tokens that waiting is all that ma
 
   - Words and scales, which come from memory and not from a cache, are asked for a turn ahead; those
     of the first turn before the launch before has ended (Hopper and later).
+
+Tokens of one width are multiplied by whole codes, those that differ by what each width adds to the
+one before, digits of 2 bits or of one: as many products as there are widths up to the largest, and
+what a token does not take is multiplied by zero. Where only the device knows the widths it also
+finds out whether tokens differ.
 
 Words are loaded two in an int32 and become int16 when they are used: registers that hold 16 bits
 are copied, and so waited for, wherever a loop ends.
@@ -174,15 +180,77 @@ def _turn(
 
 
 @triton.jit
-def _summed(
-    x_ptr, word_pairs_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr, bias_sum_ptr, rows, blocks,
-    padded_tokens, tokens,
+def _mixed_turn(
+    words, pairs, x_ptr, sum_ptr, bias_sum_ptr, block, there, padded_tokens, late, bits,
     ROWS: tl.constexpr, WARPS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
-    WAITS: tl.constexpr, ASM: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
-    """Sums [ROWS, T] at one width, and what to do with them: gain and bias, a pair for each row.
+    """The same for tokens of widths of their own, int32 [T], of which BITS is the largest."""
+    t = tl.arange(0, _TOKENS)
+    GROUP_CHUNKS: tl.constexpr = 8 // GROUPS
+    SLICES: tl.constexpr = (BITS + 1) // 2
+    half_bin = 0.5 * tl.exp2((2 - bits).to(tl.float32))
+    # Of each width in WIDTHS, what it adds to the one before.
+    takes = row_of(bits)
+    takes_3, takes_4 = tl.where(takes >= 1, 1 / 4, 0.0), tl.where(takes >= 2, 1 / 4, 0.0)
+    takes_6, takes_8 = tl.where(takes >= 3, 1 / 16, 0.0), tl.where(takes >= 4, 1 / 64, 0.0)
+    first, high, low, third, fourth = words
+    second = high
+    if SLICES > 1:
+        if BITS == 3:
+            low = tl.zeros_like(high)
+        second = second_digits(high, low, late, tl.full(high.shape, _ODD, tl.int32), ASM)
+    first = _weights_in_order(first, WARPS, ROWS)
+    second = _weights_in_order(second, WARPS, ROWS)
+    third = _weights_in_order(third, WARPS, ROWS)
+    fourth = _weights_in_order(fourth, WARPS, ROWS)
+    total = tl.zeros((WARPS, ROWS, _TOKENS), dtype=tl.float32)
+    for h in tl.static_range(GROUPS):
+        sums_at = ((block * GROUPS + h) * padded_tokens)[:, None] + t[None, :]
+        s, z = halves(pairs[h])
+        s = tl.where(there[:, None], s, 0.0)
+        sums = tl.load(sum_ptr + sums_at)[:, None, :]
+        none = tl.zeros((WARPS, ROWS, _TOKENS), dtype=tl.float32)
+        none -= tl.load(bias_sum_ptr + sums_at)[:, None, :]
+        two = none + (half_bin[None, None, :] - z[:, :, None]) * sums
+        three, four, six, eight = none, none, none, none
+        for c in tl.static_range(GROUP_CHUNKS):
+            x = _tokens_in_order(tl.load(x_ptr + (h * GROUP_CHUNKS + c) * 32), WARPS)
+            two = tl.dot(digit(first, position_of(h * GROUP_CHUNKS + c), 3, ASM), x, two)
+            if BITS > 2:
+                codes = digit(second, position_of(h * GROUP_CHUNKS + c), 2, ASM)
+                three = tl.dot(codes, x, three)
+            if BITS > 3:
+                codes = digit(second, position_of(h * GROUP_CHUNKS + c), 1, ASM)
+                four = tl.dot(codes, x, four)
+            if BITS > 4:
+                codes = digit(third, position_of(h * GROUP_CHUNKS + c), 3, ASM)
+                six = tl.dot(codes, x, six)
+            if BITS > 6:
+                codes = digit(fourth, position_of(h * GROUP_CHUNKS + c), 3, ASM)
+                eight = tl.dot(codes, x, eight)
+        if BITS > 2:
+            two += takes_3[None, None, :] * three
+        if BITS > 3:
+            two += takes_4[None, None, :] * four
+        if BITS > 4:
+            two += takes_6[None, None, :] * six
+        if BITS > 6:
+            two += takes_8[None, None, :] * eight
+        total += s[:, :, None] * two
+    return total
 
-    Pointers are those of a program's first row; `WAITS` for the launch before, but for weights.
+
+@triton.jit
+def _multiplied(
+    x_ptr, word_pairs_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr, bias_sum_ptr, unscale_ptr,
+    out_ptr, rows, blocks, padded_tokens, tokens, bits,
+    ROWS: tl.constexpr, WARPS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
+    MIXED: tl.constexpr, WAITS: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Products of a tile of rows. Tokens have BITS or, mixed, `bits` of which that is the largest.
+
+    Pointers to what has rows point at the first; `WAITS` for the launch before, but for weights.
     """
     SLICES: tl.constexpr = (BITS + 1) // 2
     warp = tl.arange(0, WARPS)
@@ -194,7 +262,9 @@ def _summed(
     plane_words = blocks * rows * 8
     narrow = row[:, None] * 8 + (word % 8)[None, :]
     wide = narrow + (word // 8 * plane_words)[None, :]
-    gain_bias = tl.load(gain_bias_ptr + row_of(BITS) * rows + tl.arange(0, ROWS))
+    n = tl.arange(0, ROWS)
+    gain_row = (row_of(bits) * rows)[None, :] if MIXED else row_of(BITS) * rows
+    gain_bias = tl.load(gain_bias_ptr + gain_row + n[:, None])
     first = tl.minimum(row_warp, blocks - 1)
     words = _words(word_pairs_ptr, first, wide, narrow, rows, plane_words, BITS, SLICES)
     first = tl.minimum(warp, blocks - 1)
@@ -219,11 +289,21 @@ def _summed(
             asked_by_now()
         block = tl.minimum(turn * WARPS + warp, blocks - 1)
         x_block = tl.minimum(turn * WARPS + of_token // _TOKENS, blocks - 1)
-        total += _turn(
-            used, used_pairs, x_at + (x_block * 256)[:, None], sum_ptr, bias_sum_ptr, block,
-            turn * WARPS + warp < blocks, padded_tokens, late, ROWS, WARPS, GROUPS, BITS, ASM,
-        )  # fmt: skip
-    return tl.sum(total, axis=0) * unit(BITS), gain_bias
+        x_block_ptr = x_at + (x_block * 256)[:, None]
+        there = turn * WARPS + warp < blocks
+        if MIXED:
+            total += _mixed_turn(
+                used, used_pairs, x_block_ptr, sum_ptr, bias_sum_ptr, block, there, padded_tokens,
+                late, bits, ROWS, WARPS, GROUPS, BITS, ASM,
+            )  # fmt: skip
+        else:
+            total += _turn(
+                used, used_pairs, x_block_ptr, sum_ptr, bias_sum_ptr, block, there, padded_tokens,
+                late, ROWS, WARPS, GROUPS, BITS, ASM,
+            )  # fmt: skip
+    summed = tl.sum(total, axis=0) * (1.0 if MIXED else unit(BITS))
+    t = tl.arange(0, _TOKENS)
+    write(summed, gain_bias, unscale_ptr, out_ptr, n, t, rows, tokens)
 
 
 # Fewer variants to compile: these need no alignment.
@@ -232,27 +312,50 @@ def _narrow_kernel(
     x_ptr, word_pairs_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr, bias_sum_ptr, unscale_ptr,
     bits_ptr, out_ptr, rows, blocks, padded_tokens, tokens, second, third,
     ROWS: tl.constexpr, WARPS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
-    MOST_SLICES: tl.constexpr, PROGRAMMATIC: tl.constexpr, ASM: tl.constexpr,
+    MIXED: tl.constexpr, MOST_SLICES: tl.constexpr, PROGRAMMATIC: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
-    start = tile * ROWS
-    n, t = start + tl.arange(0, ROWS), tl.arange(0, _TOKENS)
     linear = (tile >= second).to(tl.int32) + (tile >= third).to(tl.int32)
+    start = tile * ROWS
+    word_pairs_ptr += start * 8
+    scale_zero_ptr += start
+    gain_bias_ptr += start
+    out_ptr += start
+    bits_ptr += linear * padded_tokens
+    t = tl.arange(0, _TOKENS)
     if BITS == 0 and PROGRAMMATIC:
         tl.extra.cuda.gdc_wait()
-    bits = BITS if BITS > 0 else tl.load(bits_ptr + linear * padded_tokens)
+    token_bits = tl.load(bits_ptr + t) if MIXED else t
+    largest = tl.max(token_bits, axis=0) if MIXED else tl.load(bits_ptr)
+    bits = BITS if BITS > 0 else largest
+    # Tokens that agree are multiplied by whole codes, whatever the host expected of them.
+    differ = tl.min(tl.where(t < tokens, token_bits, largest), axis=0) < largest
     for width in tl.static_range(2, 2 * MOST_SLICES + 1):
         # In steps: only the last one is left to the device.
         if (width <= 4) or (width % 2 == 0):  # noqa: SIM102
             if (BITS == 0) or (width == BITS):  # noqa: SIM102
                 if bits == width:
-                    total, gain_bias = _summed(
-                        x_ptr, word_pairs_ptr + start * 8, scale_zero_ptr + start,
-                        gain_bias_ptr + start, sum_ptr, bias_sum_ptr, rows, blocks,
-                        padded_tokens, tokens, ROWS, WARPS, GROUPS, width,
-                        PROGRAMMATIC and BITS > 0, ASM,
-                    )  # fmt: skip
-                    write(total, gain_bias[:, None], unscale_ptr, out_ptr, n, t, rows, tokens)
+                    if MIXED and width > 2:
+                        if differ:
+                            _multiplied(
+                                x_ptr, word_pairs_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr,
+                                bias_sum_ptr, unscale_ptr, out_ptr, rows, blocks, padded_tokens,
+                                tokens, token_bits, ROWS, WARPS, GROUPS, width, True, False, ASM,
+                            )  # fmt: skip
+                        else:
+                            _multiplied(
+                                x_ptr, word_pairs_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr,
+                                bias_sum_ptr, unscale_ptr, out_ptr, rows, blocks, padded_tokens,
+                                tokens, token_bits, ROWS, WARPS, GROUPS, width, False, False, ASM,
+                            )  # fmt: skip
+                    else:
+                        _multiplied(
+                            x_ptr, word_pairs_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr,
+                            bias_sum_ptr, unscale_ptr, out_ptr, rows, blocks, padded_tokens,
+                            tokens, token_bits, ROWS, WARPS, GROUPS, width, False,
+                            PROGRAMMATIC and BITS > 0, ASM,
+                        )  # fmt: skip
 
 
 def multiply_narrow(
@@ -260,8 +363,8 @@ def multiply_narrow(
 ) -> tuple[Tensor, ...]:
     """Up to 8 tokens times every linear's weight, with gain and bias.
 
-    Arguments and result as those of `triton_uniform.multiply_uniform`; `tile.split` and
-    `tile.stages` are 1.
+    Arguments and result as those of `triton_uniform.multiply_uniform`, but for tokens that may
+    differ in width: `bits` is None then. `tile.split` and `tile.stages` are 1.
 
     Raises:
         ValueError: a tile would reach from one linear into the next.
@@ -274,8 +377,7 @@ def multiply_narrow(
         prepared.bits_LT, out, rows, blocks, len(prepared.x_TK), prepared.tokens,
         *next_linears(weight, tile.rows),
         ROWS=tile.rows, WARPS=tile.warps, GROUPS=BLOCK_INPUTS // weight.group_size,
-        BITS=bits or 0, MOST_SLICES=len(weight.digits_SHBN16), ASM=not INTERPRETED,
-        num_warps=tile.warps,
-        **launching(out.device),
+        BITS=bits or 0, MIXED=prepared.mixed, MOST_SLICES=len(weight.digits_SHBN16),
+        ASM=not INTERPRETED, num_warps=tile.warps, **launching(out.device),
     )  # fmt: skip
     return sides(out, weight)

@@ -53,10 +53,17 @@ def test_loads_are_wide_and_digits_meet_matrix_units(compiled: dict[str, Any]) -
 
 
 def test_few_tokens_meet_codes_in_registers(compiled: dict[str, Any]) -> None:
-    found = {n: k for n, k in compiled["uniform"].items() if ", 8 tokens, " in n}
+    found = {n: k for n, k in compiled["uniform"].items() if ", 8 tokens" in n}
     assert found
     for name, kernel in found.items():
         assert kernel["moving"] == 0, f"{name} moves them between threads"
+
+
+def test_few_tokens_that_differ_stay_in_registers(compiled: dict[str, Any]) -> None:
+    for name, kernel in compiled["differing"].items():
+        assert kernel["stack_bytes"] == 0, f"{name} spills"
+        assert kernel["shared_bytes"] <= SHARED_BYTES[name.split(",")[0]], name
+        assert kernel["matrix"] > 0, name
 
 
 def test_three_bits_read_less_than_four(compiled: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Few tokens of one width in Triton's interpreter against float64."""
+"""Few tokens in Triton's interpreter against float64."""
 
 import numpy as np
 import pytest
@@ -41,6 +41,21 @@ def test_equals_the_definition(
         expected = routed_linear(x, weight_WNK, bias_WN, torch.full((tokens,), bits))
         assert out.shape == expected.shape
         assert error(out, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "widths", [(2, 8), (3, 2), (4, 3, 4, 2), (6, 2, 4, 3, 8), (2, 6, 2, 6, 3, 3, 4, 6), (4, 4, 4)]
+)
+@pytest.mark.parametrize(("inputs", "group_size"), [(768, 128), (384, 32), (512, 256)])
+def test_tokens_at_widths_of_their_own(
+    widths: tuple[int, ...], inputs: int, group_size: int
+) -> None:
+    weight, weight_WNK, bias_WN = random_weight(70, inputs, group_size)
+    x = torch.randn(len(widths), inputs).bfloat16()
+    bits_T = torch.tensor(widths)
+    prepared = prepare(x, bits_T[None], 1, group_size, 8)
+    (out,) = multiply_narrow(prepared, None, weight, Tile(16, 1, 4, 1), torch.float32)
+    assert error(out, routed_linear(x, weight_WNK, bias_WN, bits_T)) < 2e-5
 
 
 @pytest.mark.parametrize("max_bits", [8, 4])

@@ -68,7 +68,7 @@ def main() -> None:
     for architecture in (80, 90):
         for tokens in (8, 16, 64):
             name = f"sm_{architecture}, {tokens} tokens"
-            if tokens < 64:
+            if tokens == 16:
                 mixed[name] = build_mixed(architecture, tokens, 2)
             for bits in (2, 3, 4, 8, 0):
                 made = build_uniform(architecture, tokens, 2, bits)
@@ -90,6 +90,8 @@ def main() -> None:
         elsewhere[name] = build_uniform(architecture, tokens, 2, 8)
     document = {
         "triton": triton.__version__,
+        # It takes long to compile: once.
+        "differing": {"sm_90, 8 tokens": build_differing(90)},
         "mixed": mixed,
         "uniform": uniform,
         "dequantizing": dequantizing,
@@ -105,15 +107,26 @@ def build_mixed(architecture: int, tokens: int, groups: int) -> dict[str, Any]:
     return _multiplying(_mixed_kernel, {"BLOCK_GROUPS": groups}, architecture, tokens, tile)
 
 
+def build_differing(architecture: int) -> dict[str, Any]:
+    """Few tokens whose widths may differ; its loops lie within each other, and are not counted."""
+    made = _narrow(architecture, dispatch.MIXED, {"BITS": 0, "MIXED": True, "GROUPS": 2})
+    return {name: made[name] for name in ("stack_bytes", "shared_bytes", "matrix")}
+
+
 def build_uniform(architecture: int, tokens: int, groups: int, bits: int) -> dict[str, Any]:
     """The same at one width; 0 for one that only the device knows, `instructions` per weight."""
-    tile = _tile(architecture, tokens, dispatch.kind_of(False, bits or None), groups)
-    constants = {"BITS": bits, "MOST_SLICES": 4}
-    if not dispatch.narrow(tokens):
-        constants["BLOCK_GROUPS"] = groups
-        return _multiplying(_uniform_kernel, constants, architecture, tokens, tile)
-    constants |= {"GROUPS": groups, "WARPS": tile.warps}
-    return _multiplying(_narrow_kernel, constants, architecture, tokens, tile, tile.warps)
+    kind = dispatch.kind_of(False, bits or None)
+    if dispatch.narrow(tokens):
+        return _narrow(architecture, kind, {"BITS": bits, "MIXED": False, "GROUPS": groups})
+    tile = _tile(architecture, tokens, kind, groups)
+    constants = {"BITS": bits, "MOST_SLICES": 4, "BLOCK_GROUPS": groups}
+    return _multiplying(_uniform_kernel, constants, architecture, tokens, tile)
+
+
+def _narrow(architecture: int, kind: str, constants: dict[str, Any]) -> dict[str, Any]:
+    tile = _tile(architecture, 8, kind, constants["GROUPS"])
+    constants = constants | {"WARPS": tile.warps, "MOST_SLICES": 4}
+    return _multiplying(_narrow_kernel, constants, architecture, 8, tile, tile.warps)
 
 
 def _tile(architecture: int, tokens: int, kind: str, groups: int) -> Tile:
