@@ -49,9 +49,9 @@ def test_tiles_that_were_measured_are_used(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(dispatch, "capability", lambda device: (9, 0))
     shipped = json.loads((FOLDER / "tiles_sm90.json").read_text(encoding="utf-8"))
     gpu = torch.device("cuda", 7)
-    expected = dispatch.triton_tiles.Tile(*shipped["8"]["22016 x 4096"]["16"])
-    assert dispatch.tile(22016, 4096, 128, 13, gpu, "8") == expected
-    assert dispatch.tile(22016, 4096, 64, 13, gpu, "8") != expected
+    expected = dispatch.triton_tiles.Tile(*shipped["2"]["22016 x 4096"]["16"])
+    assert dispatch.tile(22016, 4096, 128, 13, gpu, "2") == expected
+    assert dispatch.tile(22016, 4096, 64, 13, gpu, "2") != expected
 
 
 def test_on_a_cpu_weights_are_dequantized() -> None:
