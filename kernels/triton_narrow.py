@@ -45,14 +45,7 @@ from mbq.kernels.triton_tiles import (
     sides,
     write,
 )
-from mbq.kernels.triton_uniform import (
-    combined,
-    defined,
-    extracted,
-    field_bits,
-    field_one,
-    unit,
-)
+from mbq.kernels.triton_uniform import combined, defined, extracted, field_bits, field_one, unit
 
 # Tokens of a program: as many as the narrowest matrix instruction takes.
 TOKENS = 8
@@ -185,21 +178,18 @@ def _mixed_turn(
     ROWS: tl.constexpr, WARPS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    """The same for tokens of widths of their own, int32 [T], of which BITS is the largest."""
+    """The same for tokens of widths of their own, int32 [T]; the largest is BITS, above 2."""
     t = tl.arange(0, _TOKENS)
     GROUP_CHUNKS: tl.constexpr = 8 // GROUPS
-    SLICES: tl.constexpr = (BITS + 1) // 2
     half_bin = 0.5 * tl.exp2((2 - bits).to(tl.float32))
     # Of each width in WIDTHS, what it adds to the one before.
     takes = row_of(bits)
     takes_3, takes_4 = tl.where(takes >= 1, 1 / 4, 0.0), tl.where(takes >= 2, 1 / 4, 0.0)
     takes_6, takes_8 = tl.where(takes >= 3, 1 / 16, 0.0), tl.where(takes >= 4, 1 / 64, 0.0)
     first, high, low, third, fourth = words
-    second = high
-    if SLICES > 1:
-        if BITS == 3:
-            low = tl.zeros_like(high)
-        second = second_digits(high, low, late, tl.full(high.shape, _ODD, tl.int32), ASM)
+    if BITS == 3:
+        low = tl.zeros_like(high)
+    second = second_digits(high, low, late, tl.full(high.shape, _ODD, tl.int32), ASM)
     first = _weights_in_order(first, WARPS, ROWS)
     second = _weights_in_order(second, WARPS, ROWS)
     third = _weights_in_order(third, WARPS, ROWS)
@@ -217,9 +207,7 @@ def _mixed_turn(
         for c in tl.static_range(GROUP_CHUNKS):
             x = _tokens_in_order(tl.load(x_ptr + (h * GROUP_CHUNKS + c) * 32), WARPS)
             two = tl.dot(digit(first, position_of(h * GROUP_CHUNKS + c), 3, ASM), x, two)
-            if BITS > 2:
-                codes = digit(second, position_of(h * GROUP_CHUNKS + c), 2, ASM)
-                three = tl.dot(codes, x, three)
+            three = tl.dot(digit(second, position_of(h * GROUP_CHUNKS + c), 2, ASM), x, three)
             if BITS > 3:
                 codes = digit(second, position_of(h * GROUP_CHUNKS + c), 1, ASM)
                 four = tl.dot(codes, x, four)
@@ -229,8 +217,7 @@ def _mixed_turn(
             if BITS > 6:
                 codes = digit(fourth, position_of(h * GROUP_CHUNKS + c), 3, ASM)
                 eight = tl.dot(codes, x, eight)
-        if BITS > 2:
-            two += takes_3[None, None, :] * three
+        two += takes_3[None, None, :] * three
         if BITS > 3:
             two += takes_4[None, None, :] * four
         if BITS > 4:

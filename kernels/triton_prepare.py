@@ -1,6 +1,7 @@
 """Few tokens made ready for products with codes: one launch for all linears that share an input.
 
-What the multiplying kernels (`triton_uniform.py`, `triton_mixed.py`) read of the tokens:
+What the multiplying kernels (`triton_narrow.py`, `triton_uniform.py`, `triton_mixed.py`) read of
+the tokens:
 
     x16   float16, each token scaled by a power of two so that its largest value is near 2^10
     sums  per group of inputs: sum of x16, and sum weighted by the bias of each digit
@@ -14,6 +15,11 @@ nothing of them: a launch captured in a graph follows whatever its thresholds ar
 One program prepares one token. It asks for what its router reads before it waits for anything:
 memory takes longer to answer than the rest takes. Where tokens may differ the last program to
 finish counts the steps.
+
+From Hopper on a launch may begin before the one before it has ended, and waits for that before it
+reads what others write, or writes at all. This one lets the multiplication after it begin at once,
+as it leaves most of a GPU idle. Multiplications let nothing begin: programs that begin where others
+have left room crowd together.
 
 Legend: N out_features, K in_features, K' padded to a multiple of 256, T tokens, T' padded, G
 groups, L linears of one input, E extra widths, H rows of the trunk, F features (H + 2).
