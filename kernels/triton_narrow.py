@@ -168,7 +168,7 @@ def _turn(
                     first, second, third, fourth, position_of(h * PART_CHUNKS + c), BITS, SLICES
                 )
             acc = tl.dot(codes, x, acc)
-        total += (s * (LARGEST / one))[:, :, None] * acc
+        total += (s * (unit(BITS) * LARGEST / one))[:, :, None] * acc
     return total
 
 
@@ -231,11 +231,11 @@ def _mixed_turn(
 @triton.jit
 def _multiplied(
     x_ptr, word_pairs_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr, bias_sum_ptr, unscale_ptr,
-    out_ptr, rows, blocks, padded_tokens, tokens, bits,
+    out_ptr, rows, blocks, padded_tokens, tokens, bits, differ,
     ROWS: tl.constexpr, WARPS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
     MIXED: tl.constexpr, WAITS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Products of a tile of rows. Tokens have BITS or, mixed, `bits` of which that is the largest.
+    """Products of a tile of rows. Tokens have BITS or, if they differ, `bits`, at most BITS.
 
     Pointers to what has rows point at the first; `WAITS` for the launch before, but for weights.
     """
@@ -278,17 +278,18 @@ def _multiplied(
         x_block = tl.minimum(turn * WARPS + of_token // _TOKENS, blocks - 1)
         x_block_ptr = x_at + (x_block * 256)[:, None]
         there = turn * WARPS + warp < blocks
-        if MIXED:
-            total += _mixed_turn(
-                used, used_pairs, x_block_ptr, sum_ptr, bias_sum_ptr, block, there, padded_tokens,
-                late, bits, ROWS, WARPS, GROUPS, BITS, ASM,
-            )  # fmt: skip
-        else:
+        if MIXED:  # noqa: SIM102
+            if differ:
+                total += _mixed_turn(
+                    used, used_pairs, x_block_ptr, sum_ptr, bias_sum_ptr, block, there,
+                    padded_tokens, late, bits, ROWS, WARPS, GROUPS, BITS, ASM,
+                )  # fmt: skip
+        if not differ:
             total += _turn(
                 used, used_pairs, x_block_ptr, sum_ptr, bias_sum_ptr, block, there, padded_tokens,
                 late, ROWS, WARPS, GROUPS, BITS, ASM,
             )  # fmt: skip
-    summed = tl.sum(total, axis=0) * (1.0 if MIXED else unit(BITS))
+    summed = tl.sum(total, axis=0)
     t = tl.arange(0, _TOKENS)
     write(summed, gain_bias, unscale_ptr, out_ptr, n, t, rows, tokens)
 
@@ -317,32 +318,20 @@ def _narrow_kernel(
     largest = tl.max(token_bits, axis=0) if MIXED else tl.load(bits_ptr)
     bits = BITS if BITS > 0 else largest
     # Tokens that agree are multiplied by whole codes, whatever the host expected of them.
-    differ = tl.min(tl.where(t < tokens, token_bits, largest), axis=0) < largest
+    differ = False
+    if MIXED:
+        differ = tl.min(tl.where(t < tokens, token_bits, largest), axis=0) < largest
     for width in tl.static_range(2, 2 * MOST_SLICES + 1):
         # In steps: only the last one is left to the device.
         if (width <= 4) or (width % 2 == 0):  # noqa: SIM102
             if (BITS == 0) or (width == BITS):  # noqa: SIM102
                 if bits == width:
-                    if MIXED and width > 2:
-                        if differ:
-                            _multiplied(
-                                x_ptr, word_pairs_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr,
-                                bias_sum_ptr, unscale_ptr, out_ptr, rows, blocks, padded_tokens,
-                                tokens, token_bits, ROWS, WARPS, GROUPS, width, True, False, ASM,
-                            )  # fmt: skip
-                        else:
-                            _multiplied(
-                                x_ptr, word_pairs_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr,
-                                bias_sum_ptr, unscale_ptr, out_ptr, rows, blocks, padded_tokens,
-                                tokens, token_bits, ROWS, WARPS, GROUPS, width, False, False, ASM,
-                            )  # fmt: skip
-                    else:
-                        _multiplied(
-                            x_ptr, word_pairs_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr,
-                            bias_sum_ptr, unscale_ptr, out_ptr, rows, blocks, padded_tokens,
-                            tokens, token_bits, ROWS, WARPS, GROUPS, width, False,
-                            PROGRAMMATIC and BITS > 0, ASM,
-                        )  # fmt: skip
+                    _multiplied(
+                        x_ptr, word_pairs_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr,
+                        bias_sum_ptr, unscale_ptr, out_ptr, rows, blocks, padded_tokens, tokens,
+                        token_bits, differ, ROWS, WARPS, GROUPS, width, MIXED and width > 2,
+                        PROGRAMMATIC and BITS > 0, ASM,
+                    )  # fmt: skip
 
 
 def multiply_narrow(

@@ -58,25 +58,6 @@ def test_tokens_at_widths_of_their_own(
     assert error(out, routed_linear(x, weight_WNK, bias_WN, bits_T)) < 2e-5
 
 
-@pytest.mark.parametrize("max_bits", [8, 4])
-def test_linears_of_one_input_at_widths_the_device_knows(max_bits: int) -> None:
-    made = [random_weight(rows, 512, 128, max_bits=max_bits) for rows in (100, 64, 200)]
-    joined = join_digits([weight for weight, *_ in made])
-    widths = torch.tensor([[3], [2], [max_bits]])
-    x = torch.randn(5, 512).half()
-    prepared = prepare(x, widths, 3, 128, max_bits)
-    outs = multiply_narrow(prepared, None, joined, Tile(32, 1, 2, 1), torch.float32)
-    for out, (_, weight_WNK, bias_WN), bits in zip(outs, made, widths[:, 0], strict=True):
-        assert error(out, routed_linear(x, weight_WNK, bias_WN, bits.expand(5))) < 1e-5
-
-
-def test_a_tile_does_not_reach_into_the_next_linear() -> None:
-    joined = join_digits([random_weight(rows, 256, 128)[0] for rows in (128, 384)])
-    prepared = prepare(torch.randn(1, 256).half(), 2, 2, 128, 8)
-    with pytest.raises(ValueError, match=r"256 rows do not divide linears of \(0, 128, 512\) rows"):
-        multiply_narrow(prepared, 2, joined, Tile(256, 1, 4, 1), torch.float16)
-
-
 @pytest.mark.parametrize("late", [0, 1])
 def test_assembly_puts_two_words_of_the_second_slice_together(late: int) -> None:
     """Bits of one of the two int16 in a register never become the other's."""

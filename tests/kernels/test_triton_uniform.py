@@ -1,12 +1,16 @@
 """Tokens of one width in Triton's interpreter against float64; fields in an emulator."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from mbq.kernels.digits import join_digits, pack_digits
 from mbq.kernels.quantize import pack_pair
 from mbq.kernels.reference import routed_linear
+from mbq.kernels.triton_narrow import multiply_narrow
 from mbq.kernels.triton_prepare import prepare
 from mbq.kernels.triton_tiles import Tile
 from mbq.kernels.triton_uniform import (
@@ -46,23 +50,32 @@ def test_equals_the_definition(
         assert error(out, expected) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("multiply", "tile"),
+    [(multiply_uniform, Tile(64, 2, 4, 2)), (multiply_narrow, Tile(32, 1, 2, 1))],
+)
 @pytest.mark.parametrize("max_bits", [8, 4])
-def test_linears_of_one_input_at_widths_the_device_knows(max_bits: int) -> None:
+def test_linears_of_one_input_at_widths_the_device_knows(
+    multiply: Callable[..., tuple[Tensor, ...]], tile: Tile, max_bits: int
+) -> None:
     made = [random_weight(rows, 512, 128, max_bits=max_bits) for rows in (100, 64, 200)]
     joined = join_digits([weight for weight, *_ in made])
     widths = torch.tensor([[3], [2], [max_bits]])
     x = torch.randn(5, 512).half()
     prepared = prepare(x, widths, 3, 128, max_bits)
-    outs = multiply_uniform(prepared, None, joined, Tile(64, 2, 4, 2), torch.float32)
+    outs = multiply(prepared, None, joined, tile, torch.float32)
     for out, (_, weight_WNK, bias_WN), bits in zip(outs, made, widths[:, 0], strict=True):
         assert error(out, routed_linear(x, weight_WNK, bias_WN, bits.expand(5))) < 1e-5
 
 
-def test_a_tile_does_not_reach_into_the_next_linear() -> None:
+@pytest.mark.parametrize("multiply", [multiply_uniform, multiply_narrow])
+def test_a_tile_does_not_reach_into_the_next_linear(
+    multiply: Callable[..., tuple[Tensor, ...]],
+) -> None:
     joined = join_digits([random_weight(rows, 256, 128)[0] for rows in (128, 384)])
     prepared = prepare(torch.randn(1, 256).half(), 2, 2, 128, 8)
     with pytest.raises(ValueError, match=r"256 rows do not divide linears of \(0, 128, 512\) rows"):
-        multiply_uniform(prepared, 2, joined, Tile(256, 1, 4, 3), torch.float16)
+        multiply(prepared, 2, joined, Tile(256, 1, 4, 3), torch.float16)
 
 
 def test_known_weights() -> None:
