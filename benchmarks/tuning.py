@@ -47,7 +47,7 @@ def main(out: Path, model: str) -> None:
         Product(BITS[kind], kind == dispatch.MIXED, m, tile)
         for kind, (n, k) in itertools.product(BITS, shapes)
         for m in tokens_for(kind)
-        for tile in candidates(n, k, m, kind)
+        for tile in candidates(n, k, m)
     )
     for (n, k), kind in itertools.product(shapes, BITS):
         entry = {
@@ -68,7 +68,7 @@ def tokens_for(kind: str) -> list[int]:
     return [m for m in TOKENS if not dispatch.narrow(m) and dispatch.token_tile(m, kind) >= m]
 
 
-def candidates(n: int, k: int, m: int, kind: str) -> list[Tile]:
+def candidates(n: int, k: int, m: int) -> list[Tile]:
     """Tiles worth timing: enough programs for every multiprocessor, not far too many.
 
     At most 64 sums of a tile for each thread: more do not fit the registers.
@@ -94,7 +94,7 @@ def fastest(n: int, k: int, m: int, kind: str) -> list[int]:
     bits = BITS[kind]
     weights, prepared = rotation(n, k, bits), tokens_of(kind == dispatch.MIXED, m, k, bits)
     seconds = {}
-    for tile in candidates(n, k, m, kind):
+    for tile in candidates(n, k, m):
         try:
             seconds[tile] = decode_times(weights, prepared, bits, tile, REPLAYS)[0]
         except Exception as error:  # as while compiling

@@ -133,6 +133,9 @@ class SharedInput:
                         for number, linear in enumerate(self.linears)
                     ]
                     self._digits = join_digits(parts)
+                if self._digits.digits_SHBN16.is_cuda:
+                    # Kernels read it before they wait for the launches before them to end.
+                    torch.cuda.synchronize(self._digits.digits_SHBN16.device)
             return self._digits
 
     def _tally(self, device: torch.device) -> Tensor:

@@ -312,7 +312,9 @@ def _narrow_kernel(
     out_ptr += start
     bits_ptr += linear * padded_tokens
     t = tl.arange(0, _TOKENS)
-    if BITS == 0 and PROGRAMMATIC:
+    # Widths are what the launch before writes: whoever reads them waits at once.
+    KNOWN: tl.constexpr = BITS > 0 and not MIXED
+    if PROGRAMMATIC and not KNOWN:
         tl.extra.cuda.gdc_wait()
     token_bits = tl.load(bits_ptr + t) if MIXED else t
     largest = tl.max(token_bits, axis=0) if MIXED else tl.load(bits_ptr)
@@ -330,7 +332,7 @@ def _narrow_kernel(
                         x_ptr, word_pairs_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr,
                         bias_sum_ptr, unscale_ptr, out_ptr, rows, blocks, padded_tokens, tokens,
                         token_bits, differ, ROWS, WARPS, GROUPS, width, MIXED and width > 2,
-                        PROGRAMMATIC and BITS > 0, ASM,
+                        PROGRAMMATIC and KNOWN, ASM,
                     )  # fmt: skip
 
 

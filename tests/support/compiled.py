@@ -39,7 +39,6 @@ POINTERS = {
     "given_ptr": "*i64",
     "tally_ptr": "*i64",
 }
-
 WHOLE = (
     "word_pairs_ptr",
     "scale_zero_ptr",
