@@ -8,9 +8,9 @@ weights that rotate through more memory than the L2 cache holds; median of repla
 that the middle half of them spreads over. Bounds: bytes (codes, scales, zeros, inputs, outputs) at
 the measured memory speed, operations at the measured bf16 speed. `empty` is a graph node of an
 empty kernel. `blocks` are all products of a model in turn, each input made ready as in a step.
-`peers` are others in the same run (`kernel_peers.py`). `prompts` are many tokens times a weight that
-is dequantized each time, beside cuBLAS with a weight that is there. Data are random; outputs are held
-against float64 first. Needs torch, triton and click only.
+`peers` are others in the same run (`kernel_peers.py`). `prompts` are many tokens times a weight
+that is dequantized each time, beside cuBLAS with a weight that is there. Data are random; outputs
+are held against float64 first. Needs torch, triton and click only.
 """
 
 import itertools
