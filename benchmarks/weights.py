@@ -69,9 +69,7 @@ def tile_for(n: int, k: int, m: int, bits: int | None, mixed: bool = False) -> T
     return dispatch.tile(n, k, GROUP, m, torch.device("cuda"), dispatch.kind_of(mixed, bits))
 
 
-def multiply(
-    prepared: Prepared, bits: int | None, weight: Digits, tile: Tile
-) -> tuple[torch.Tensor, ...]:
+def multiply(prepared: Prepared, bits: int | None, weight: Digits, tile: Tile) -> torch.Tensor:
     """Tokens times one weight, by the kernel that serves them."""
     return dispatch.multiply(prepared, bits, weight, tile, torch.bfloat16)
 

@@ -69,8 +69,23 @@ class Digits:
     @cached_property
     def starts(self) -> tuple[int, ...]:
         """The first row of each linear, and the end of the last."""
-        rows = (-(-features // ROW_MULTIPLE) * ROW_MULTIPLE for features in self.out_features)
-        return tuple(itertools.accumulate(rows, initial=0))
+        return starts_of(self.out_features)
+
+    def sides(self, out_TN: Tensor) -> tuple[Tensor, ...]:
+        """Products [T, N] of each linear, of those that lie side by side: [T, N']."""
+        return sides(out_TN, self.out_features)
+
+
+def starts_of(out_features: Sequence[int]) -> tuple[int, ...]:
+    """The first row of each linear where they lie side by side, and the end of the last."""
+    rows = (-(-features // ROW_MULTIPLE) * ROW_MULTIPLE for features in out_features)
+    return tuple(itertools.accumulate(rows, initial=0))
+
+
+def sides(out: Tensor, out_features: Sequence[int]) -> tuple[Tensor, ...]:
+    """Products [..., N] of each linear, of those that lie side by side: [..., N']."""
+    starts = zip(starts_of(out_features), out_features, strict=False)
+    return tuple(out[..., start : start + features] for start, features in starts)
 
 
 def position(chunk: int) -> int:

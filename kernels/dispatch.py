@@ -97,10 +97,11 @@ def decode(
     max_bits: int,
     weight: Digits,
     tally: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    """Tokens that `decodes` accepts times the weights of linears that share them: [T, N] of each.
+) -> Tensor:
+    """Tokens that `decodes` accepts times the weights of linears that share them.
 
-    Arguments as those of `triton_prepare.prepare`.
+    Arguments as those of `triton_prepare.prepare`. Returns [T, N'], linears side by side
+    (`Digits.sides`).
     """
     # Triton launches on the current device, whatever the tensors' is.
     with torch.cuda.device_of(x_TK):
@@ -120,8 +121,8 @@ def multiply(
     weight: Digits,
     cut: "triton_tiles.Tile",
     dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
-    """Prepared tokens times the weights of linears, by the kernel that serves them: [T, N] of each.
+) -> Tensor:
+    """Prepared tokens times the weights of linears, by the kernel that serves them: [T, N'].
 
     Args:
         bits: the width of all tokens, or None if only the device knows it.

@@ -108,12 +108,10 @@ def _mixed_kernel(
     )  # fmt: skip
 
 
-def multiply_mixed(
-    prepared: Prepared, weight: Digits, tile: Tile, dtype: torch.dtype
-) -> tuple[Tensor, ...]:
+def multiply_mixed(prepared: Prepared, weight: Digits, tile: Tile, dtype: torch.dtype) -> Tensor:
     """Each token times every linear's weight of its own width, with gain and bias.
 
-    Returns [T, N] for each linear, side by side in one tensor.
+    Returns [T, N'], linears side by side (`Digits.sides`).
 
     Raises:
         ValueError: a tile would reach from one linear into the next.

@@ -42,7 +42,6 @@ from mbq.kernels.triton_tiles import (
     next_linears,
     row_of,
     second_digits,
-    sides,
     write,
 )
 from mbq.kernels.triton_uniform import combined, defined, extracted, field_bits, field_one, unit
@@ -338,7 +337,7 @@ def _narrow_kernel(
 
 def multiply_narrow(
     prepared: Prepared, bits: int | None, weight: Digits, tile: Tile, dtype: torch.dtype
-) -> tuple[Tensor, ...]:
+) -> Tensor:
     """Up to 8 tokens times every linear's weight, with gain and bias.
 
     Arguments and result as those of `triton_uniform.multiply_uniform`, but for tokens that may
@@ -358,4 +357,4 @@ def multiply_narrow(
         BITS=bits or 0, MIXED=prepared.mixed, MOST_SLICES=len(weight.digits_SHBN16),
         ASM=not INTERPRETED, num_warps=tile.warps, **launching(out.device),
     )  # fmt: skip
-    return sides(out, weight)
+    return out

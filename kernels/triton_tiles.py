@@ -215,14 +215,14 @@ def launch(
     width: int,
     dtype: torch.dtype,
     **constants: int,
-) -> tuple[Tensor, ...]:
+) -> Tensor:
     """Multiply by a kernel.
 
     Args:
         pointers: what it reads beside all that every kernel does.
         width: tokens of a program.
 
-    Returns [T, N] for each linear, side by side in one tensor.
+    Returns [T, N'], linears side by side.
 
     Raises:
         ValueError: a tile would reach from one linear into the next.
@@ -242,7 +242,7 @@ def launch(
         BLOCK_GROUPS=BLOCK_INPUTS // weight.group_size, ASM=not INTERPRETED,
         num_warps=tile.warps, **launching(out.device), **constants,
     )  # fmt: skip
-    return sides(out, weight)
+    return out
 
 
 def next_linears(weight: Digits, tile_rows: int) -> tuple[int, int]:
@@ -256,12 +256,6 @@ def next_linears(weight: Digits, tile_rows: int) -> tuple[int, int]:
     last = weight.starts[-1]
     second, third = [*(start // tile_rows for start in weight.starts[1:]), last, last][:2]
     return second, third
-
-
-def sides(out: Tensor, weight: Digits) -> tuple[Tensor, ...]:
-    """Products [T, N] of each linear, of those that lie side by side."""
-    starts = zip(weight.starts, weight.out_features, strict=False)
-    return tuple(out[:, start : start + features] for start, features in starts)
 
 
 @cache

@@ -249,13 +249,13 @@ def _uniform_kernel(
 
 def multiply_uniform(
     prepared: Prepared, bits: int | None, weight: Digits, tile: Tile, dtype: torch.dtype
-) -> tuple[Tensor, ...]:
+) -> Tensor:
     """Each token times every linear's weight, with gain and bias.
 
     Args:
         bits: the width, or None if only the device knows that of each linear.
 
-    Returns [T, N] for each linear, side by side in one tensor.
+    Returns [T, N'], linears side by side (`Digits.sides`).
 
     Raises:
         ValueError: a tile would reach from one linear into the next.

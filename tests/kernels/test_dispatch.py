@@ -90,7 +90,9 @@ def test_widths_of_all_kinds_are_multiplied(widths: int | list[list[int]]) -> No
     joined = join_digits([weight for weight, *_ in made])
     x = torch.randn(3, 256).half()
     asked = widths if isinstance(widths, int) else torch.tensor(widths)
-    outs = dispatch.decode(x, asked, 8, joined)
-    for number, (out, (_, weight_WNK, bias_WN)) in enumerate(zip(outs, made, strict=True)):
+    out_TN = dispatch.decode(x, asked, 8, joined)
+    for number, (out, (_, weight_WNK, bias_WN)) in enumerate(
+        zip(joined.sides(out_TN), made, strict=True)
+    ):
         bits = torch.tensor(widths if isinstance(widths, int) else widths[number]).expand(3)
         assert error(out, routed_linear(x, weight_WNK, bias_WN, bits)) < 2e-3

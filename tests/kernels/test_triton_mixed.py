@@ -42,7 +42,7 @@ def test_each_token_has_its_own_width(
     bits_T = torch.tensor(widths)
     prepared = prepare(x, bits_T[None], 1, group_size, 8)
     assert prepared.steps_L2 is not None and prepared.steps_L2.tolist() == [steps]
-    (out,) = multiply_mixed(prepared, weight, Tile(128, split, 2, 3), torch.float32)
+    (out,) = weight.sides(multiply_mixed(prepared, weight, Tile(128, split, 2, 3), torch.float32))
     assert error(out, routed_linear(x, weight_WNK, bias_WN, bits_T)) < 1e-5
 
 
@@ -52,7 +52,7 @@ def test_fewer_stored_bits(max_bits: int, widths: list[int]) -> None:
     x = torch.randn(len(widths), 256).half()
     bits_T = torch.tensor(widths, dtype=torch.int32)
     prepared = prepare(x, bits_T[None], 1, 128, max_bits)
-    (out,) = multiply_mixed(prepared, weight, Tile(128, 1, 2, 3), torch.float32)
+    (out,) = weight.sides(multiply_mixed(prepared, weight, Tile(128, 1, 2, 3), torch.float32))
     assert error(out, routed_linear(x, weight_WNK, bias_WN, bits_T)) < 1e-5
 
 
@@ -66,8 +66,8 @@ def test_linears_of_one_input(bits: list[list[int]], split: int) -> None:
     joined = join_digits([weight for weight, *_ in made])
     x = torch.randn(len(bits[0]), 512).half()
     prepared = prepare(x, torch.tensor(bits), len(bits), 128, 8)
-    outs = multiply_mixed(prepared, joined, Tile(64, split, 2, 3), torch.float32)
-    for out, (_, weight_WNK, bias_WN), widths in zip(outs, made, bits, strict=True):
+    out_TN = multiply_mixed(prepared, joined, Tile(64, split, 2, 3), torch.float32)
+    for out, (_, weight_WNK, bias_WN), widths in zip(joined.sides(out_TN), made, bits, strict=True):
         expected = routed_linear(x, weight_WNK, bias_WN, torch.tensor(widths))
         assert error(out, expected) < 1e-5
 
@@ -84,7 +84,7 @@ def test_known_weights() -> None:
     expected = torch.tensor([1.5, 1.75, 1.625, 1.71875, 1.7109375])
     tile = Tile(128, 1, 2, 3)
     prepared = prepare(x, torch.tensor([WIDTHS]), 1, 128, 8)
-    (out,) = multiply_mixed(prepared, weight, tile, torch.float32)
+    (out,) = weight.sides(multiply_mixed(prepared, weight, tile, torch.float32))
     assert torch.equal(out, expected[:, None].expand(5, 64))
 
 
@@ -95,14 +95,14 @@ def test_tokens_of_any_magnitude(magnitude: float) -> None:
     x[0, 7] = 100 * magnitude
     bits_T = torch.tensor([3, 8])
     prepared = prepare(x, bits_T[None], 1, 128, 8)
-    (out,) = multiply_mixed(prepared, weight, Tile(128, 1, 2, 3), torch.float32)
+    (out,) = weight.sides(multiply_mixed(prepared, weight, Tile(128, 1, 2, 3), torch.float32))
     assert error(out, routed_linear(x, weight_WNK, bias_WN, bits_T)) < 1e-4
 
 
 def test_a_token_of_zeros_gives_the_bias() -> None:
     weight, _, bias_WN = random_weight(64, 256, 128)
     prepared = prepare(torch.zeros(2, 256).half(), torch.tensor([[4, 2]]), 1, 128, 8)
-    (out,) = multiply_mixed(prepared, weight, Tile(128, 1, 2, 3), torch.float32)
+    (out,) = weight.sides(multiply_mixed(prepared, weight, Tile(128, 1, 2, 3), torch.float32))
     assert torch.equal(out, bias_WN[[2, 0]])
 
 
@@ -111,7 +111,7 @@ def test_strided_tokens() -> None:
     x = torch.randn(256, 3).half().T
     bits_T = torch.tensor([[3, 8], [2, 8], [3, 8]])[:, 0]
     prepared = prepare(x, bits_T[None], 1, 128, 8)
-    (out,) = multiply_mixed(prepared, weight, Tile(64, 1, 2, 3), torch.float32)
+    (out,) = weight.sides(multiply_mixed(prepared, weight, Tile(64, 1, 2, 3), torch.float32))
     assert error(out, routed_linear(x, weight_WNK, bias_WN, bits_T)) < 1e-5
 
 

@@ -36,8 +36,8 @@ def test_equals_the_definition(
     x = torch.randn(tokens, inputs).bfloat16()
     prepared = prepare(x, bits if known else torch.full((2, 1), bits), 2, group_size, 8)
     joined = join_digits([weight for weight, *_ in made])
-    outs = multiply_narrow(prepared, bits if known else None, joined, tile, torch.float32)
-    for out, (_, weight_WNK, bias_WN) in zip(outs, made, strict=True):
+    out_TN = multiply_narrow(prepared, bits if known else None, joined, tile, torch.float32)
+    for out, (_, weight_WNK, bias_WN) in zip(joined.sides(out_TN), made, strict=True):
         expected = routed_linear(x, weight_WNK, bias_WN, torch.full((tokens,), bits))
         assert out.shape == expected.shape
         assert error(out, expected) < 1e-5
@@ -54,7 +54,7 @@ def test_tokens_at_widths_of_their_own(
     x = torch.randn(len(widths), inputs).bfloat16()
     bits_T = torch.tensor(widths)
     prepared = prepare(x, bits_T[None], 1, group_size, 8)
-    (out,) = multiply_narrow(prepared, None, weight, Tile(16, 1, 4, 1), torch.float32)
+    (out,) = weight.sides(multiply_narrow(prepared, None, weight, Tile(16, 1, 4, 1), torch.float32))
     assert error(out, routed_linear(x, weight_WNK, bias_WN, bits_T)) < 2e-5
 
 

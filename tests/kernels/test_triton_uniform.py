@@ -43,8 +43,8 @@ def test_equals_the_definition(
     prepared = prepare(x, widths, 2, group_size, 8)
     joined = join_digits([weight for weight, *_ in made])
     asked = bits if known else None
-    outs = multiply_uniform(prepared, asked, joined, Tile(64, split, 4, 2), torch.float32)
-    for out, (_, weight_WNK, bias_WN) in zip(outs, made, strict=True):
+    out_TN = multiply_uniform(prepared, asked, joined, Tile(64, split, 4, 2), torch.float32)
+    for out, (_, weight_WNK, bias_WN) in zip(joined.sides(out_TN), made, strict=True):
         expected = routed_linear(x, weight_WNK, bias_WN, torch.full((tokens,), bits))
         assert out.shape == expected.shape
         assert error(out, expected) < 1e-5
@@ -56,21 +56,23 @@ def test_equals_the_definition(
 )
 @pytest.mark.parametrize("max_bits", [8, 4])
 def test_linears_of_one_input_at_widths_the_device_knows(
-    multiply: Callable[..., tuple[Tensor, ...]], tile: Tile, max_bits: int
+    multiply: Callable[..., Tensor], tile: Tile, max_bits: int
 ) -> None:
     made = [random_weight(rows, 512, 128, max_bits=max_bits) for rows in (100, 64, 200)]
     joined = join_digits([weight for weight, *_ in made])
     widths = torch.tensor([[3], [2], [max_bits]])
     x = torch.randn(5, 512).half()
     prepared = prepare(x, widths, 3, 128, max_bits)
-    outs = multiply(prepared, None, joined, tile, torch.float32)
-    for out, (_, weight_WNK, bias_WN), bits in zip(outs, made, widths[:, 0], strict=True):
+    out_TN = multiply(prepared, None, joined, tile, torch.float32)
+    for out, (_, weight_WNK, bias_WN), bits in zip(
+        joined.sides(out_TN), made, widths[:, 0], strict=True
+    ):
         assert error(out, routed_linear(x, weight_WNK, bias_WN, bits.expand(5))) < 1e-5
 
 
 @pytest.mark.parametrize("multiply", [multiply_uniform, multiply_narrow])
 def test_a_tile_does_not_reach_into_the_next_linear(
-    multiply: Callable[..., tuple[Tensor, ...]],
+    multiply: Callable[..., Tensor],
 ) -> None:
     joined = join_digits([random_weight(rows, 256, 128)[0] for rows in (128, 384)])
     prepared = prepare(torch.randn(1, 256).half(), 2, 2, 128, 8)
@@ -89,7 +91,9 @@ def test_known_weights() -> None:
     x[:, 37] = 1
     for bits, value in zip(WIDTHS, (1.5, 1.75, 1.625, 1.71875, 1.7109375), strict=True):
         prepared = prepare(x, bits, 1, 128, 8)
-        (out,) = multiply_uniform(prepared, bits, weight, Tile(128, 1, 4, 3), torch.float32)
+        (out,) = weight.sides(
+            multiply_uniform(prepared, bits, weight, Tile(128, 1, 4, 3), torch.float32)
+        )
         assert torch.equal(out, torch.full((2, 64), value))
 
 
@@ -99,7 +103,7 @@ def test_tokens_of_any_magnitude(magnitude: float) -> None:
     x = (torch.randn(2, 256) * magnitude).bfloat16()
     x[0, 7] = 100 * magnitude
     prepared = prepare(x, 8, 1, 128, 8)
-    (out,) = multiply_uniform(prepared, 8, weight, Tile(128, 1, 4, 3), torch.float32)
+    (out,) = weight.sides(multiply_uniform(prepared, 8, weight, Tile(128, 1, 4, 3), torch.float32))
     assert error(out, routed_linear(x, weight_WNK, bias_WN, torch.tensor([8, 8]))) < 1e-4
 
 
@@ -111,7 +115,9 @@ def test_as_many_slices_as_are_there() -> None:
     x[:, 100] = 2.0
     for bits, value in ((2, 2.5), (3, 2.75), (4, 2.875)):
         prepared = prepare(x, bits, 1, 128, 4)
-        (out,) = multiply_uniform(prepared, bits, weight, Tile(128, 1, 4, 2), torch.float32)
+        (out,) = weight.sides(
+            multiply_uniform(prepared, bits, weight, Tile(128, 1, 4, 2), torch.float32)
+        )
         assert torch.equal(out, torch.full((20, 3), 2 * value))
 
 
