@@ -5,6 +5,7 @@
     model.set_bits(4)                        # every token alike
     model.realised_bits()                    # what was read since the width was last set
     model.set_policy(lambda: bits_now())     # asked before every `generate`
+    model.warm_up()                          # on a GPU, before the first request or a capture
 
 Importing this module registers the quantization method `mbq`, so that
 `AutoModelForCausalLM.from_pretrained` also works. Transformers discovers no plug-ins: without this
@@ -33,6 +34,7 @@ from mbq.artifacts.elastic import add_routers, replace_linears
 from mbq.artifacts.errors import CorruptError, InputError, first_line
 from mbq.artifacts.precision import realised_bits, set_average_bits, set_bits, set_policy
 from mbq.artifacts.spec import FORMAT_VERSION
+from mbq.artifacts.warming import warm_up
 from mbq.kernels.precision import Precision
 
 
@@ -130,7 +132,7 @@ class MbqQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
-        for method in (set_bits, set_average_bits, set_policy, realised_bits):
+        for method in (set_bits, set_average_bits, set_policy, realised_bits, warm_up):
             # Not a bound method: that could not be unpickled, being looked up before it is there.
             setattr(model, method.__name__, partial(method, model))
         return model

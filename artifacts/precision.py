@@ -31,7 +31,7 @@ def set_bits(model: PreTrainedModel, bits: int) -> None:
         elastic_linears(model)[0].precision.set_bits(bits)
     except ValueError as error:
         raise InputError(str(error)) from error
-    _start_over(model)
+    start_over(model)
 
 
 def set_average_bits(model: PreTrainedModel, average_bits: float) -> None:
@@ -51,7 +51,7 @@ def set_average_bits(model: PreTrainedModel, average_bits: float) -> None:
         raise InputError(str(error)) from error
     except TypeError as error:
         raise InputError(f"average bits {average_bits!r} must be a number") from error
-    _start_over(model)
+    start_over(model)
 
 
 def realised_bits(model: PreTrainedModel) -> float:
@@ -92,7 +92,7 @@ def set_policy(model: PreTrainedModel, policy: Callable[[], float] | None) -> No
     model.__dict__["generate"] = partial(_generate_as_told, model, policy)
 
 
-def _start_over(model: nn.Module) -> None:
+def start_over(model: nn.Module) -> None:
     """A new width: captured graphs are told, and counting begins again."""
     refresh(module for module in model.modules() if isinstance(module, Router))
     for linear in elastic_linears(model):

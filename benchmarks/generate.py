@@ -1,19 +1,21 @@
 """Tokens per second of a random LLaMA-2-7B on a GPU: bf16, elastic at 2, 3, 4, 8 bits, routed at 4.
 
     python benchmarks/generate.py --out benchmarks/results
-    python benchmarks/generate.py --captured --out benchmarks/results
+    python benchmarks/generate.py --step captured --out benchmarks/results
+    python benchmarks/generate.py --step compiled --out benchmarks/results
 
 One sequence, greedy. By default through `generate` as transformers has it, where the host's
-launches decide; `--captured` replays one decoding step (static cache, last position) as a graph,
-where the GPU decides. Memory is the most that was allocated while generating, and what is left
-after it. Weights and codes are random: times and memory depend on shapes alone. Routers have 8
-rows, as those of a checkpoint; where they decide they give every token 4 bits.
+launches decide; `--step` repeats one decoding step (static cache, last position), where the GPU
+decides: replayed as a graph, or what `torch.compile` makes of it, with graphs of its own. Memory is
+the most that was allocated while generating, and what is left after it. Weights and codes are
+random: times and memory depend on shapes alone. Routers have 8 rows, as those of a checkpoint;
+where they decide they give every token 4 bits.
 """
 
 import json
 import statistics
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from mbq.artifacts.checkpoint import Linear, RouterShape, find_routers
 from mbq.artifacts.elastic import add_routers, elastic_linears, replace_linears
+from mbq.artifacts.warming import warm_up
 from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.precision import Precision
 from mbq.kernels.quantize import pack_pair
@@ -43,12 +46,12 @@ Entry = dict[str, Any]
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="Folder for the result."
 )
-@click.option("--captured", is_flag=True, help="Replay one step as a graph.")
-@torch.inference_mode()
-def main(out: Path, captured: bool) -> None:
+@click.option("--step", type=click.Choice(["captured", "compiled"]), help="Repeat one step.")
+@torch.no_grad()
+def main(out: Path, step: str | None) -> None:
     """Generate text with random weights at several widths."""
     torch.manual_seed(0)
-    measure = measure_captured if captured else measure_generate
+    measure = measure_generate if step is None else partial(measure_step, step)
     config = LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
     )
@@ -56,7 +59,7 @@ def main(out: Path, captured: bool) -> None:
     with torch.device("cuda"):
         model = LlamaForCausalLM(config).eval()
     result = gpu_provenance() | {"new_tokens": NEW_TOKENS, "measured": {}}
-    path = out / f"{result['date']}-generate{'-captured' if captured else ''}.json"
+    path = out / f"{result['date']}-generate{f'-{step}' if step else ''}.json"
 
     def keep(name: str) -> None:
         result["measured"][name] = measure(model)
@@ -66,6 +69,7 @@ def main(out: Path, captured: bool) -> None:
     keep("bf16")
     precision = make_elastic(model)
     add_constant_routers(model, precision)
+    warm_up(model)
     for bits in (2, 3, 4, 8):
         precision.set_bits(bits)
         keep(f"{bits} bits")
@@ -127,40 +131,37 @@ def measure_generate(model: Any) -> Entry:
     }
 
 
-def measure_captured(model: Any) -> Entry:
-    """One step at the last position of a static cache, captured once and replayed."""
+def measure_step(how: str, model: Any) -> Entry:
+    """One step at the last position of a static cache, over and over."""
     cache = StaticCache(config=model.config, max_cache_len=PROMPT_TOKENS + NEW_TOKENS)
     prompt = torch.randint(0, 32000, (1, PROMPT_TOKENS), device="cuda")
     model(prompt, past_key_values=cache, use_cache=True)
     token = torch.randint(0, 32000, (1, 1), device="cuda")
     position = torch.full((1, 1), PROMPT_TOKENS, device="cuda")
+    called = torch.compile(model, mode="reduce-overhead") if how == "compiled" else model
 
     def step() -> None:
-        model(token, past_key_values=cache, position_ids=position, use_cache=True)
+        called(token, past_key_values=cache, position_ids=position, use_cache=True)
 
-    warm_up(model, step)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # The first compiles; `torch.compile` captures at the second or third.
+    for _ in range(4):
         step()
+    torch.cuda.synchronize()
+    repeat = step
+    if how == "captured":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        repeat = graph.replay
     times = []
     for _ in range(20):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        graph.replay()
+        repeat()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
     return {"tokens_per_second": 1 / statistics.median(times)}
-
-
-def warm_up(model: Any, step: Callable[[], None]) -> None:
-    """Compile what a captured step launches: it always asks the routers, whatever the width."""
-    for precision in {m.precision for m in model.modules() if isinstance(m, ElasticLinear)}:
-        bits, precision.bits = precision.bits, None
-        step()
-        precision.bits = bits
-    step()
 
 
 if __name__ == "__main__":

@@ -100,11 +100,11 @@ class ElasticLinear(nn.Module):
         return dequantize(self._code(bits), scale_NG, zero_NG, bits).mul_(gain_N[:, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        decoded_TN = self.shared.decode(x, self.number)
-        if decoded_TN is not None:
-            if self.bias is not None:
-                decoded_TN += self.bias.detach()
-            return decoded_TN.view(*x.shape[:-1], self.out_features)
+        if _opaque(x):
+            return self.shared.trace(x, self.number)
+        decoded = self.shared.decode(x, self.number)
+        if decoded is not None:
+            return decoded
         widths = self.shared.widths(x, self.number)
         tokens = x.numel() // self.in_features
         self._tokens += tokens
@@ -201,3 +201,12 @@ class ElasticLinear(nn.Module):
 
     def _empty(self, name: str, *shape: int) -> None:
         self.register_buffer(name, torch.zeros(shape, dtype=torch.int32))
+
+
+def _opaque(x: Tensor) -> bool:
+    """Whether `torch.compile` is tracing, for a model that only computes.
+
+    Gradients, and programs that are exported, take what torch does at the width that is set.
+    """
+    traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return traced and not (x.requires_grad and torch.is_grad_enabled())

@@ -7,9 +7,13 @@ asks for its widths and multiplies alone.
 A launch captured in a graph always asks the router on the device, even where all tokens have one
 width: replayed, it follows whatever width was set last.
 
-Legend: N out_features, K in_features, T tokens, L linears.
+For `torch.compile` all linears of an input are one operator, which decides when it is called: a
+width that is set later compiles nothing anew.
+
+Legend: N out_features, N' N padded (`digits.py`), K in_features, T tokens, L linears.
 """
 
+import itertools
 import threading
 import weakref
 from collections.abc import Sequence
@@ -19,11 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from mbq.kernels import dispatch
-from mbq.kernels.digits import MOST_LINEARS, Digits, join_digits, part_of
+from mbq.kernels.digits import MOST_LINEARS, Digits, join_digits, part_of, sides, starts_of
 from mbq.kernels.router import Gates, Router
 
 if TYPE_CHECKING:
     from mbq.kernels.linear import ElasticLinear
+
+# By number, which stands for one in what `torch.compile` makes.
+_SHARED: "weakref.WeakValueDictionary[int, SharedInput]" = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
 
 
 class SharedInput:
@@ -33,12 +41,16 @@ class SharedInput:
         # Each of them holds this: held weakly, a block goes as soon as nobody needs it.
         self._linears = tuple(weakref.ref(linear) for linear in linears)
         self.router = router
+        self._out_features = tuple(linear.out_features for linear in linears)
+        self._register()
         self._digits: Digits | None = None
         # One thread makes the layout, others wait for it.
         self._packing = threading.RLock()
         self._tally_2L: Tensor | None = None
         # One object, so that threads never meet the tensor of one and the products of another.
         self._waiting: tuple[weakref.ref[Tensor], dict[int, Tensor]] | None = None
+        # The same while `torch.compile` traces, which knows no weak references.
+        self._traced: tuple[Tensor, dict[int, Tensor]] | None = None
 
     @property
     def linears(self) -> tuple["ElasticLinear", ...]:
@@ -59,29 +71,41 @@ class SharedInput:
         return widths
 
     def decode(self, x: Tensor, number: int) -> Tensor | None:
-        """Few tokens [..., K] times the codes of one linear: [T, N], gain and bias included.
+        """Few tokens [..., K] times the codes of one linear: [..., N], gain and bias included.
 
         None where kernels do not serve these tokens.
         """
         waiting = self._waiting
         recorded = x.requires_grad and torch.is_grad_enabled()
         if recorded or waiting is None or waiting[0]() is not x or number not in waiting[1]:
-            linears = self.linears
-            first = linears[0]
-            tokens = x.numel() // first.in_features
-            served = dispatch.decodes(x, tokens, first.group_size)
-            if not served or len(linears) > MOST_LINEARS:
+            out = self._decode(x)
+            if out is None:
                 return None
-            with torch.no_grad():
-                outs = dispatch.decode(
-                    x.reshape(tokens, first.in_features),
-                    self._widths_of_all(x),
-                    first.stored_bits,
-                    self._packed(),
-                    self._tally(x.device),
-                )
-            waiting = self._waiting = weakref.ref(x), dict(enumerate(outs))
+            waiting = self._waiting = weakref.ref(x), dict(enumerate(self._sides(out)))
         return waiting[1].pop(number)
+
+    def trace(self, x: Tensor, number: int) -> Tensor:
+        """What `torch.compile` makes of tokens [..., K] times one linear: [..., N]."""
+        traced = self._traced
+        if traced is None or traced[0] is not x or number not in traced[1]:
+            out = multiply_all(x, self._number, starts_of(self._out_features)[-1])
+            traced = x, dict(enumerate(self._sides(out)))
+        product = traced[1].pop(number)
+        self._traced = traced if traced[1] else None
+        return product
+
+    def multiply_all(self, x: Tensor) -> Tensor:
+        """Tokens [..., K] times all linears, side by side: [..., N'].
+
+        Where kernels serve the tokens the router is asked on the device, as in a graph: what
+        `torch.compile` makes may be captured after any call.
+        """
+        out = self._decode(x, compiled=True)
+        if out is None:
+            out = x.new_zeros(*x.shape[:-1], starts_of(self._out_features)[-1])
+            for linear, side in zip(self.linears, self._sides(out), strict=True):
+                side.copy_(linear(x))
+        return out
 
     def digits(self, number: int) -> Digits:
         """The run-time layout of one linear."""
@@ -105,15 +129,39 @@ class SharedInput:
 
     def release(self) -> None:
         """Let go of products nobody asked for, and of a layout that no linear needs any more."""
-        self._waiting = None
+        self._waiting = self._traced = None
         if not any(linear.packed for linear in self.linears):
             self._digits = None
 
-    def _widths_of_all(self, x: Tensor) -> int | Tensor | Gates:
+    def _decode(self, x: Tensor, compiled: bool = False) -> Tensor | None:
+        """Few tokens times all linears: [..., N']; None where kernels do not serve them."""
+        linears = self.linears
+        first = linears[0]
+        tokens = x.numel() // first.in_features
+        served = dispatch.decodes(x, tokens, first.group_size)
+        if not served or len(linears) > MOST_LINEARS:
+            return None
+        with torch.no_grad():
+            out = dispatch.decode(
+                x.reshape(tokens, first.in_features),
+                self._widths_of_all(x, compiled or dispatch.capturing(x)),
+                first.stored_bits,
+                self._packed(),
+                self._tally(x.device),
+            ).view(*x.shape[:-1], -1)
+            for linear, side in zip(linears, self._sides(out), strict=True):
+                if linear.bias is not None:
+                    side += linear.bias
+        return out
+
+    def _sides(self, out: Tensor) -> tuple[Tensor, ...]:
+        return sides(out, self._out_features)
+
+    def _widths_of_all(self, x: Tensor, on_device: bool) -> int | Tensor | Gates:
         """Widths as the kernel takes them; those of a router stay on the device."""
         uniform = self.linears[0].precision.bits
         if isinstance(self.router, Router):
-            if uniform is None or dispatch.capturing(x):
+            if uniform is None or on_device:
                 return self.router.on_device()
             # A capture must find it made, not record how it is made.
             self.router.refresh()
@@ -147,13 +195,29 @@ class SharedInput:
 
     def __getstate__(self) -> dict[str, Any]:
         # Weak references and locks cannot be pickled. A copy begins to count anew.
-        fresh: dict[str, Any] = {"_waiting": None, "_tally_2L": None, "_packing": None}
+        fresh = dict.fromkeys(("_waiting", "_traced", "_tally_2L", "_packing"))
         return self.__dict__ | fresh | {"_linears": self.linears}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._packing = threading.RLock()
         self._linears = tuple(weakref.ref(linear) for linear in state["_linears"])
+        self._register()
+
+    def _register(self) -> None:
+        self._number = next(_NUMBERS)
+        _SHARED[self._number] = self
+
+
+@torch.library.custom_op("mbq::multiply_all", mutates_args=())
+def multiply_all(x: Tensor, shared: int, rows: int) -> Tensor:
+    """`SharedInput.multiply_all` by number; `rows` is N'."""
+    return _SHARED[shared].multiply_all(x)
+
+
+@multiply_all.register_fake
+def _(x: Tensor, shared: int, rows: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
 
 
 def share_input(linears: Sequence["ElasticLinear"], router: nn.Module | None) -> None:

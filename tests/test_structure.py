@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "orchestrator": set(FOLDERS) - {"kernels"},
 }
 # The only files of artifacts/ that know the kernels: those of loaded models.
-KNOW_KERNELS = {"elastic.py", "loading.py", "precision.py"}
+KNOW_KERNELS = {"elastic.py", "loading.py", "precision.py", "warming.py"}
 # What all may import, wherever it lies: it imports next to nothing itself.
 FOR_ALL = "mbq.kernels.widths"
 

@@ -18,15 +18,13 @@ from mbq.kernels import (
     triton_prepare,
     triton_uniform,
 )
-from mbq.kernels.bitplanes import pack_planes
 from mbq.kernels.digits import Digits, unpack_digits
 from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.precision import Curve, Precision
-from mbq.kernels.quantize import pack_pair
 from mbq.kernels.router import Router
 from mbq.kernels.shared_input import share_input
-from mbq.kernels.widths import WIDTHS
 from tests.support.routers import random_router
+from tests.support.weights import random_linear
 
 COLUMNS, GROUP = 96, 32
 ROWS = (70, 10, 130)
@@ -34,23 +32,10 @@ CURVE = Curve((2.0, 3.0, 8.0), (10.0, 0.4, -10.0))
 ROUTERS = pytest.mark.parametrize("width", [8, 0, None])
 
 
-def _linear(rows: int, precision: Precision) -> ElasticLinear:
-    linear = ElasticLinear(COLUMNS, rows, GROUP, precision)
-    code = torch.randint(0, 256, (rows, COLUMNS), dtype=torch.uint8)
-    for p, plane in enumerate(pack_planes(code)):
-        linear.get_buffer(f"plane_{p}").copy_(plane)
-    scale = 0.1 + torch.rand(rows, COLUMNS // GROUP)
-    linear.get_buffer("scale_zero").copy_(pack_pair(scale, torch.full_like(scale, 2.0)))
-    for bits in WIDTHS:
-        gain, bias = torch.rand(2, rows)
-        linear.get_buffer(f"gain_bias_{bits}").copy_(pack_pair(gain + 0.5, bias))
-    return linear
-
-
 def _linears(width: int | None) -> tuple[list[ElasticLinear], Router]:
     torch.manual_seed(1)
     precision = Precision(8)
-    linears = [_linear(rows, precision) for rows in ROWS]
+    linears = [random_linear(rows, COLUMNS, GROUP, precision) for rows in ROWS]
     knots = 6 if width is not None else 1
     router = random_router(precision, COLUMNS, len(ROWS), width, knots)
     share_input(linears, router)

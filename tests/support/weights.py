@@ -1,9 +1,12 @@
 """Random quantized weights, packed and as plain numbers."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mbq.kernels.bitplanes import pack_planes
 from mbq.kernels.digits import Digits, pack_digits
+from mbq.kernels.linear import ElasticLinear
+from mbq.kernels.precision import Precision
 from mbq.kernels.quantize import (
     dequantize,
     group_bounds,
@@ -12,7 +15,7 @@ from mbq.kernels.quantize import (
     scale_and_zero,
     unpack_pair,
 )
-from mbq.kernels.widths import slices_of, widths_up_to
+from mbq.kernels.widths import WIDTHS, slices_of, widths_up_to
 
 
 def random_weight(
@@ -35,6 +38,22 @@ def random_weight(
     )
     packed = pack_digits(code, pack_pair(scale, zero), gain_bias, slices_of(max_bits))
     return packed, weight_WNK, bias_WN
+
+
+def random_linear(
+    rows: int, inputs: int, group_size: int, precision: Precision, bias: nn.Parameter | None = None
+) -> ElasticLinear:
+    """An elastic linear of random codes, up to 8 bits."""
+    linear = ElasticLinear(inputs, rows, group_size, precision, bias)
+    code = torch.randint(0, 256, (rows, inputs), dtype=torch.uint8)
+    for p, plane in enumerate(pack_planes(code)):
+        linear.get_buffer(f"plane_{p}").copy_(plane)
+    scale = 0.1 + torch.rand(rows, inputs // group_size)
+    linear.get_buffer("scale_zero").copy_(pack_pair(scale, torch.full_like(scale, 2.0)))
+    for bits in WIDTHS:
+        gain, offset = torch.rand(2, rows)
+        linear.get_buffer(f"gain_bias_{bits}").copy_(pack_pair(gain + 0.5, offset))
+    return linear
 
 
 def error(out: Tensor, expected: Tensor) -> float:
