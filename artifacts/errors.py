@@ -2,7 +2,7 @@
 
     MbqError                 something failed; exit code 1
     +-- InputError           what the user typed or wrote cannot work; exit code 2
-    +-- NotFoundError        a run, a file or a preset does not exist; exit code 3
+    +-- NotFoundError        a run or a file does not exist; exit code 3
     +-- StoreError           the object store refused or lost something; may pass when tried again
     +-- NumericError         a loss, a gradient or an input is not finite
     +-- CorruptError         bytes differ from what their digest, header or index promises

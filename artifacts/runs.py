@@ -46,9 +46,9 @@ def find_run(store: Store, run: str) -> RunDocument:
             raw = json.loads(store.read(key, 0, MAX_DOCUMENT_BYTES))
             found = raw["format_version"], raw["code_version"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise error from None
+            found = FORMAT_VERSION, ""
         if found[0] == FORMAT_VERSION:
-            raise
+            raise CorruptError(f"{error}; or submit the same spec again") from None
         raise CorruptError(
             f"run {run} has format {found[0]}, this program reads {FORMAT_VERSION}; submit "
             f"it again, or use the version that wrote it ({found[1]})"

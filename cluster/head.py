@@ -30,6 +30,9 @@ from pathlib import Path
 
 from mbq.artifacts.errors import ClusterError, InputError
 
+# A head is written down before it answers: whoever starts it may be killed meanwhile.
+_STARTING = "starting.json"
+_RUNNING = "head.json"
 _START_SECONDS = 90.0
 _STOP_SECONDS = 40.0
 _POLL_SECONDS = 0.1
@@ -55,7 +58,7 @@ class Head:
 
 def find_head(state_folder: Path) -> Head | None:
     """The head that is running, if any."""
-    head = _read(state_folder)
+    head = _read(state_folder / _RUNNING)
     return head if head is not None and _start_time(head.pid) == head.started else None
 
 
@@ -87,7 +90,8 @@ def stop_head(state_folder: Path, head: Head) -> None:
         while _start_time(head.pid) == head.started and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
         _kill_group(head.pid)
-    (state_folder / "head.json").unlink(missing_ok=True)
+    for name in (_RUNNING, _STARTING):
+        (state_folder / name).unlink(missing_ok=True)
     shutil.rmtree(head.session_folder, ignore_errors=True)
 
 
@@ -96,18 +100,16 @@ def client_environment(head: Head) -> dict[str, str]:
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": head.token_file}
 
 
-def _read(state_folder: Path) -> Head | None:
-    """The head that was started last, dead or alive."""
+def _read(path: Path) -> Head | None:
+    """A head that was started, dead or alive."""
     try:
-        return Head(**json.loads((state_folder / "head.json").read_text(encoding="utf-8")))
+        return Head(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
 
 def _start(state_folder: Path) -> Head:
-    killed = _read(state_folder)
-    if killed is not None:
-        shutil.rmtree(killed.session_folder, ignore_errors=True)
+    _end_what_is_left(state_folder)
     token = state_folder / "token"
     token.unlink(missing_ok=True)
     with open(os.open(token, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
@@ -127,6 +129,8 @@ def _start(state_folder: Path) -> Head:
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
+            # Drivers inherit it, and Python would import modules from there.
+            cwd=state_folder,
             env=_environment(token),
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -135,11 +139,11 @@ def _start(state_folder: Path) -> Head:
         )
     address = f"http://127.0.0.1:{port}"
     head = Head(address, process.pid, _start_time(process.pid), session_folder, str(token))
+    starting = state_folder / _STARTING
     try:
+        starting.write_text(json.dumps(asdict(head)), encoding="utf-8")
         _await_jobs_api(head, process, log)
-        partial = state_folder / "head.json.partial"
-        partial.write_text(json.dumps(asdict(head)), encoding="utf-8")
-        partial.replace(state_folder / "head.json")
+        starting.replace(state_folder / _RUNNING)
     except BaseException:
         # Also when interrupted: a head that nobody knows of would run for ever.
         _kill_group(process.pid)
@@ -160,6 +164,14 @@ def _environment(token: Path) -> dict[str, str]:
         # A driver whose head was killed ends after this long, and is then resumed.
         "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
     }
+
+
+def _end_what_is_left(state_folder: Path) -> None:
+    """Of a head that was killed, or of one whose starter was killed before it answered."""
+    for name in (_RUNNING, _STARTING):
+        left = _read(state_folder / name)
+        if left is not None:
+            stop_head(state_folder, left)
 
 
 def _await_jobs_api(head: Head, process: "subprocess.Popen[bytes]", log: Path) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mbq.artifacts.errors import ClusterError, InputError, NotFoundError, first_line
+from mbq.cluster.runner import TaskResources, fitting
 
 _JOB = re.compile(r"mbq-([0-9a-f]{12})-a(\d+)")
 # ray would go to these rather than to the address that it is given.
@@ -25,6 +26,8 @@ _OTHER_ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 _ANSWER_SECONDS = 30.0
 _AGENT_SECONDS = 60.0
 _POLL_SECONDS = 0.5
+# A driver is given less by Ray.
+_STOP_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,22 @@ class Jobs:
                     ) from error
             time.sleep(_POLL_SECONDS)
 
+    def slots(self, resources: TaskResources) -> int:
+        """How many such tasks its nodes can run at once; waits for the first node to come up."""
+        from ray.util.state import list_nodes
+
+        deadline = time.monotonic() + _AGENT_SECONDS
+        while True:
+            try:
+                nodes = list_nodes(self.address, filters=[("state", "=", "ALIVE")])
+            except Exception as error:
+                raise ClusterError(
+                    f"cluster: {self.address} does not answer: {first_line(error)}"
+                ) from error
+            if nodes or time.monotonic() > deadline:
+                return fitting((node.resources_total or {} for node in nodes), resources)
+            time.sleep(_POLL_SECONDS)
+
     def list(self) -> list[JobInfo]:
         """Every attempt of every run the cluster knows, oldest first."""
         try:
@@ -128,12 +147,26 @@ class Jobs:
         return max((info.attempt for info in self.list() if info.run == run), default=0)
 
     def stop(self, info: JobInfo) -> None:
+        """Stop an attempt, and wait until it has ended: what starts next must not attach to it.
+
+        Raises:
+            ClusterError: it goes on, or nothing is known of it.
+        """
         try:
             self._client.stop_job(f"mbq-{info.run}-a{info.attempt}")
         except Exception as error:
             raise ClusterError(
                 f"cluster: {self.address} did not stop run {info.run}: {first_line(error)}"
             ) from error
+        deadline = time.monotonic() + _STOP_SECONDS
+        while any(
+            job.alive for job in self.list() if (job.run, job.attempt) == (info.run, info.attempt)
+        ):
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"cluster: run {info.run} has not stopped within {_STOP_SECONDS:.0f} s"
+                )
+            time.sleep(_POLL_SECONDS)
 
     def logs(self, info: JobInfo) -> str:
         try:

@@ -20,7 +20,7 @@ from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mbq.artifacts.errors import ClusterError, MbqError, RunError, first_line
-from mbq.cluster.runner import Call, Handle, InputLost, TaskCrashed, TaskResources
+from mbq.cluster.runner import Call, Handle, InputLost, TaskCrashed, TaskResources, fitting
 
 _LOST = (
     exceptions.ObjectLostError,
@@ -91,18 +91,7 @@ class RayRunner:
         self._progress: dict[str, float] = {}
 
     def slots(self, resources: TaskResources) -> int:
-        slots = 0
-        for node in ray.nodes():
-            if not node["Alive"]:
-                continue
-            offered = node["Resources"]
-            fits = [int(offered.get("CPU", 0) // resources.cpus)] if resources.cpus else []
-            if resources.gpus:
-                fits.append(int(offered.get("GPU", 0) // resources.gpus))
-            if resources.memory_bytes:
-                fits.append(int(offered.get("memory", 0) // resources.memory_bytes))
-            slots += min(fits, default=0)
-        return slots
+        return fitting((n["Resources"] for n in ray.nodes() if n["Alive"]), resources)
 
     def submit(self, call: Call, resources: TaskResources) -> RayHandle:
         options = {
@@ -130,6 +119,10 @@ class RayRunner:
         for value, address in asked.items():
             try:
                 answers.append(_get(value))
+            except (TaskCrashed, InputLost) as error:
+                raise ClusterError(
+                    f"{call.name}: node {address} died ({_last_line(error)}); resume without it"
+                ) from error
             except Exception as error:  # whatever its Python raises, or ray of what it cannot read
                 raise ClusterError(
                     f"{call.name} failed on node {address}: {_last_line(error)}; install the same "

@@ -7,7 +7,7 @@ argument, `report`, to say which fraction of its work is done.
 Knows nothing of what the functions do.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,6 +29,19 @@ class TaskResources:
     cpus: int
     gpus: int = 0
     memory_bytes: int | None = None
+
+
+def fitting(offered: Iterable[Mapping[str, float]], wanted: TaskResources) -> int:
+    """How many such tasks run at once on nodes that offer so much, in Ray's names."""
+    slots = 0
+    for node in offered:
+        fits = [int(node.get("CPU", 0) // wanted.cpus)] if wanted.cpus else []
+        if wanted.gpus:
+            fits.append(int(node.get("GPU", 0) // wanted.gpus))
+        if wanted.memory_bytes:
+            fits.append(int(node.get("memory", 0) // wanted.memory_bytes))
+        slots += min(fits, default=0)
+    return slots
 
 
 @dataclass(frozen=True)

@@ -187,12 +187,18 @@ def stop(run: str, store: str | None, address: str | None) -> None:
     if jobs is None or job is None or not job.alive:
         state = status.state_of(chosen, document, job).state
         if state == "running":
+            if jobs is None:
+                raise InputError(
+                    f"run {document.run} was driven a moment ago, and no local Ray runs: give its "
+                    "--address; of a local Ray that is gone the driver ends by itself"
+                )
             raise InputError(
                 f"run {document.run} seems to be driven on another cluster; give its --address"
             )
         raise NotFoundError(f"run {document.run} is {state}: there is nothing to stop")
     jobs.stop(job)
-    say(f"run {document.run} is stopping; `mbq-cluster resume {document.run}` continues it")
+    typed = status.argument(chosen, document.run)
+    say(f"run {document.run} is stopped; `mbq-cluster resume {typed}` continues it")
 
 
 @main.command()
@@ -240,20 +246,20 @@ def _watch(
 ) -> None:
     from mbq.orchestrator import display, status
 
-    run = document.run
     try:
         with display.Watch() as live:
             state = status.follow(store, document, jobs, live.show)
     except KeyboardInterrupt as error:
+        typed = status.argument(store, document.run)
         raise MbqError(
-            f"run {run} goes on unwatched; `mbq-cluster watch {run}` follows it, "
-            f"`mbq-cluster stop {run}` stops it"
+            f"run {document.run} goes on unwatched; `mbq-cluster watch {typed}` follows it, "
+            f"`mbq-cluster stop {typed}` stops it"
         ) from error
     if as_json:
         results = status.results_of(store, document)
         click.echo(display.to_json(display.run_json(state, results)))
     if state.state != "done":
-        raise RunError(f"run {run} is {state.state}: {state.detail}")
+        raise RunError(f"run {document.run} is {state.state}: {state.detail}")
     if not as_json:
         _print_results(store, document, to_stderr)
 

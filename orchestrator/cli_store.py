@@ -67,12 +67,12 @@ def gc(store: str, dry_run: bool) -> None:
 
     opened = open_store(store)
     garbage = find_garbage(opened)
+    if not dry_run:
+        remove_garbage(opened, garbage)
     for found in garbage.objects:
         click.echo(f"{found.size_bytes:>16,}  {found.key}")
     for unfinished in garbage.unfinished:
         click.echo(f"{unfinished.size_bytes:>16,}  {unfinished.key} (unfinished)")
-    if not dry_run:
-        remove_garbage(opened, garbage)
     count = len(garbage.objects) + len(garbage.unfinished)
     verb = "would be removed from" if dry_run else "removed from"
     click.echo(f"{garbage.size_bytes:>16,}  bytes in {count} objects {verb} {opened.uri}")

@@ -17,7 +17,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 from mbq.artifacts.documents import Results, Row, ValidationRecord
 from mbq.orchestrator.status import RunState
@@ -52,7 +52,11 @@ class Watch:
             TextColumn("{task.fields[run]}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[what]}", markup=False),
+            # Whatever the terminal has room for: the others keep their widths.
+            TextColumn(
+                "{task.fields[what]}", markup=False, table_column=Column(no_wrap=True, ratio=1)
+            ),
+            expand=True,
             console=STDERR,
             disable=not STDERR.is_terminal,
         )
@@ -84,11 +88,12 @@ class Watch:
             self._progress.console.print(
                 f"{failure.task}, attempt {failure.attempt}: {failure.error} ({verdict})",
                 markup=False,
+                soft_wrap=True,
             )
         self._failures = len(status.failures)
         tasks, now = {running.task for running in status.running}, time.monotonic()
         if self._progress.disable and tasks != self._tasks and now - self._said >= _QUIET_SECONDS:
-            self._progress.console.print(_activity(state), markup=False)
+            self._progress.console.print(_activity(state), markup=False, soft_wrap=True)
             self._tasks, self._said = tasks, now
         done = status.fraction if state.state != "done" else 1.0
         self._progress.update(

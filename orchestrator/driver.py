@@ -6,6 +6,7 @@ after a crash.
 
 import collections
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mbq.artifacts import keys
@@ -106,7 +107,7 @@ def begin(store: Store, document: RunDocument, runner: Runner, attempt: int) -> 
         ClusterError: no node can hold one task.
     """
     plan = build_plan(document)
-    resources, workers = _choose_resources(document, runner, plan)
+    resources, workers = choose_resources(document, runner.slots, plan)
     driver = Driver(store, document, runner, attempt, plan, resources, workers)
     driver.records = block_records(store, document.run, len(plan.calibrations))
     driver.done |= {plan.calibrations[block] for block in driver.records}
@@ -205,10 +206,10 @@ def call_of(driver: Driver, task: Task) -> tuple[Call, TaskResources]:
     return Call(name, tasks.evaluate, (ref, task.target, text)), resources
 
 
-def _choose_resources(
-    document: RunDocument, runner: Runner, plan: Plan
+def choose_resources(
+    document: RunDocument, slots_for: Callable[[TaskResources], int], plan: Plan
 ) -> tuple[TaskResources, int]:
-    """What one task takes, and how many run at once."""
+    """What one task takes, and how many run at once. Raises ClusterError if none ever can."""
     spec = document.spec
     hidden_size = document.source.config["hidden_size"]
     asked = spec.resources.memory_gib
@@ -219,7 +220,7 @@ def _choose_resources(
     on_gpu = TaskResources(cpus=spec.threads, gpus=1, memory_bytes=memory if asked else None)
     chosen = {"cpu": [on_cpu], "cuda": [on_gpu], "auto": [on_gpu, on_cpu]}[spec.resources.device]
     for resources in chosen:
-        slots = runner.slots(resources)
+        slots = slots_for(resources)
         if slots:
             return resources, min(slots, spec.resources.workers or slots)
     if spec.resources.device == "cuda":

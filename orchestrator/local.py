@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from mbq.artifacts.errors import InputError
 from mbq.cluster import head as heads
 from mbq.cluster.jobs import Jobs
 
@@ -12,7 +13,10 @@ Say = Callable[[str], None]
 
 def home() -> Path:
     """Where all of it lies: MBQ_HOME, or ~/.mbq-cluster."""
-    return Path(os.environ.get("MBQ_HOME") or Path.home() / ".mbq-cluster").expanduser().resolve()
+    try:
+        return Path(os.environ.get("MBQ_HOME") or "~/.mbq-cluster").expanduser().resolve()
+    except RuntimeError as error:
+        raise InputError("MBQ_HOME is in the home of nobody; write the folder's path") from error
 
 
 def default_store() -> str:

@@ -104,10 +104,13 @@ def _check_cluster(driver: Driver) -> None:
                 "every node mounts, or give every node credentials for the bucket (a local Ray has "
                 "the environment it was started in: `mbq-cluster head stop`, then again)"
             )
-        if host.code_version != driver.document.code_version:
+        found = host.code_version, host.format_version
+        document = driver.document
+        if found != (document.code_version, document.format_version):
             raise ClusterError(
-                f"a node runs mbq-cluster {host.code_version}, the run was submitted with "
-                f"{driver.document.code_version}; install the same version everywhere"
+                f"a node runs mbq-cluster {found[0]} (format {found[1]}), the run was submitted "
+                f"with {document.code_version} (format {document.format_version}); install the "
+                "same version everywhere"
             )
 
 

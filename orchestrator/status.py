@@ -5,6 +5,7 @@ is gone, the run is `interrupted` and can be resumed.
 """
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from mbq.artifacts.sealed import find_document
 from mbq.artifacts.spec import is_path
 from mbq.artifacts.store import Store, open_store
 from mbq.cluster.jobs import JobInfo, Jobs
+from mbq.orchestrator.local import default_store
 
 # A driver says something every second; a store may be slow.
 _SILENCE_SECONDS = 30.0
@@ -42,6 +44,12 @@ def names_run(target: str) -> bool:
     if is_path(target) or "://" in target:
         return target.rstrip("/").split("/")[-2:-1] == [keys.RUNS]
     return True
+
+
+def argument(store: Store, run: str) -> str:
+    """What to type for a run: its id, or its URI where commands look elsewhere."""
+    default = open_store(os.environ.get("MBQ_STORE") or default_store())
+    return run if store.uri == default.uri else f"{store.uri}/{keys.RUNS}/{run}"
 
 
 def locate(target: str, store_uri: str) -> tuple[Store, RunDocument]:
@@ -92,22 +100,26 @@ def state_of(store: Store, document: RunDocument, job: JobInfo | None) -> RunSta
     if status.state == "running":
         if current is None and time.time() - status.updated_at < _SILENCE_SECONDS:
             return RunState(document, "running", status, "the cluster was not asked")
-        return RunState(document, "interrupted", status, "its driver is gone; resume continues it")
+        detail = "its driver is gone; resume continues it"
+        if current is not None:
+            # What it could not write into a full store, say, the cluster has kept.
+            detail += f"; `mbq-cluster logs {argument(store, document.run)}` may tell why it ended"
+        return RunState(document, "interrupted", status, detail)
     final = "; ".join(f"{f.task}: {f.error}" for f in status.failures if f.final)
     return RunState(document, status.state, status, final)
 
 
 def no_checkpoint(store: Store, document: RunDocument) -> NotFoundError:
     """What to raise for a run that has not published its checkpoint: it names what helps."""
-    run = document.run
+    run, typed = document.run, argument(store, document.run)
     found = state_of(store, document, None)
     # Before its driver has said anything, only the cluster knows.
     if found.status is not None and found.state in TERMINAL:
         return NotFoundError(
-            f"run {run} is {found.state} and has no checkpoint; `mbq-cluster resume {run}` "
+            f"run {run} is {found.state} and has no checkpoint; `mbq-cluster resume {typed}` "
             "continues it"
         )
-    return NotFoundError(f"run {run} has no checkpoint yet; `mbq-cluster watch {run}` follows it")
+    return NotFoundError(f"run {run} has no checkpoint yet; `mbq-cluster watch {typed}` follows it")
 
 
 def states(store: Store, jobs: Jobs | None) -> tuple[list[RunState], list[str]]:

@@ -20,7 +20,7 @@ import numpy as np
 from mbq.artifacts import keys
 from mbq.artifacts.digests import digest_of
 from mbq.artifacts.documents import Manifest, Results, RunDocument, Status
-from mbq.artifacts.errors import InputError, NotFoundError
+from mbq.artifacts.errors import ClusterError, CorruptError, InputError, NotFoundError
 from mbq.artifacts.runs import find_run, put_blob
 from mbq.artifacts.sealed import find_document, put_document
 from mbq.artifacts.source import Source, open_source
@@ -31,7 +31,9 @@ from mbq.artifacts.tensors import Entry, encode
 from mbq.cluster.jobs import Jobs
 from mbq.orchestrator.check import check_source
 from mbq.orchestrator.comparison import variants
+from mbq.orchestrator.driver import choose_resources
 from mbq.orchestrator.local import Say, default_store, jobs_of, start_local_head
+from mbq.orchestrator.plan import build_plan
 from mbq.orchestrator.presets import preset
 from mbq.workers.data import Tokens, calibration_tokens, evaluation_tokens, sample_tokens
 from mbq.workers.environment import ENVIRONMENT
@@ -143,17 +145,23 @@ def submit(prepared: Prepared, store: Store, address: str | None, say: Say) -> J
     jobs = Jobs(address) if address is not None else None
     probe(store)
     if _is_finished(store, prepared.document, say):
+        if not _is_found(store, prepared.document.run):
+            _write(prepared, store)
         return jobs
     jobs = jobs or jobs_of(start_local_head(say))
+    if jobs.ours:
+        # It does not grow: what it lacks now it will lack later.
+        try:
+            choose_resources(prepared.document, jobs.slots, build_plan(prepared.document))
+        except ClusterError as error:
+            raise InputError(f"the local Ray: {error}") from error
     # A running driver keeps the document it was started with.
     if _is_running(prepared.document.run, store, jobs, say):
         if find_run(store, prepared.document.run) != prepared.document:
             say("it keeps its evaluation and resources; submit again when it has finished")
     else:
-        for chunks in prepared.blobs:
-            put_blob(store, chunks)
-        put_document(store, keys.spec_key(prepared.document.run), prepared.document)
-        _start(prepared.document, store, jobs)
+        _write(prepared, store)
+        _start(prepared.document, store, jobs, say)
     return jobs
 
 
@@ -163,8 +171,23 @@ def resume(document: RunDocument, store: Store, address: str | None, say: Say) -
         return None
     jobs = Jobs(address) if address is not None else jobs_of(start_local_head(say))
     if not _is_running(document.run, store, jobs, say):
-        _start(document, store, jobs)
+        _start(document, store, jobs, say)
     return jobs
+
+
+def _write(prepared: Prepared, store: Store) -> None:
+    for chunks in prepared.blobs:
+        put_blob(store, chunks)
+    put_document(store, keys.spec_key(prepared.document.run), prepared.document)
+
+
+def _is_found(store: Store, run: str) -> bool:
+    """Whether a run's document can be read; without it nothing finds the run."""
+    try:
+        find_run(store, run)
+    except (NotFoundError, CorruptError):
+        return False
+    return True
 
 
 def _is_running(run: str, store: Store, jobs: Jobs, say: Say) -> bool:
@@ -192,18 +215,26 @@ def _is_running(run: str, store: Store, jobs: Jobs, say: Say) -> bool:
     )
 
 
-def _start(document: RunDocument, store: Store, jobs: Jobs) -> None:
+def _start(document: RunDocument, store: Store, jobs: Jobs, say: Say) -> None:
     run = document.run
     status = find_document(store, keys.status_key(run), Status)
     attempt = 1 + max(jobs.attempts(run), status.attempt if status else 0)
     python = sys.executable if jobs.ours else "python"
-    jobs.submit(
-        run,
-        attempt,
-        [python, "-m", "mbq.orchestrator.run", store.uri, run, str(attempt)],
-        ENVIRONMENT | _store_environment(jobs.ours),
-        {"model": document.name, "store": store.uri, "version": document.code_version},
-    )
+    try:
+        jobs.submit(
+            run,
+            attempt,
+            # Not from the working folder of a node: whatever lies there could be imported.
+            [python, "-P", "-m", "mbq.orchestrator.run", store.uri, run, str(attempt)],
+            ENVIRONMENT | _store_environment(jobs.ours),
+            {"model": document.name, "store": store.uri, "version": document.code_version},
+        )
+    except ClusterError:
+        # Another submit may have been faster by a moment, and an attempt is started once.
+        latest = jobs.latest(run, store.uri)
+        if latest is None or latest.attempt < attempt:
+            raise
+        say(f"run {run} is already running (attempt {latest.attempt})")
 
 
 def _is_finished(store: Store, document: RunDocument, say: Say) -> bool:

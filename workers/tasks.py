@@ -38,6 +38,7 @@ from mbq.artifacts.errors import CorruptError, MbqError
 from mbq.artifacts.packed import open_checkpoint
 from mbq.artifacts.runs import is_stored, put_blob
 from mbq.artifacts.sealed import document_sha256, find_document, put_document
+from mbq.artifacts.spec import FORMAT_VERSION
 from mbq.artifacts.store import WORKING_SECONDS, open_store, probe
 from mbq.kernels.precision import Precision
 from mbq.kernels.widths import widths_up_to
@@ -68,6 +69,8 @@ class Host:
 
     code_version: str
     fault: str | None
+    # Of a package that does not say: older than any format it could be taken for.
+    format_version: int = 0
 
 
 def capture(ref: RunRef, block: int, before: Hidden | None, report: Report) -> Hidden:
@@ -257,7 +260,7 @@ def inspect(ref: RunRef, probe_key: str, report: Report) -> Host:
     except MbqError as error:
         fault = str(error)
     report(1.0)
-    return Host(code_version=version("mbq-cluster"), fault=fault)
+    return Host(version("mbq-cluster"), fault, FORMAT_VERSION)
 
 
 def _write_file(

@@ -6,6 +6,7 @@ A local Ray is started if none runs, and stopped again in the end. Run a second 
 finished run and shows it at once. MBQ_STORE=s3://bucket/prefix chooses another store.
 """
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,30 +22,41 @@ NEW_TOKENS = 60
 def main() -> int:
     started_here = find_local_head() is None
     try:
-        submitted = _command("submit", "demo", capture=True)
-        run = submitted.stdout.strip()
-        if submitted.returncode:
-            return submitted.returncode
-        watched = _command("watch", run)
-        if watched.returncode:
-            return watched.returncode
+        code, run = _command("submit", "demo", capture=True)
+        if not code:
+            code, _ = _command("watch", run)
+        if code:
+            return code
     finally:
         if started_here and find_local_head() is not None:
+            # A second Ctrl-C must not leave it running.
+            print("stopping the local Ray, and what runs on it", flush=True)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             _command("head", "stop")
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     print("report: ", end="", flush=True)
     _command("report", run, "--out", str(home() / "report.html"))
     folder = home() / "checkpoints" / run
-    if _command("pull", run, str(folder)).returncode:
+    if _command("pull", run, str(folder))[0]:
         return 1
     _write(str(folder))
     return 0
 
 
-def _command(*arguments: str, capture: bool = False) -> "subprocess.CompletedProcess[str]":
+def _command(*arguments: str, capture: bool = False) -> tuple[int, str]:
+    """Exit code and output of a command.
+
+    Ctrl-C reaches it, too. It has the time to clean up then, which subprocess.run would not give.
+    """
     program = str(Path(sys.executable).with_name("mbq-cluster"))
-    return subprocess.run(
-        [program, *arguments], stdout=subprocess.PIPE if capture else None, text=True, check=False
-    )
+    output = subprocess.PIPE if capture else None
+    with subprocess.Popen([program, *arguments], stdout=output, text=True) as process:
+        try:
+            printed, _ = process.communicate()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
+    return process.returncode, (printed or "").strip()
 
 
 def _write(folder: str) -> None:

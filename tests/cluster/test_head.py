@@ -1,6 +1,7 @@
 """Which process is taken for the head that we started; without any Ray."""
 
 import json
+import os
 import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -39,6 +40,18 @@ def test_a_process_that_started_at_another_time_is_no_head(tmp_path: Path, head:
     alive = replace(head, started=heads._start_time(head.pid))
     _write(tmp_path, alive)
     assert find_head(tmp_path) == alive
+
+
+def test_a_head_whose_starter_was_killed_is_ended_by_the_next(
+    tmp_path: Path, head: Head, process: "subprocess.Popen[bytes]"
+) -> None:
+    alive = replace(head, started=heads._start_time(head.pid))
+    (tmp_path / "starting.json").write_text(json.dumps(asdict(alive)), encoding="utf-8")
+    # It may not answer yet: nobody is sent to it.
+    assert find_head(tmp_path) is None
+    heads._end_what_is_left(tmp_path)
+    assert process.wait(timeout=10)
+    assert os.listdir(tmp_path) == []
 
 
 def test_stopping_a_head_that_is_gone_hurts_nobody(

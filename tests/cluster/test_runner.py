@@ -1,4 +1,4 @@
-"""What travels to tasks and back."""
+"""What travels to tasks and back, and how many of them nodes hold."""
 
 import pickle
 
@@ -6,7 +6,7 @@ import pytest
 
 from mbq.artifacts import errors
 from mbq.artifacts.store import LocalStore
-from mbq.cluster.runner import Call, InputLost, TaskCrashed
+from mbq.cluster.runner import Call, InputLost, TaskCrashed, TaskResources, fitting
 from mbq.workers import tasks
 
 
@@ -34,3 +34,17 @@ def test_errors_travel_back(kind: type[errors.MbqError]) -> None:
     back = pickle.loads(pickle.dumps(kind("what, rule, remedy")))
     assert type(back) is kind
     assert str(back) == "what, rule, remedy"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "slots"),
+    [
+        (TaskResources(cpus=2), 4 + 1),
+        (TaskResources(cpus=2, gpus=1), 2),
+        (TaskResources(cpus=1, gpus=0, memory_bytes=6), 3),
+        (TaskResources(cpus=9), 0),
+    ],
+)
+def test_tasks_do_not_share_what_nodes_cannot_give_twice(wanted: TaskResources, slots: int) -> None:
+    nodes = [{"CPU": 8.0, "GPU": 2.0, "memory": 13.0}, {"CPU": 3.0, "memory": 6.0}, {}]
+    assert fitting(nodes, wanted) == slots

@@ -191,7 +191,7 @@ def test_a_stopped_run_is_resumed(user: User, undisturbed: str, tmp_path: Path) 
     run = user.submit(store)
     finished = _in_the_middle(store, run)
     user.run("stop", run, "--store", store.uri)
-    _until(lambda: user.status(store, run)["state"] == "stopped")
+    assert user.status(store, run)["state"] == "stopped"
     user.run("watch", run, "--store", store.uri, code=1)
     user.run("resume", run, "--store", store.uri)
     assert user.finish(store, run) == undisturbed
@@ -331,6 +331,7 @@ def test_a_cluster_that_cannot_hold_the_plan_says_so(
     user: User, undisturbed: str, tmp_path: Path
 ) -> None:
     store = LocalStore(tmp_path)
-    run = user.submit(store, "--set", "resources.memory_gib=100000")
-    failed = user.run("watch", run, "--store", store.uri, code=1)
-    assert "no node offers" in failed.stderr
+    much = ("--set", "resources.memory_gib=100000")
+    refused = user.run("submit", str(user.spec), "--store", store.uri, *much, code=2)
+    assert "no node offers" in refused.stderr
+    assert store.children(keys.RUNS) == []

@@ -197,13 +197,15 @@ def test_a_run_goes_on_when_nobody_watches(
 
     # Between two looks at the store.
     monkeypatch.setattr(time, "sleep", interrupt)
-    fails(
-        invoke("watch", run, "--store", store.uri),
-        1,
-        f"run {run} goes on",
-        f"`mbq-cluster watch {run}`",
-        f"`mbq-cluster stop {run}`",
-    )
+    # What it says can be typed as it stands, with the store where no command would look for it.
+    for result, typed in (
+        (invoke("watch", run, "--store", store.uri), f"{store.uri}/runs/{run}"),
+        (invoke("watch", run, MBQ_STORE=str(store.root)), run),
+    ):
+        fails(
+            result, 1, f"run {run} goes on", f"`mbq-cluster watch {typed}`",
+            f"`mbq-cluster stop {typed}`",
+        )  # fmt: skip
 
 
 def test_watch_prints_json_alone(invoke: Callable[..., Result], finished_run: Any) -> None:
@@ -227,11 +229,16 @@ def test_an_unfinished_run_has_nothing_to_fetch(
     folder = tmp_path / "pulled"
     for command in (("pull", run, str(folder)), ("bench", run), ("verify", run), ("report", run)):
         result = invoke(*command, "--store", store.uri)
-        fails(result, 3, f"run {run} has no checkpoint yet", f"mbq-cluster watch {run}")
+        fails(result, 3, f"run {run} has no checkpoint yet", f"watch {store.uri}/runs/{run}`")
     _put_status(store, run, "failed")
     for command in (("pull", run, str(folder)), ("bench", run), ("verify", run), ("report", run)):
         result = invoke(*command, "--store", store.uri)
-        fails(result, 3, f"run {run} is failed and has no checkpoint", f"mbq-cluster resume {run}")
+        fails(
+            result,
+            3,
+            f"run {run} is failed and has no checkpoint",
+            f"mbq-cluster resume {store.uri}/runs/{run}`",
+        )
     assert not folder.exists()
 
 
@@ -376,6 +383,6 @@ def test_an_interrupted_demo_ends_with_one_line(
 
     monkeypatch.setenv("MBQ_HOME", str(tmp_path))
     # The demo waits for its commands nearly all of the time.
-    monkeypatch.setattr(subprocess, "run", interrupt)
+    monkeypatch.setattr(subprocess, "Popen", interrupt)
     with pytest.raises(SystemExit, match="interrupted; start it again"):
         runpy.run_path(str(ROOT / "examples" / "demo" / "run.py"), run_name="__main__")

@@ -1,12 +1,17 @@
 """Tables and lines as they stand on a terminal."""
 
 import io
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from mbq.artifacts.documents import KernelTiming, Results, Row, ValidationRecord
-from mbq.orchestrator.display import _duration, result_table, validation_lines
+from mbq.artifacts import keys
+from mbq.artifacts.documents import KernelTiming, Results, Row, Running, Status, ValidationRecord
+from mbq.artifacts.sealed import get_document
+from mbq.orchestrator import display
+from mbq.orchestrator.display import Watch, _duration, result_table, validation_lines
+from mbq.orchestrator.status import RunState
 
 
 def _row(variant: str, *numbers: float | None) -> Row:
@@ -104,3 +109,20 @@ def test_what_was_not_timed_is_said() -> None:
         "kernels: 40 products of 2 shapes are right, largest error 2.0e-07 (H200; Xeon)",
         "no GPU was there: nothing was timed",
     ]
+
+
+def test_a_narrow_terminal_keeps_what_counts(
+    finished_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(
+        display, "STDERR", Console(file=out, width=60, force_terminal=True, color_system=None)
+    )
+    document = finished_run.document
+    status = get_document(finished_run.store, keys.status_key(document.run), Status)
+    tasks = tuple(Running(task=f"calibrate {n:03}", fraction=0.5) for n in range(4))
+    running = status.model_copy(update={"state": "running", "fraction": 0.42, "running": tasks})
+    with Watch() as live:
+        live.show(RunState(document, "running", running, ""))
+        live._progress.refresh()
+    assert any(document.run in line and "42%" in line for line in out.getvalue().splitlines())

@@ -1,5 +1,6 @@
 """What can go wrong while a driver works: tasks, nodes, stores and sources."""
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from mbq.artifacts import keys
 from mbq.artifacts.documents import Manifest, ShardRecord
 from mbq.artifacts.errors import ClusterError, MbqError, NumericError, RunError, StoreError
 from mbq.artifacts.sealed import find_document, get_document
+from mbq.artifacts.spec import FORMAT_VERSION
 from mbq.artifacts.store import LocalStore
 from mbq.cluster.runner import InputLost, TaskCrashed
 from mbq.orchestrator import run as running
@@ -125,25 +127,31 @@ def test_a_cluster_without_what_the_spec_asks(
 
 
 @pytest.mark.parametrize(
-    ("version", "fault", "message"),
+    ("changes", "message"),
     [
-        ("0.0.1", None, r"runs mbq-cluster 0\.0\.1, the run was submitted with .* same version"),
-        (None, "no such folder", r"cannot use the store file:.*: no such folder; use a folder"),
+        (
+            {"code_version": "0.0.1"},
+            r"runs mbq-cluster 0\.0\.1 \(.*, the run was submitted with .* same version",
+        ),
+        ({"format_version": 0}, r"\(format 0\), the run was submitted with .* same version"),
+        (
+            {"fault": "no such folder"},
+            r"cannot use the store file:.*: no such folder; use a folder",
+        ),
     ],
-    ids=["version", "fault"],
+    ids=["version", "format", "fault"],
 )
 def test_one_node_that_is_unfit_fails_the_run(
     store: LocalStore,
     write: Any,
     tiny_document: Make,
-    version: str | None,
-    fault: str | None,
+    changes: dict[str, Any],
     message: str,
 ) -> None:
     document = write(tiny_document(**SMALL))
-    good = Host(document.code_version, None)
+    good = Host(document.code_version, None, FORMAT_VERSION)
     runner = FaultyRunner()
-    bad = Host(version or document.code_version, fault)
+    bad = dataclasses.replace(good, **changes)
     runner.on_every_node = lambda call: [good, bad]  # type: ignore[method-assign]
     with pytest.raises(ClusterError, match=message):
         drive(store, document, runner, attempt=1)

@@ -10,11 +10,13 @@ import pytest
 
 from mbq.artifacts import keys
 from mbq.artifacts.documents import Status
+from mbq.artifacts.errors import ClusterError, CorruptError, InputError
 from mbq.artifacts.runs import find_run
 from mbq.artifacts.sealed import get_document, put_document
 from mbq.artifacts.spec_file import parse_spec
 from mbq.artifacts.store import LocalStore
 from mbq.cluster.jobs import JobInfo
+from mbq.cluster.runner import TaskResources, fitting
 from mbq.orchestrator import submit as submitting
 from mbq.orchestrator.submit import prepare, resume, submit
 
@@ -28,6 +30,8 @@ class _Cluster:
     known_attempts: int = 0
     ours: bool = False
     submitted: list[tuple[str, int, list[str]]] = field(default_factory=list)
+    # Whether somebody else submits the same a moment before.
+    overtaken: bool = False
 
     def latest(self, run: str, store: str) -> JobInfo | None:
         known = self.known_attempts
@@ -44,7 +48,13 @@ class _Cluster:
         environment: Mapping[str, str],
         metadata: Mapping[str, str],
     ) -> None:
+        if self.overtaken:
+            self.known_attempts = attempt
+            raise ClusterError("Request failed with status code 500")
         self.submitted.append((run, attempt, list(command)))
+
+    def slots(self, resources: TaskResources) -> int:
+        return fitting([{"CPU": 2.0, "memory": 8.0 * 2**30}], resources)
 
 
 @pytest.fixture
@@ -90,7 +100,7 @@ def test_another_evaluation_of_a_finished_run_is_work(
     document = tiny_document(evaluation=tiny_document()["evaluation"] | changes)
     assert _submit(document, finished) == []
     # The driver works on what is asked now, as an attempt after the one that finished.
-    python = ["python", "-m", "mbq.orchestrator.run"]
+    python = ["python", "-P", "-m", "mbq.orchestrator.run"]
     assert cluster.submitted == [(run, 2, [*python, finished.uri, run, "2"])]
     assert find_run(finished, run) == prepare("tiny", parse_spec(document)).document
     # One without an evaluation asks for less than there is.
@@ -143,3 +153,51 @@ def test_an_attempt_has_a_number_of_its_own(
     resume(finished_run.document, finished, "http://head:8265", lambda text: None)
     assert [attempt for _, attempt, _ in cluster.submitted] == [expected]
     assert cluster.submitted[0][2][-2:] == [run, str(expected)]
+
+
+def test_of_two_that_submit_at_once_one_attaches(
+    cluster: _Cluster, store: LocalStore, tiny_document: Make
+) -> None:
+    cluster.overtaken = True
+    (said,) = _submit(tiny_document(), store)
+    assert said.endswith("is already running (attempt 1)")
+
+
+@pytest.mark.parametrize("kept", [None, 300])
+def test_a_finished_run_whose_document_is_lost_gets_it_back(
+    cluster: _Cluster,
+    finished: LocalStore,
+    finished_run: Any,
+    tiny_document: Make,
+    kept: int | None,
+) -> None:
+    run = finished_run.document.run
+    path = finished.path(keys.spec_key(run))
+    data = path.read_bytes()
+    path.unlink()
+    if kept is not None:
+        path.write_bytes(data[:kept])
+        with pytest.raises(CorruptError, match="or submit the same spec again"):
+            find_run(finished, run)
+    assert _submit(tiny_document(), finished) == [f"run {run} is already finished"]
+    assert find_run(finished, run) == finished_run.document
+    assert cluster.submitted == []
+
+
+@pytest.mark.parametrize(
+    ("resources", "message"),
+    [({"memory_gib": 500}, "the local Ray: .*500"), ({"device": "cuda"}, "the local Ray: .*GPU")],
+)
+def test_what_a_local_ray_lacks_is_said_before_anything_is_written(
+    monkeypatch: pytest.MonkeyPatch,
+    store: LocalStore,
+    tiny_document: Make,
+    resources: dict[str, Any],
+    message: str,
+) -> None:
+    monkeypatch.setattr(submitting, "start_local_head", lambda say: None)
+    monkeypatch.setattr(submitting, "jobs_of", lambda head: _Cluster(ours=True))
+    prepared = prepare("tiny", parse_spec(tiny_document(resources=resources)))
+    with pytest.raises(InputError, match=message):
+        submit(prepared, store, None, lambda text: None)
+    assert store.children(keys.RUNS) == []
