@@ -12,14 +12,12 @@ Importing this module registers the quantization method `mbq`, so that
 import it would load such a checkpoint with random linears, which is why `load_model` exists.
 """
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -32,7 +30,13 @@ from mbq.artifacts.checkpoint import PACKING, QUANT_METHOD, RouterShape
 from mbq.artifacts.config import check_quantization, folder_quantization
 from mbq.artifacts.elastic import add_routers, replace_linears
 from mbq.artifacts.errors import CorruptError, InputError, first_line
-from mbq.artifacts.precision import realised_bits, set_average_bits, set_bits, set_policy
+from mbq.artifacts.precision import (
+    Method,
+    realised_bits,
+    set_average_bits,
+    set_bits,
+    set_policy,
+)
 from mbq.artifacts.spec import FORMAT_VERSION
 from mbq.artifacts.warming import warm_up
 from mbq.kernels.precision import Precision
@@ -51,6 +55,8 @@ def load_model(
         average_bits: average width to start at, instead; see `set_average_bits`.
         kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
 
+    What torch raises, as where memory is short, is raised as it is.
+
     Raises:
         NotFoundError: the folder is not a packed checkpoint.
         CorruptError: a file or a tensor is missing or of another kind, or the format is unknown.
@@ -63,16 +69,17 @@ def load_model(
         raise InputError(f"{path} is no folder here; `mbq-cluster pull {path} DIR`, then load DIR")
     path = Path(path).expanduser()
     folder_quantization(path)
-    config = AutoConfig.from_pretrained(path)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, config=config, output_loading_info=True, **kwargs
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
     except RuntimeError as error:
+        # How transformers says it; others are no fault of the files, as memory that is short.
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
         raise CorruptError(f"{path} holds tensors of other shapes ({error})"[:500]) from error
     except OSError as error:
         raise CorruptError(
-            f"{path} cannot be read ({first_line(error)}); fetch it again"
+            f"{path} cannot be read ({first_line(error)}); if a file is missing or damaged, fetch "
+            "it again"
         ) from error
     model: PreTrainedModel = loaded[0]
     if loaded[1]["missing_keys"]:
@@ -133,8 +140,7 @@ class MbqQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         for method in (set_bits, set_average_bits, set_policy, realised_bits, warm_up):
-            # Not a bound method: that could not be unpickled, being looked up before it is there.
-            setattr(model, method.__name__, partial(method, model))
+            setattr(model, method.__name__, Method(method, model))
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:
@@ -145,14 +151,16 @@ class MbqQuantizer(HfQuantizer):
         return False
 
 
-def _require_tensors(model: nn.Module, names: list[str], files: list[str]) -> None:
+def _require_tensors(model: PreTrainedModel, names: list[str], files: list[str]) -> None:
     """Transformers only warns about missing tensors and runs on uninitialised memory."""
     # A Hub's cache links to files elsewhere; an index must not.
     folders = {Path(file).resolve().parent for file in files if not Path(file).is_symlink()}
     if len(folders) > 1:
         raise CorruptError("the index names files outside of its folder; fetch it again")
+    # A model without its head has names without their first part.
+    part = "" if hasattr(model, model.base_model_prefix) else f"{model.base_model_prefix}."
     wanted = {
-        f"{name}.{key}": buffer
+        f"{part}{name}.{key}": buffer
         for name in names
         for key, buffer in model.get_submodule(name).state_dict().items()
     }

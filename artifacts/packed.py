@@ -59,17 +59,27 @@ class PackedCheckpoint:
         left_out = {CONFIG_FILE, INDEX_FILE, *(name for names in upper for name in names)}
         return {n: digest for n, digest in self.manifest.files.items() if n not in left_out}
 
-    def config(self, max_bits: int) -> bytes:
-        """The config of the checkpoint cut to `max_bits`. Raises NotFoundError, CorruptError."""
+    def config(self) -> tuple[bytes, int]:
+        """The config of the whole checkpoint, and the bits that are there.
+
+        Raises:
+            NotFoundError, CorruptError: there is none, or it is another.
+        """
         digest = self.manifest.files[CONFIG_FILE]
         if digest.size_bytes > MAX_CONFIG_BYTES:
             raise CorruptError(f"{CONFIG_FILE} has {digest.size_bytes:,} bytes; no config has")
-        config = CheckedObject(self.store, CONFIG_FILE, digest).read()
+        try:
+            config = CheckedObject(self.store, CONFIG_FILE, digest).read()
+        except CorruptError as error:
+            try:
+                return _cut_config(self)
+            except CorruptError:
+                raise error from None
         if cut_config(config, self.manifest.max_bits) != config:
             raise CorruptError(
                 f"{CONFIG_FILE} of {self.store.uri} is not as this program writes it; pack again"
             )
-        return cut_config(config, max_bits)
+        return config, self.manifest.max_bits
 
 
 def open_checkpoint(store: Store) -> PackedCheckpoint:
@@ -123,7 +133,7 @@ def verify(checkpoint: PackedCheckpoint, report: Report) -> list[str]:
     """
     store = checkpoint.store
     try:
-        max_bits = _held_bits(checkpoint)
+        _, max_bits = _cut_config(checkpoint)
     except (NotFoundError, CorruptError) as error:
         return [f"{CONFIG_FILE}: {error}"]
     files = checkpoint.files(max_bits)
@@ -137,12 +147,8 @@ def verify(checkpoint: PackedCheckpoint, report: Report) -> list[str]:
     return [f"{name}: {fault}" for name, fault in faults.items()]
 
 
-def _held_bits(checkpoint: PackedCheckpoint) -> int:
-    """The bits that are there by the config, which must be that of the manifest, cut.
-
-    Raises:
-        NotFoundError, CorruptError: there is none, or it is another.
-    """
+def _cut_config(checkpoint: PackedCheckpoint) -> tuple[bytes, int]:
+    """`PackedCheckpoint.config` where it may be cut: set back, it must be that of the manifest."""
     manifest = checkpoint.manifest
     config = checkpoint.store.read(CONFIG_FILE, 0, MAX_CONFIG_BYTES + 1)
     max_bits = config_bits(config)
@@ -152,7 +158,7 @@ def _held_bits(checkpoint: PackedCheckpoint) -> int:
     same = cut_config(config, max_bits) == config and hashlib.sha256(whole).hexdigest() == expected
     if not same or max_bits not in checkpoint.ceilings:
         raise CorruptError("it is not what the manifest says")
-    return max_bits
+    return whole, max_bits
 
 
 def _file_faults(store: Store, files: Mapping[str, Digest], report: Report) -> dict[str, str]:

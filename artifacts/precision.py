@@ -1,10 +1,11 @@
 """How many bits a loaded model reads: set, shared, asked before every `generate`, read back.
 
-The functions are also methods of the models that `loading.load_model` returns.
+The functions are also methods of the models that `loading.load_model` returns. The width belongs to
+the model, not to a request: linears look it up whenever they are called, in whatever thread.
 """
 
+import weakref
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,33 @@ from mbq.artifacts.errors import CorruptError, InputError
 from mbq.kernels.precision import Curve, Precision
 from mbq.kernels.router import Router, refresh
 from mbq.kernels.widths import SLICE_BITS
+
+# Where a model keeps its policy.
+_POLICY = "_average_bits_policy"
+
+
+class Method:
+    """A function of a model as an attribute of it, that does not keep the model.
+
+    So a model goes with its last user, and does not wait for cycles to be collected. A bound method
+    would keep it, and could not be unpickled, being looked up before it is there.
+    """
+
+    def __init__(self, function: Callable[..., Any], model: PreTrainedModel, *given: Any) -> None:
+        self._function = function
+        self._model = weakref.ref(model)
+        self._given = given
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self._model()
+        if model is None:
+            raise RuntimeError(
+                "the model is gone: keep it in a variable while its methods are used"
+            )
+        return self._function(model, *self._given, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Method, (self._function, self._model(), *self._given)
 
 
 def set_bits(model: PreTrainedModel, bits: int) -> None:
@@ -77,19 +105,19 @@ def set_policy(model: PreTrainedModel, policy: Callable[[], float] | None) -> No
     """Ask `policy` for the average bits before every `generate`, that is, between requests.
 
     Also `model.set_policy(policy)`. With None the width stays as it is. What the policy raises, and
-    InputError where its answer is no width of the model, comes out of `generate`.
+    InputError where its answer is no width of the model, comes out of `generate`. Other ways to
+    generate, as `generate_batch`, do not ask.
 
     Raises:
         InputError: `policy` cannot be called.
     """
     if policy is not None and not callable(policy):
         raise InputError(f"policy {policy!r} must be a function that returns average bits, or None")
-    model.__dict__.pop("generate", None)
-    if policy is None:
-        return
-
-    # Of the model, so that a copy asks for itself.
-    model.__dict__["generate"] = partial(_generate_as_told, model, policy)
+    held = model.__dict__
+    if _POLICY not in held:
+        # Once, around what a user may have put there. Of the model, so that a copy asks for itself.
+        held["generate"] = Method(_generate_as_told, model, held.get("generate"))
+    held[_POLICY] = policy
 
 
 def start_over(model: nn.Module) -> None:
@@ -100,9 +128,15 @@ def start_over(model: nn.Module) -> None:
         linear.shared.release()
 
 
-def _generate_as_told(model: Any, policy: Callable[[], float], *args: Any, **kwargs: Any) -> Any:
-    set_average_bits(model, policy())
-    return type(model).generate(model, *args, **kwargs)
+def _generate_as_told(
+    model: Any, generate: Callable[..., Any] | None, *args: Any, **kwargs: Any
+) -> Any:
+    policy = model.__dict__[_POLICY]
+    if policy is not None:
+        set_average_bits(model, policy())
+    if generate is None:
+        return type(model).generate(model, *args, **kwargs)
+    return generate(*args, **kwargs)
 
 
 def _curve(model: PreTrainedModel, precision: Precision) -> Curve:

@@ -54,20 +54,25 @@ class Pulled:
 def pull(
     checkpoint: PackedCheckpoint, folder: Path, max_bits: int | None, report: Report
 ) -> Pulled:
-    """Make a folder hold the checkpoint at `max_bits`, by default all of them.
+    """Make a folder hold the checkpoint at `max_bits`, by default all that are there.
 
     Raises:
-        InputError: the width does not exist, or the folder holds something else or cannot be
-            written.
+        InputError: the width does not exist or is not there, or the folder holds something else or
+            cannot be written.
         CorruptError: the store holds other bytes than its manifest says.
         StoreError: the store or the disk failed; the next pull goes on from here.
     """
     source = checkpoint.store
     if isinstance(source, LocalStore) and source.root.resolve() == folder.resolve():
         raise InputError(f"{folder} is where the checkpoint lies; pull into another folder")
-    max_bits = checkpoint.manifest.max_bits if max_bits is None else max_bits
+    original, held = checkpoint.config()
+    max_bits = held if max_bits is None else max_bits
     files = checkpoint.files(max_bits)
-    original = checkpoint.config(checkpoint.manifest.max_bits)
+    if max_bits > held:
+        raise InputError(
+            f"--max-bits {max_bits}: {source.uri} holds {held} bits of its checkpoint; pull from "
+            "one that was not cut"
+        )
     with _errors(folder), _locked(folder):
         _check_folder(checkpoint, original, folder, max_bits)
         local = LocalStore(folder)

@@ -16,7 +16,8 @@ def bench(target: str, store_uri: str, say: Callable[[str], None]) -> list[Valid
         target: a folder with a packed checkpoint, whole or cut, its URI, or a run.
 
     Raises:
-        NotFoundError: there is no such checkpoint.
+        NotFoundError: there is no such checkpoint, or a file of it is missing.
+        CorruptError: a file is not what the manifest says.
         KernelError: an output is wrong.
     """
     store = find_checkpoint(target, store_uri)
@@ -26,7 +27,8 @@ def bench(target: str, store_uri: str, say: Callable[[str], None]) -> list[Valid
     from mbq.workers.validate import open_linear, shapes, tensor_files, validate_linear
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    files = tensor_files(checkpoint)
+    _, max_bits = checkpoint.config()
+    files = tensor_files(checkpoint, max_bits)
     sha256 = document_sha256(store, MANIFEST_FILE)
     records = []
     for shape, name in shapes(files).items():

@@ -225,7 +225,8 @@ def validate(ref: RunRef, shape: str, report: Report) -> ValidationRecord:
     """
     opened = Opened(ref)
     root = f"{ref.store_uri}/{keys.checkpoint_prefix(ref.run)}"
-    files = tensor_files(open_checkpoint(open_store(root, WORKING_SECONDS)))
+    checkpoint = open_checkpoint(open_store(root, WORKING_SECONDS))
+    files = tensor_files(checkpoint, opened.spec.max_bits)
     name = shapes(files)[shape]
     linear = open_linear(files, name, opened.spec.group_size, opened.device)
     record = validate_linear(linear, name, _manifest(opened), report)

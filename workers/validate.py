@@ -54,11 +54,15 @@ class _Drawn(nn.Module):
         return self.bits_LT[linear]
 
 
-def tensor_files(checkpoint: PackedCheckpoint) -> dict[str, TensorFile]:
-    """Which file holds each tensor of a checkpoint, whole or cut. Raises CorruptError."""
-    store = checkpoint.store
-    weights = {n: d for n, d in checkpoint.manifest.files.items() if n.endswith(".safetensors")}
-    files = [open_tensors(store, n, digest) for n, digest in weights.items() if store.stat(n)]
+def tensor_files(checkpoint: PackedCheckpoint, max_bits: int) -> dict[str, TensorFile]:
+    """Which file holds each tensor of a checkpoint that was cut to so many bits.
+
+    Raises:
+        NotFoundError, CorruptError: a file is missing, or is not what the manifest says.
+    """
+    digests = checkpoint.files(max_bits)
+    weights = {name: d for name, d in digests.items() if name.endswith(".safetensors")}
+    files = [open_tensors(checkpoint.store, name, digest) for name, digest in weights.items()]
     return {name: file for file in files for name in file.entries}
 
 

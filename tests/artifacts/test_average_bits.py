@@ -344,6 +344,22 @@ def test_a_policy_is_asked_before_every_request(finished_run: Any) -> None:
         model.generate(ids, max_new_tokens=3)
 
 
+def test_a_policy_leaves_a_users_own_generate_alone(finished_run: Any) -> None:
+    model: Any = load_model(finished_run.checkpoint)
+    plain, seen = model.generate, []
+
+    def traced(*arguments: Any, **options: Any) -> Any:
+        seen.append(len(seen))
+        return plain(*arguments, **options)
+
+    model.generate = traced
+    for policy, expected in ((lambda: 2.0, 2.0), (lambda: 3.0, 3.0), (None, 3.0)):
+        model.set_policy(policy)
+        model.generate(IDS[:1, :4], max_new_tokens=2, do_sample=False)
+        assert model.realised_bits() == pytest.approx(expected, abs=0.2)
+    assert seen == [0, 1, 2]
+
+
 def test_a_copy_follows_its_policy_itself(finished_run: Any) -> None:
     model: Any = load_model(finished_run.checkpoint)
     model.set_policy(lambda: 2.0)

@@ -1,17 +1,19 @@
 """Packed checkpoints as transformers loads them."""
 
+import gc
 import json
 import pickle
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from mbq.artifacts import keys
 from mbq.artifacts.documents import BlockRecord
@@ -133,6 +135,45 @@ def test_a_model_survives_pickling_with_its_methods(finished_run: Any) -> None:
     assert not torch.equal(_logits(again), _logits(model))
     again.generate(IDS, max_new_tokens=1, do_sample=False)
     assert torch.equal(_logits(again), _logits(load_model(finished_run.checkpoint, average_bits=3)))
+
+
+def test_a_model_goes_with_its_last_user(finished_run: Any) -> None:
+    model: Any = load_model(finished_run.checkpoint)
+    model.set_policy(_three_bits)
+    model.generate(IDS, max_new_tokens=1, do_sample=False)
+    gone, set_bits = weakref.ref(model), model.set_bits
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
+    with pytest.raises(RuntimeError, match="the model is gone: keep it"):
+        set_bits(4)
+
+
+def test_takes_what_transformers_takes(finished_run: Any) -> None:
+    model = load_model(finished_run.checkpoint, use_cache=False, max_position_embeddings=64)
+    assert (model.config.use_cache, model.config.max_position_embeddings) == (False, 64)
+
+
+def test_loads_without_its_head(finished_run: Any) -> None:
+    bare: Any = AutoModel.from_pretrained(finished_run.checkpoint)
+    whole: Any = load_model(finished_run.checkpoint, average_bits=3)
+    bare.set_average_bits(3)
+    with torch.no_grad():
+        assert torch.equal(bare(IDS).last_hidden_state, whole.model(IDS).last_hidden_state)
+
+
+def test_short_memory_is_not_blamed_on_the_files(
+    finished_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_model(finished_run.checkpoint)
 
 
 def _three_bits() -> float:

@@ -131,6 +131,18 @@ def test_a_cut_checkpoint_loads_in_a_new_process(
     assert four[2] and eight[2]
 
 
+def test_a_cut_checkpoint_can_be_pulled_from(local: PackedCheckpoint, tmp_path: Path) -> None:
+    pull(local, tmp_path / "four", 4, _silent)
+    cut = open_checkpoint(LocalStore(tmp_path / "four"))
+    assert pull(cut, tmp_path / "again", None, _silent).max_bits == 4
+    assert _files(tmp_path / "again") == _files(tmp_path / "four")
+    pull(cut, tmp_path / "two", 2, _silent)
+    assert verify(open_checkpoint(LocalStore(tmp_path / "two")), _silent) == []
+    with pytest.raises(InputError, match="holds 4 bits of its checkpoint; pull from one that was"):
+        pull(cut, tmp_path / "eight", 8, _silent)
+    assert not (tmp_path / "eight").exists()
+
+
 @pytest.mark.parametrize("bits", [0, 1, 3, 5, 10, -2])
 def test_widths_that_do_not_exist(local: PackedCheckpoint, tmp_path: Path, bits: int) -> None:
     with pytest.raises(InputError, match=f"--max-bits {bits}: .* 2, 4, 6, 8 bits"):

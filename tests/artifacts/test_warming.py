@@ -95,5 +95,6 @@ def test_where_torch_multiplies_nothing_is_made(finished_run: Any) -> None:
 
 @pytest.mark.parametrize("tokens", [0, -3])
 def test_refuses_no_tokens(finished_run: Any, tokens: int) -> None:
+    model: Any = load_model(finished_run.checkpoint)
     with pytest.raises(InputError, match=f"tokens {tokens} must be positive"):
-        load_model(finished_run.checkpoint).warm_up([1, tokens])
+        model.warm_up([1, tokens])

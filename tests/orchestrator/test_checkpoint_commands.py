@@ -103,6 +103,23 @@ def test_bench_checks_a_run_and_a_folder(
     assert json.loads(by_path.stdout) == records
 
 
+def test_bench_does_not_pass_what_it_could_not_check(
+    invoke: Callable[..., Result], finished_run: Any, tmp_path: Path
+) -> None:
+    four = str(tmp_path / "four")
+    assert invoke("pull", str(finished_run.checkpoint), four, "--max-bits", "4").exit_code == 0
+    checks = [
+        record["checks"]
+        for folder in (four, str(finished_run.checkpoint))
+        for record in json.loads(invoke("bench", folder, "--json").stdout)
+    ]
+    # Three widths and their mix, instead of five.
+    assert [6 * few for few in checks[:4]] == [4 * many for many in checks[4:]]
+    for name in ("model-slice1-00001-of-00001.safetensors", "config.json"):
+        (tmp_path / "four" / name).unlink()
+        fails(invoke("bench", four), 3, name)
+
+
 def test_eval_measures_every_stored_width(invoke: Callable[..., Result], finished_run: Any) -> None:
     store, run = str(finished_run.store.root), finished_run.document.run
     for target in ((run, "--store", store), (f"{store}/runs/{run}",)):

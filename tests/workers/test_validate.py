@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def files(finished_run: Any) -> dict[str, TensorFile]:
-    return tensor_files(open_checkpoint(LocalStore(finished_run.checkpoint)))
+    return tensor_files(open_checkpoint(LocalStore(finished_run.checkpoint)), 8)
 
 
 def _linear(files: dict[str, TensorFile], group_size: int) -> ElasticLinear:
@@ -94,7 +94,7 @@ def test_a_checkpoint_cut_to_four_bits(finished_run: Any, tmp_path: Path) -> Non
     for e in (2, 3):
         for file in folder.glob(f"model-slice{e}-*"):
             file.unlink()
-    files = tensor_files(open_checkpoint(LocalStore(folder)))
+    files = tensor_files(open_checkpoint(LocalStore(folder)), 4)
     linear = _linear(files, finished_run.document.spec.group_size)
     assert linear.stored_bits == 4
     assert validate_linear(linear, "a.b", "0" * 64, lambda _: None).largest_error < 1e-5
