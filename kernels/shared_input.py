@@ -149,9 +149,11 @@ class SharedInput:
                 self._packed(),
                 self._tally(x.device),
             ).view(*x.shape[:-1], -1)
-            for linear, side in zip(linears, self._sides(out), strict=True):
-                if linear.bias is not None:
-                    side += linear.bias
+            biases = [linear.bias for linear in linears]
+            if any(bias is not None for bias in biases):
+                for bias, side in zip(biases, self._sides(out), strict=True):
+                    if bias is not None:
+                        side += bias
         return out
 
     def _sides(self, out: Tensor) -> tuple[Tensor, ...]:
