@@ -26,24 +26,23 @@ class Method:
     """A function of a model as an attribute of it, that does not keep the model.
 
     So a model goes with its last user, and does not wait for cycles to be collected. A bound method
-    would keep it, and could not be unpickled, being looked up before it is there.
+    would keep it, and could not be unpickled, being looked up before it is there. Called after its
+    model is gone, as in `load_model(path).set_bits(4)`, it raises InputError.
     """
 
     def __init__(self, function: Callable[..., Any], model: PreTrainedModel, *given: Any) -> None:
         self._function = function
         self._model = weakref.ref(model)
-        self._given = given
+        self.given = given
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self._model()
         if model is None:
-            raise RuntimeError(
-                "the model is gone: keep it in a variable while its methods are used"
-            )
-        return self._function(model, *self._given, *args, **kwargs)
+            raise InputError("the model is gone: keep it in a variable while its methods are used")
+        return self._function(model, *self.given, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Method, (self._function, self._model(), *self._given)
+        return Method, (self._function, self._model(), *self.given)
 
 
 def set_bits(model: PreTrainedModel, bits: int) -> None:
@@ -114,10 +113,15 @@ def set_policy(model: PreTrainedModel, policy: Callable[[], float] | None) -> No
     if policy is not None and not callable(policy):
         raise InputError(f"policy {policy!r} must be a function that returns average bits, or None")
     held = model.__dict__
-    if _POLICY not in held:
-        # Once, around what a user may have put there. Of the model, so that a copy asks for itself.
-        held["generate"] = Method(_generate_as_told, model, held.get("generate"))
-    held[_POLICY] = policy
+    outer = held.get("generate")
+    if isinstance(outer, Method):
+        asker = outer.given[0]
+    else:
+        # Around what a user put there, which may be around one of these: only the last one asks.
+        asker = held.get(_POLICY, (0, None))[0] + 1
+        # Of the model, so that a copy asks for itself.
+        held["generate"] = Method(_generate_as_told, model, asker, outer)
+    held[_POLICY] = asker, policy
 
 
 def start_over(model: nn.Module) -> None:
@@ -129,10 +133,10 @@ def start_over(model: nn.Module) -> None:
 
 
 def _generate_as_told(
-    model: Any, generate: Callable[..., Any] | None, *args: Any, **kwargs: Any
+    model: Any, asker: int, generate: Callable[..., Any] | None, *args: Any, **kwargs: Any
 ) -> Any:
-    policy = model.__dict__[_POLICY]
-    if policy is not None:
+    last, policy = model.__dict__[_POLICY]
+    if policy is not None and asker == last:
         set_average_bits(model, policy())
     if generate is None:
         return type(model).generate(model, *args, **kwargs)

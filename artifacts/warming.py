@@ -35,12 +35,12 @@ def warm_up(model: PreTrainedModel, tokens: Iterable[int] = (1, 128)) -> None:
             and 64 for those up to them.
 
     Raises:
-        InputError: a number of tokens is not positive.
+        InputError: these are no positive whole numbers.
     """
-    counts = tuple(tokens)
+    counts = tuple(tokens) if isinstance(tokens, Iterable) else (tokens,)
     for count in counts:
-        if count < 1:
-            raise InputError(f"tokens {count} must be positive: give what a pass of yours holds")
+        if not isinstance(count, int) or count < 1:
+            raise InputError(f"tokens {count!r}: give whole numbers, what a pass of yours holds")
     linears = elastic_linears(model)
     inputs = {id(linear.shared): linear.shared for linear in linears}
     precision = linears[0].precision

@@ -22,6 +22,7 @@ from typing import Any
 import click
 import torch
 from provenance import gpu_provenance
+from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from mbq.artifacts.checkpoint import Linear, RouterShape, find_routers
@@ -32,6 +33,8 @@ from mbq.kernels.precision import Precision
 from mbq.kernels.quantize import pack_pair
 from mbq.kernels.router import Router
 
+# Passes that torch did not capture although it was asked to.
+SKIPPED = "cudagraph_skips"
 PROMPT_TOKENS = 8
 NEW_TOKENS = 48
 LINEARS = (
@@ -143,10 +146,20 @@ def measure_step(how: str, model: Any) -> Entry:
     def step() -> None:
         called(token, past_key_values=cache, position_ids=position, use_cache=True)
 
+    def difference() -> float:
+        """Of the logits of what is called from those of the model, relative to these."""
+        found, expected = (
+            made(token, past_key_values=cache, position_ids=position, use_cache=True).logits.float()
+            for made in (called, model)
+        )
+        return ((found - expected).norm() / expected.norm()).item()
+
     # The first compiles; `torch.compile` captures at the second or third.
     for _ in range(4):
         step()
     torch.cuda.synchronize()
+    # A replay that went on at another width, or was none, would have times that look right.
+    entry = {"largest_difference": difference(), "graphs_skipped": counters["inductor"][SKIPPED]}
     repeat = step
     if how == "captured":
         graph = torch.cuda.CUDAGraph()
@@ -161,7 +174,7 @@ def measure_step(how: str, model: Any) -> Entry:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
-    return {"tokens_per_second": 1 / statistics.median(times)}
+    return entry | {"tokens_per_second": 1 / statistics.median(times)}
 
 
 if __name__ == "__main__":

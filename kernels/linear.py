@@ -145,6 +145,8 @@ class ElasticLinear(nn.Module):
         """Planes again, and nothing remembered."""
         self._weights = {}
         if self.packed:
+            # What was captured reads the layout where it lay.
+            self.shared.register()
             planes = pack_planes(self._code(self.stored_bits))
             self.packed = False
             for p, plane_NW in enumerate(planes):
@@ -204,9 +206,9 @@ class ElasticLinear(nn.Module):
 
 
 def _opaque(x: Tensor) -> bool:
-    """Whether `torch.compile` is tracing, for a model that only computes.
+    """Whether `torch.compile` is tracing a pass that records no gradients.
 
-    Gradients, and programs that are exported, take what torch does at the width that is set.
+    One that does, or that is exported, is traced through, at the width that is set.
     """
     traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     return traced and not (x.requires_grad and torch.is_grad_enabled())

@@ -42,7 +42,7 @@ class SharedInput:
         self._linears = tuple(weakref.ref(linear) for linear in linears)
         self.router = router
         self._out_features = tuple(linear.out_features for linear in linears)
-        self._register()
+        self.register()
         self._digits: Digits | None = None
         # One thread makes the layout, others wait for it.
         self._packing = threading.RLock()
@@ -99,9 +99,18 @@ class SharedInput:
 
         Where kernels serve the tokens the router is asked on the device, as in a graph: what
         `torch.compile` makes may be captured after any call.
+
+        Raises:
+            RuntimeError: tokens that kernels do not serve are being captured in a graph.
         """
         out = self._decode(x, compiled=True)
         if out is None:
+            if dispatch.capturing(x):
+                # A replay would go on at the width that was set now.
+                raise RuntimeError(
+                    f"{x.numel() // x.shape[-1]} tokens in {x.dtype} cannot be captured in a CUDA "
+                    "graph: steps of up to 64 tokens in 16 bits can; compile longer passes without"
+                )
             out = x.new_zeros(*x.shape[:-1], starts_of(self._out_features)[-1])
             for linear, side in zip(self.linears, self._sides(out), strict=True):
                 side.copy_(linear(x))
@@ -204,9 +213,10 @@ class SharedInput:
         self.__dict__.update(state)
         self._packing = threading.RLock()
         self._linears = tuple(weakref.ref(linear) for linear in state["_linears"])
-        self._register()
+        self.register()
 
-    def _register(self) -> None:
+    def register(self) -> None:
+        """Be another one to what `torch.compile` made: that is made anew."""
         self._number = next(_NUMBERS)
         _SHARED[self._number] = self
 

@@ -48,8 +48,11 @@ def names_run(target: str) -> bool:
 
 def argument(store: Store, run: str) -> str:
     """What to type for a run: its id, or its URI where commands look elsewhere."""
-    default = open_store(os.environ.get("MBQ_STORE") or default_store())
-    return run if store.uri == default.uri else f"{store.uri}/{keys.RUNS}/{run}"
+    try:
+        found = open_store(os.environ.get("MBQ_STORE") or default_store()).uri == store.uri
+    except InputError:
+        found = False
+    return run if found else f"{store.uri}/{keys.RUNS}/{run}"
 
 
 def locate(target: str, store_uri: str) -> tuple[Store, RunDocument]:

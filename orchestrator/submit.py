@@ -46,6 +46,7 @@ _LOCAL_VARIABLES = (
     "AWS_PROFILE",
     "AWS_SHARED_CREDENTIALS_FILE",
 )
+_PATH_VARIABLES = ("AWS_CA_BUNDLE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE")
 # A driver writes its status every second, to a store that may be slow.
 _LOOK_SECONDS = 5.0
 _LOOKS = 18
@@ -155,13 +156,14 @@ def submit(prepared: Prepared, store: Store, address: str | None, say: Say) -> J
             choose_resources(prepared.document, jobs.slots, build_plan(prepared.document))
         except ClusterError as error:
             raise InputError(f"the local Ray: {error}") from error
+    attempt = _next_attempt(prepared.document.run, store, jobs)
     # A running driver keeps the document it was started with.
     if _is_running(prepared.document.run, store, jobs, say):
         if find_run(store, prepared.document.run) != prepared.document:
             say("it keeps its evaluation and resources; submit again when it has finished")
     else:
         _write(prepared, store)
-        _start(prepared.document, store, jobs, say)
+        _start(prepared.document, attempt, store, jobs, say)
     return jobs
 
 
@@ -170,8 +172,9 @@ def resume(document: RunDocument, store: Store, address: str | None, say: Say) -
     if _is_finished(store, document, say):
         return None
     jobs = Jobs(address) if address is not None else jobs_of(start_local_head(say))
+    attempt = _next_attempt(document.run, store, jobs)
     if not _is_running(document.run, store, jobs, say):
-        _start(document, store, jobs, say)
+        _start(document, attempt, store, jobs, say)
     return jobs
 
 
@@ -215,10 +218,14 @@ def _is_running(run: str, store: Store, jobs: Jobs, say: Say) -> bool:
     )
 
 
-def _start(document: RunDocument, store: Store, jobs: Jobs, say: Say) -> None:
-    run = document.run
+def _next_attempt(run: str, store: Store, jobs: Jobs) -> int:
+    """Asked before anything else: of two that find nobody running, both start the same one."""
     status = find_document(store, keys.status_key(run), Status)
-    attempt = 1 + max(jobs.attempts(run), status.attempt if status else 0)
+    return 1 + max(jobs.attempts(run), status.attempt if status else 0)
+
+
+def _start(document: RunDocument, attempt: int, store: Store, jobs: Jobs, say: Say) -> None:
+    run = document.run
     python = sys.executable if jobs.ours else "python"
     try:
         jobs.submit(
@@ -267,7 +274,10 @@ def _store_environment(here: bool) -> dict[str, str]:
     """Where the object store is, for the processes of a run. Never its credentials: a job's
     environment can be read by everyone who may use the cluster."""
     names = _STORE_VARIABLES + (_LOCAL_VARIABLES if here else ())
-    return {name: os.environ[name] for name in names if os.environ.get(name)}
+    found = {name: os.environ[name] for name in names if os.environ.get(name)}
+    # Processes of a run have another working folder.
+    paths = {name: os.path.abspath(found[name]) for name in _PATH_VARIABLES if name in found}
+    return found | paths
 
 
 def _is_loopback(address: str) -> bool:

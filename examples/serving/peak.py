@@ -36,6 +36,7 @@ def main(checkpoint: Path, requests: int) -> None:
     """Answer a burst of requests with the model in CHECKPOINT."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model: Any = load_model(checkpoint)
+    model.warm_up()
     queue = deque(f"Item {n}: " for n in range(requests))
     set_policy(model, lambda: bits_for(len(queue)))
     while queue:

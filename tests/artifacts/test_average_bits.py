@@ -7,6 +7,7 @@ import runpy
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -358,6 +359,31 @@ def test_a_policy_leaves_a_users_own_generate_alone(finished_run: Any) -> None:
         model.generate(IDS[:1, :4], max_new_tokens=2, do_sample=False)
         assert model.realised_bits() == pytest.approx(expected, abs=0.2)
     assert seen == [0, 1, 2]
+
+
+def test_the_policy_set_last_is_asked_once(finished_run: Any) -> None:
+    model: Any = load_model(finished_run.checkpoint)
+    asked: list[float] = []
+
+    def policy(bits: float) -> Any:
+        return lambda: asked.append(bits) or bits
+
+    def generate() -> None:
+        model.generate(IDS[:1, :4], max_new_tokens=2, do_sample=False)
+
+    model.set_policy(policy(2.0))
+    asking = model.generate
+    # A user's around ours, and one instead of it.
+    model.generate = lambda *arguments, **options: asking(*arguments, **options)
+    model.set_policy(policy(3.0))
+    generate()
+    model.generate = partial(type(model).generate, model)
+    model.set_policy(policy(4.0))
+    generate()
+    model.generate = asking
+    model.set_policy(policy(8.0))
+    generate()
+    assert asked == [3.0, 4.0, 8.0]
 
 
 def test_a_copy_follows_its_policy_itself(finished_run: Any) -> None:

@@ -148,7 +148,7 @@ def test_a_model_goes_with_its_last_user(finished_run: Any) -> None:
         assert gone() is None
     finally:
         gc.enable()
-    with pytest.raises(RuntimeError, match="the model is gone: keep it"):
+    with pytest.raises(InputError, match="the model is gone: keep it"):
         set_bits(4)
 
 

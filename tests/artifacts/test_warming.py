@@ -93,8 +93,8 @@ def test_where_torch_multiplies_nothing_is_made(finished_run: Any) -> None:
     assert not any(linear._weights for linear in elastic_linears(model))
 
 
-@pytest.mark.parametrize("tokens", [0, -3])
-def test_refuses_no_tokens(finished_run: Any, tokens: int) -> None:
+@pytest.mark.parametrize("tokens", [0, -3, 1.5, "8"])
+def test_refuses_no_tokens(finished_run: Any, tokens: Any) -> None:
     model: Any = load_model(finished_run.checkpoint)
-    with pytest.raises(InputError, match=f"tokens {tokens} must be positive"):
+    with pytest.raises(InputError, match=f"tokens {tokens!r}: give whole numbers"):
         model.warm_up([1, tokens])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mbq.artifacts.errors import ClusterError
 from mbq.cluster import head as heads
 from mbq.cluster.head import Head, find_head, stop_head
 
@@ -52,6 +53,24 @@ def test_a_head_whose_starter_was_killed_is_ended_by_the_next(
     heads._end_what_is_left(tmp_path)
     assert process.wait(timeout=10)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_head_is_written_down_before_it_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known: list[Head | None] = []
+
+    def give_up(*arguments: object) -> None:
+        known.append(heads._read(tmp_path / "starting.json"))
+        raise ClusterError("it does not answer")
+
+    monkeypatch.setattr(heads, "_await_jobs_api", give_up)
+    with pytest.raises(ClusterError):
+        heads.start_head(tmp_path)
+    (head,) = known
+    assert head is not None
+    assert not Path(head.session_folder).exists()
+    assert find_head(tmp_path) is None
 
 
 def test_stopping_a_head_that_is_gone_hurts_nobody(

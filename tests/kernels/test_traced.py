@@ -111,6 +111,32 @@ def test_a_copy_has_a_width_of_its_own(x: Tensor, compiled: Callable[..., Any]) 
     assert not torch.allclose(at_two, at_eight)
 
 
+@torch.no_grad()
+def test_what_was_captured_is_made_anew_when_the_model_moves(
+    monkeypatch: pytest.MonkeyPatch, graphs: list[fx.GraphModule], compiled: Callable[..., Any]
+) -> None:
+    monkeypatch.setattr(dispatch, "packs", lambda x, _: x.dtype is torch.float16)
+    module, x = Sum(None, biased=False), torch.randn(12, COLUMNS).half()
+    module.precision.set_bits(2)
+    fast = compiled(module)
+    before = fast(x)
+    # The planes are packed again, and lie elsewhere then.
+    module.to("cpu")
+    assert torch.equal(fast(x), before)
+    assert len(graphs) == 2
+
+
+@torch.no_grad()
+def test_no_width_is_captured(
+    monkeypatch: pytest.MonkeyPatch, compiled: Callable[..., Any]
+) -> None:
+    """Many tokens are multiplied at the width that the host knows, which a replay would keep."""
+    module, many = Sum(8, biased=False), torch.randn(70, COLUMNS).half()
+    monkeypatch.setattr(dispatch, "capturing", lambda _: True)
+    with pytest.raises(RuntimeError, match=r"70 tokens in torch\.float16 cannot be captured"):
+        compiled(module)(many)
+
+
 def test_gradients_are_those_of_an_eager_model(
     graphs: list[fx.GraphModule], compiled: Callable[..., Any]
 ) -> None:

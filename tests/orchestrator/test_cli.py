@@ -201,6 +201,10 @@ def test_a_run_goes_on_when_nobody_watches(
     for result, typed in (
         (invoke("watch", run, "--store", store.uri), f"{store.uri}/runs/{run}"),
         (invoke("watch", run, MBQ_STORE=str(store.root)), run),
+        (
+            invoke("watch", run, "--store", store.uri, MBQ_STORE="foo://x"),
+            f"{store.uri}/runs/{run}",
+        ),
     ):
         fails(
             result, 1, f"run {run} goes on", f"`mbq-cluster watch {typed}`",

@@ -30,8 +30,7 @@ class _Cluster:
     known_attempts: int = 0
     ours: bool = False
     submitted: list[tuple[str, int, list[str]]] = field(default_factory=list)
-    # Whether somebody else submits the same a moment before.
-    overtaken: bool = False
+    environments: list[Mapping[str, str]] = field(default_factory=list)
 
     def latest(self, run: str, store: str) -> JobInfo | None:
         known = self.known_attempts
@@ -48,10 +47,10 @@ class _Cluster:
         environment: Mapping[str, str],
         metadata: Mapping[str, str],
     ) -> None:
-        if self.overtaken:
-            self.known_attempts = attempt
+        if attempt <= self.known_attempts:
             raise ClusterError("Request failed with status code 500")
         self.submitted.append((run, attempt, list(command)))
+        self.environments.append(environment)
 
     def slots(self, resources: TaskResources) -> int:
         return fitting([{"CPU": 2.0, "memory": 8.0 * 2**30}], resources)
@@ -156,11 +155,31 @@ def test_an_attempt_has_a_number_of_its_own(
 
 
 def test_of_two_that_submit_at_once_one_attaches(
-    cluster: _Cluster, store: LocalStore, tiny_document: Make
+    cluster: _Cluster, store: LocalStore, tiny_document: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cluster.overtaken = True
+    def overtaken(*arguments: Any) -> None:
+        put_document(*arguments)
+        cluster.known_attempts = 1
+
+    # While the tokens are uploaded, which takes longest.
+    monkeypatch.setattr(submitting, "put_document", overtaken)
     (said,) = _submit(tiny_document(), store)
     assert said.endswith("is already running (attempt 1)")
+    assert cluster.submitted == []
+
+
+def test_files_of_this_machine_are_named_for_processes_that_run_elsewhere(
+    finished_run: Any, store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = _Cluster(ours=True)
+    monkeypatch.setattr(submitting, "start_local_head", lambda say: None)
+    monkeypatch.setattr(submitting, "jobs_of", lambda head: found)
+    monkeypatch.setenv("AWS_CA_BUNDLE", "certificates/ca.pem")
+    monkeypatch.setenv("AWS_PROFILE", "mine")
+    resume(finished_run.document, store, None, lambda text: None)
+    (environment,) = found.environments
+    assert environment["AWS_CA_BUNDLE"] == str(Path.cwd() / "certificates" / "ca.pem")
+    assert environment["AWS_PROFILE"] == "mine"
 
 
 @pytest.mark.parametrize("kept", [None, 300])
