@@ -30,7 +30,7 @@ group, S slices, H planes of a slice (2), W widths.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -71,22 +71,21 @@ class Digits:
         """The first row of each linear, and the end of the last."""
         return starts_of(self.out_features)
 
-    def sides(self, out_TN: Tensor) -> tuple[Tensor, ...]:
-        """Products [T, N] of each linear, of those that lie side by side: [T, N']."""
-        return sides(out_TN, self.out_features)
+    def sides(self, out: Tensor) -> tuple[Tensor, ...]:
+        """Products [..., N] of each linear, of those that lie side by side: [..., N']."""
+        return sides(out, self.starts, self.out_features)
 
 
-@cache
-def starts_of(out_features: tuple[int, ...]) -> tuple[int, ...]:
+def starts_of(out_features: Sequence[int]) -> tuple[int, ...]:
     """The first row of each linear where they lie side by side, and the end of the last."""
     rows = (-(-features // ROW_MULTIPLE) * ROW_MULTIPLE for features in out_features)
     return tuple(itertools.accumulate(rows, initial=0))
 
 
-def sides(out: Tensor, out_features: tuple[int, ...]) -> tuple[Tensor, ...]:
+def sides(out: Tensor, starts: Sequence[int], out_features: Sequence[int]) -> tuple[Tensor, ...]:
     """Products [..., N] of each linear, of those that lie side by side: [..., N']."""
-    starts = zip(starts_of(out_features), out_features, strict=False)
-    return tuple([out.narrow(-1, start, features) for start, features in starts])
+    places = zip(starts, out_features, strict=False)
+    return tuple([out.narrow(-1, start, features) for start, features in places])
 
 
 def position(chunk: int) -> int:

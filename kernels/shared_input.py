@@ -42,6 +42,7 @@ class SharedInput:
         self._linears = tuple(weakref.ref(linear) for linear in linears)
         self.router = router
         self._out_features = tuple(linear.out_features for linear in linears)
+        self._starts = starts_of(self._out_features)
         self.register()
         self._digits: Digits | None = None
         # One thread makes the layout, others wait for it.
@@ -88,7 +89,7 @@ class SharedInput:
         """What `torch.compile` makes of tokens [..., K] times one linear: [..., N]."""
         traced = self._traced
         if traced is None or traced[0] is not x or number not in traced[1]:
-            out = multiply_all(x, self._number, starts_of(self._out_features)[-1])
+            out = multiply_all(x, self._number, self._starts[-1])
             traced = x, dict(enumerate(self._sides(out)))
         product = traced[1].pop(number)
         self._traced = traced if traced[1] else None
@@ -111,7 +112,7 @@ class SharedInput:
                     f"{x.numel() // x.shape[-1]} tokens in {x.dtype} cannot be captured in a CUDA "
                     "graph: steps of up to 64 tokens in 16 bits can; compile longer passes without"
                 )
-            out = x.new_zeros(*x.shape[:-1], starts_of(self._out_features)[-1])
+            out = x.new_zeros(*x.shape[:-1], self._starts[-1])
             for linear, side in zip(self.linears, self._sides(out), strict=True):
                 side.copy_(linear(x))
         return out
@@ -166,7 +167,7 @@ class SharedInput:
         return out
 
     def _sides(self, out: Tensor) -> tuple[Tensor, ...]:
-        return sides(out, self._out_features)
+        return sides(out, self._starts, self._out_features)
 
     def _widths_of_all(self, x: Tensor, on_device: bool) -> int | Tensor | Gates:
         """Widths as the kernel takes them; those of a router stay on the device."""

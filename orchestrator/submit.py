@@ -150,18 +150,13 @@ def submit(prepared: Prepared, store: Store, address: str | None, say: Say) -> J
             _write(prepared, store)
         return jobs
     jobs = jobs or jobs_of(start_local_head(say))
-    if jobs.ours:
-        # It does not grow: what it lacks now it will lack later.
-        try:
-            choose_resources(prepared.document, jobs.slots, build_plan(prepared.document))
-        except ClusterError as error:
-            raise InputError(f"the local Ray: {error}") from error
     attempt = _next_attempt(prepared.document.run, store, jobs)
     # A running driver keeps the document it was started with.
     if _is_running(prepared.document.run, store, jobs, say):
         if find_run(store, prepared.document.run) != prepared.document:
             say("it keeps its evaluation and resources; submit again when it has finished")
     else:
+        _check_resources(prepared.document, jobs)
         _write(prepared, store)
         _start(prepared.document, attempt, store, jobs, say)
     return jobs
@@ -176,6 +171,15 @@ def resume(document: RunDocument, store: Store, address: str | None, say: Say) -
     if not _is_running(document.run, store, jobs, say):
         _start(document, attempt, store, jobs, say)
     return jobs
+
+
+def _check_resources(document: RunDocument, jobs: Jobs) -> None:
+    """Raises InputError if a local Ray cannot hold a task: it does not grow, as a cluster may."""
+    if jobs.ours:
+        try:
+            choose_resources(document, jobs.slots, build_plan(document))
+        except ClusterError as error:
+            raise InputError(f"the local Ray: {error}") from error
 
 
 def _write(prepared: Prepared, store: Store) -> None:
