@@ -72,7 +72,9 @@ def _operators(graph: fx.GraphModule) -> int:
     return sum("multiply_all" in str(node.target) for node in graph.graph.nodes)
 
 
-@pytest.mark.parametrize("width", [8, 0, None])
+@pytest.mark.parametrize(
+    ("width", "x"), [(8, "torch"), (0, "torch"), (None, "torch"), (8, "kernels")], indirect=["x"]
+)
 @torch.no_grad()
 def test_a_new_width_compiles_nothing(
     width: int | None, x: Tensor, graphs: list[fx.GraphModule], compiled: Callable[..., Any]
