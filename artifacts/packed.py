@@ -72,7 +72,7 @@ class PackedCheckpoint:
             config = CheckedObject(self.store, CONFIG_FILE, digest).read()
         except CorruptError as error:
             try:
-                return _cut_config(self)
+                return _uncut_config(self)
             except CorruptError:
                 raise error from None
         if cut_config(config, self.manifest.max_bits) != config:
@@ -133,7 +133,7 @@ def verify(checkpoint: PackedCheckpoint, report: Report) -> list[str]:
     """
     store = checkpoint.store
     try:
-        _, max_bits = _cut_config(checkpoint)
+        _, max_bits = _uncut_config(checkpoint)
     except (NotFoundError, CorruptError) as error:
         return [f"{CONFIG_FILE}: {error}"]
     files = checkpoint.files(max_bits)
@@ -147,8 +147,8 @@ def verify(checkpoint: PackedCheckpoint, report: Report) -> list[str]:
     return [f"{name}: {fault}" for name, fault in faults.items()]
 
 
-def _cut_config(checkpoint: PackedCheckpoint) -> tuple[bytes, int]:
-    """`PackedCheckpoint.config` where it may be cut: set back, it must be that of the manifest."""
+def _uncut_config(checkpoint: PackedCheckpoint) -> tuple[bytes, int]:
+    """`PackedCheckpoint.config` where it may be cut: set back, it must be the manifest's."""
     manifest = checkpoint.manifest
     config = checkpoint.store.read(CONFIG_FILE, 0, MAX_CONFIG_BYTES + 1)
     max_bits = config_bits(config)

@@ -15,6 +15,7 @@ where they decide they give every token 4 bits.
 import json
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -141,40 +142,55 @@ def measure_step(how: str, model: Any) -> Entry:
     model(prompt, past_key_values=cache, use_cache=True)
     token = torch.randint(0, 32000, (1, 1), device="cuda")
     position = torch.full((1, 1), PROMPT_TOKENS, device="cuda")
-    called = torch.compile(model, mode="reduce-overhead") if how == "compiled" else model
 
-    def step() -> None:
-        called(token, past_key_values=cache, position_ids=position, use_cache=True)
+    def rewind() -> None:
+        """Every step moves the cache on."""
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(PROMPT_TOKENS)
 
-    def difference() -> float:
-        """Of the logits of what is called from those of the model, relative to these."""
-        found, expected = (
-            made(token, past_key_values=cache, position_ids=position, use_cache=True).logits.float()
-            for made in (called, model)
-        )
-        return ((found - expected).norm() / expected.norm()).item()
+    def step(called: Any) -> Any:
+        return called(token, past_key_values=cache, position_ids=position, use_cache=True).logits
 
+    counters.clear()
+    made = torch.compile(model, mode="reduce-overhead") if how == "compiled" else model
     # The first compiles; `torch.compile` captures at the second or third.
     for _ in range(4):
-        step()
-    torch.cuda.synchronize()
+        rewind()
+        step(made)
+    repeat = replayed(partial(step, made)) if how == "captured" else partial(step, made)
     # A replay that went on at another width, or was none, would have times that look right.
-    entry = {"largest_difference": difference(), "graphs_skipped": counters["inductor"][SKIPPED]}
-    repeat = step
-    if how == "captured":
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-        repeat = graph.replay
+    rewind()
+    found = repeat().float()
+    rewind()
+    expected = step(model).float()
     times = []
     for _ in range(20):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        rewind()
         start.record()
         repeat()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
-    return entry | {"tokens_per_second": 1 / statistics.median(times)}
+    return {
+        "tokens_per_second": 1 / statistics.median(times),
+        "relative_difference": ((found - expected).norm() / expected.norm()).item(),
+        "graphs_skipped": counters["inductor"][SKIPPED],
+    }
+
+
+def replayed(step: Callable[[], Any]) -> Callable[[], Any]:
+    """A step, captured once, and what repeats it."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+
+    def replay() -> Any:
+        graph.replay()
+        return out
+
+    return replay
 
 
 if __name__ == "__main__":

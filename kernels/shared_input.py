@@ -89,7 +89,7 @@ class SharedInput:
         """What `torch.compile` makes of tokens [..., K] times one linear: [..., N]."""
         traced = self._traced
         if traced is None or traced[0] is not x or number not in traced[1]:
-            out = multiply_all(x, self._number, self._starts[-1])
+            out = multiply_shared(x, self._number, self._starts[-1])
             traced = x, dict(enumerate(self._sides(out)))
         product = traced[1].pop(number)
         self._traced = traced if traced[1] else None
@@ -222,13 +222,13 @@ class SharedInput:
         _SHARED[self._number] = self
 
 
-@torch.library.custom_op("mbq::multiply_all", mutates_args=())
-def multiply_all(x: Tensor, shared: int, rows: int) -> Tensor:
+@torch.library.custom_op("mbq::multiply_shared", mutates_args=())
+def multiply_shared(x: Tensor, shared: int, rows: int) -> Tensor:
     """`SharedInput.multiply_all` by number; `rows` is N'."""
     return _SHARED[shared].multiply_all(x)
 
 
-@multiply_all.register_fake
+@multiply_shared.register_fake
 def _(x: Tensor, shared: int, rows: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], rows)
 

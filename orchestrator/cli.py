@@ -197,7 +197,7 @@ def stop(run: str, store: str | None, address: str | None) -> None:
             )
         raise NotFoundError(f"run {document.run} is {state}: there is nothing to stop")
     jobs.stop(job)
-    typed = status.argument(chosen, document.run)
+    typed = status.as_typed(chosen, document.run)
     say(f"run {document.run} is stopped; `mbq-cluster resume {typed}` continues it")
 
 
@@ -250,7 +250,7 @@ def _watch(
         with display.Watch() as live:
             state = status.follow(store, document, jobs, live.show)
     except KeyboardInterrupt as error:
-        typed = status.argument(store, document.run)
+        typed = status.as_typed(store, document.run)
         raise MbqError(
             f"run {document.run} goes on unwatched; `mbq-cluster watch {typed}` follows it, "
             f"`mbq-cluster stop {typed}` stops it"

@@ -6,7 +6,6 @@ after a crash.
 
 import collections
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mbq.artifacts import keys
@@ -21,19 +20,13 @@ from mbq.artifacts.documents import (
     ValidationRecord,
     VariantLosses,
 )
-from mbq.artifacts.errors import ClusterError
 from mbq.artifacts.runs import block_records
 from mbq.artifacts.sealed import find_document
 from mbq.artifacts.store import Store
 from mbq.cluster.runner import Call, Handle, Runner, TaskResources
 from mbq.orchestrator.comparison import default_averages
-from mbq.orchestrator.plan import (
-    Plan,
-    Progress,
-    Task,
-    build_plan,
-    task_memory_bytes,
-)
+from mbq.orchestrator.plan import Plan, Progress, Task, build_plan
+from mbq.orchestrator.resources import choose_resources
 from mbq.workers import tasks
 from mbq.workers.opened import RunRef
 from mbq.workers.settle import choose
@@ -204,31 +197,3 @@ def call_of(driver: Driver, task: Task) -> tuple[Call, TaskResources]:
         return Call(name, tasks.sample, arguments), resources
     text = driver.document.evaluation_tokens
     return Call(name, tasks.evaluate, (ref, task.target, text)), resources
-
-
-def choose_resources(
-    document: RunDocument, slots_for: Callable[[TaskResources], int], plan: Plan
-) -> tuple[TaskResources, int]:
-    """What one task takes, and how many run at once. Raises ClusterError if none ever can."""
-    spec = document.spec
-    hidden_size = document.source.config["hidden_size"]
-    asked = spec.resources.memory_gib
-    memory = int(asked * 1024**3) if asked else task_memory_bytes(plan, spec, hidden_size)
-    on_cpu = TaskResources(cpus=spec.threads, memory_bytes=memory)
-    # On a GPU the block lives in the GPU's memory; the host holds its hidden states, and what it
-    # has room for is the user's to say.
-    on_gpu = TaskResources(cpus=spec.threads, gpus=1, memory_bytes=memory if asked else None)
-    chosen = {"cpu": [on_cpu], "cuda": [on_gpu], "auto": [on_gpu, on_cpu]}[spec.resources.device]
-    for resources in chosen:
-        slots = slots_for(resources)
-        if slots:
-            return resources, min(slots, spec.resources.workers or slots)
-    if spec.resources.device == "cuda":
-        raise ClusterError(
-            f"no node offers a GPU and {spec.threads} CPUs for one task; set resources.device to "
-            "cpu, lower threads, or add nodes with GPUs"
-        )
-    raise ClusterError(
-        f"no node offers {spec.threads} CPUs and {memory / 1024**3:.1f} GiB for one task; lower "
-        "threads or microbatch, set resources.memory_gib, or add nodes"
-    )

@@ -46,7 +46,7 @@ def names_run(target: str) -> bool:
     return True
 
 
-def argument(store: Store, run: str) -> str:
+def as_typed(store: Store, run: str) -> str:
     """What to type for a run: its id, or its URI where commands look elsewhere."""
     try:
         found = open_store(os.environ.get("MBQ_STORE") or default_store()).uri == store.uri
@@ -106,7 +106,7 @@ def state_of(store: Store, document: RunDocument, job: JobInfo | None) -> RunSta
         detail = "its driver is gone; resume continues it"
         if current is not None:
             # What it could not write into a full store, say, the cluster has kept.
-            detail += f"; `mbq-cluster logs {argument(store, document.run)}` may tell why it ended"
+            detail += f"; `mbq-cluster logs {as_typed(store, document.run)}` may tell why it ended"
         return RunState(document, "interrupted", status, detail)
     final = "; ".join(f"{f.task}: {f.error}" for f in status.failures if f.final)
     return RunState(document, status.state, status, final)
@@ -114,7 +114,7 @@ def state_of(store: Store, document: RunDocument, job: JobInfo | None) -> RunSta
 
 def no_checkpoint(store: Store, document: RunDocument) -> NotFoundError:
     """What to raise for a run that has not published its checkpoint: it names what helps."""
-    run, typed = document.run, argument(store, document.run)
+    run, typed = document.run, as_typed(store, document.run)
     found = state_of(store, document, None)
     # Before its driver has said anything, only the cluster knows.
     if found.status is not None and found.state in TERMINAL:

@@ -31,10 +31,10 @@ from mbq.artifacts.tensors import Entry, encode
 from mbq.cluster.jobs import Jobs
 from mbq.orchestrator.check import check_source
 from mbq.orchestrator.comparison import variants
-from mbq.orchestrator.driver import choose_resources
 from mbq.orchestrator.local import Say, default_store, jobs_of, start_local_head
 from mbq.orchestrator.plan import build_plan
 from mbq.orchestrator.presets import preset
+from mbq.orchestrator.resources import choose_resources
 from mbq.workers.data import Tokens, calibration_tokens, evaluation_tokens, sample_tokens
 from mbq.workers.environment import ENVIRONMENT
 

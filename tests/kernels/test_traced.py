@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from mbq.kernels import dispatch
 from mbq.kernels.precision import Curve, Precision
-from mbq.kernels.shared_input import multiply_all, share_input
+from mbq.kernels.shared_input import multiply_shared, share_input
 from tests.support.routers import random_router
 from tests.support.weights import random_linear
 
@@ -69,7 +69,7 @@ def x(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Tensor
 
 
 def _operators(graph: fx.GraphModule) -> int:
-    return sum("multiply_all" in str(node.target) for node in graph.graph.nodes)
+    return sum("multiply_shared" in str(node.target) for node in graph.graph.nodes)
 
 
 @pytest.mark.parametrize(
@@ -167,4 +167,4 @@ def test_an_exported_program_needs_no_linears(strict: bool) -> None:
 def test_the_operator_is_what_torch_takes_it_for(x: Tensor) -> None:
     module = Sum(8, biased=False)
     module.precision.set_bits(3)
-    torch.library.opcheck(multiply_all, (x, module.last.shared._number, 128))
+    torch.library.opcheck(multiply_shared, (x, module.last.shared._number, 128))
