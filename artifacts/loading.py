@@ -30,13 +30,8 @@ from mbq.artifacts.checkpoint import PACKING, QUANT_METHOD, RouterShape
 from mbq.artifacts.config import check_quantization, folder_quantization
 from mbq.artifacts.elastic import add_routers, replace_linears
 from mbq.artifacts.errors import CorruptError, InputError, first_line
-from mbq.artifacts.precision import (
-    Method,
-    realised_bits,
-    set_average_bits,
-    set_bits,
-    set_policy,
-)
+from mbq.artifacts.methods import Method
+from mbq.artifacts.precision import realised_bits, set_average_bits, set_bits, set_policy
 from mbq.artifacts.spec import FORMAT_VERSION
 from mbq.artifacts.warming import warm_up
 from mbq.kernels.precision import Precision

@@ -4,7 +4,6 @@ The functions are also methods of the models that `loading.load_model` returns. 
 the model, not to a request: linears look it up whenever they are called, in whatever thread.
 """
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,35 +13,13 @@ from transformers import PreTrainedModel
 from mbq.artifacts.config import check_quantization
 from mbq.artifacts.elastic import elastic_linears
 from mbq.artifacts.errors import CorruptError, InputError
+from mbq.artifacts.methods import Method
 from mbq.kernels.precision import Curve, Precision
 from mbq.kernels.router import Router, refresh
 from mbq.kernels.widths import SLICE_BITS
 
 # Where a model keeps its policy.
 _POLICY = "_average_bits_policy"
-
-
-class Method:
-    """A function of a model as an attribute of it, that does not keep the model.
-
-    So a model goes with its last user, and does not wait for cycles to be collected. A bound method
-    would keep it, and could not be unpickled, being looked up before it is there. Called after its
-    model is gone, as in `load_model(path).set_bits(4)`, it raises InputError.
-    """
-
-    def __init__(self, function: Callable[..., Any], model: PreTrainedModel, *given: Any) -> None:
-        self._function = function
-        self._model = weakref.ref(model)
-        self.given = given
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model = self._model()
-        if model is None:
-            raise InputError("the model is gone: keep it in a variable while its methods are used")
-        return self._function(model, *self.given, *args, **kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Method, (self._function, self._model(), *self.given)
 
 
 def set_bits(model: PreTrainedModel, bits: int) -> None:
