@@ -2,8 +2,9 @@
 
     python benchmarks/tuning.py --out kernels --model llama2-7b
 
-Adds to what the file holds, a shape at a time, so a run that is cut off leaves what it found. One
-model takes some minutes, most of them for the compiler.
+What is timed is a product and the launch before it, which makes its tokens ready, as in a step: a
+product begins while that launch runs. Adds to what the file holds, fewest tokens first, so a run
+that is cut off leaves what it found. One model takes some minutes, most of them for the compiler.
 """
 
 import itertools
@@ -12,23 +13,26 @@ from pathlib import Path
 
 import click
 import torch
-from compiling import Product, compile_products, tokens_of
-from weights import SHAPES, decode_times, rotation
+from compiling import Product, compile_products
+from weights import GROUP, SHAPES, multiply, rotation
 
 from mbq.kernels import dispatch
 from mbq.kernels.digits import BLOCK_INPUTS
+from mbq.kernels.timing import time_graph
+from mbq.kernels.triton_prepare import prepare
 from mbq.kernels.triton_tiles import Tile
+from mbq.kernels.widths import CODE_BITS
 
 SPLITS = (1, 2, 4, 8)
 STAGES = (2, 3)
 # Rows and warps.
 CUTS = ((64, 2), (64, 4), (128, 2), (128, 4), (128, 8))
-# The same for few tokens, where warps share the inputs.
-NARROW = tuple(itertools.product((16, 32), (2, 4, 8)))
+# Rows, warps and stages for few tokens, where warps share the inputs.
+NARROW = tuple(itertools.product((16, 32), (2, 4, 8), (1, 2)))
 TOKENS = (1, 16, 32, 64)
 # What each kind of product is timed at; mixed tokens all take 4 bits, unknown to the host.
 BITS = {"2": 2, "4": 4, "8": 8, dispatch.MIXED: 4}
-REPLAYS = 5
+LAUNCHES, REPLAYS = 48, 5
 
 Tiles = dict[str, dict[str, dict[str, list[int]]]]
 
@@ -43,29 +47,29 @@ def main(out: Path, model: str) -> None:
     path = out / f"tiles_sm{major}{minor}.json"
     tiles: Tiles = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     shapes = sorted(set(SHAPES[model].values()))
-    compile_products(
-        Product(BITS[kind], kind == dispatch.MIXED, m, tile)
-        for kind, (n, k) in itertools.product(BITS, shapes)
-        for m in tokens_for(kind)
-        for tile in candidates(n, k, m)
-    )
-    for (n, k), kind in itertools.product(shapes, BITS):
-        entry = {
-            str(dispatch.token_tile(m, kind)): fastest(n, k, m, kind) for m in tokens_for(kind)
-        }
-        tiles.setdefault(kind, {})[f"{n} x {k}"] = entry
-        path.write_text(json.dumps(tiles, indent=1) + "\n", encoding="utf-8")
-        click.echo(f"{kind} {n} x {k}: {entry}")
+    for m in TOKENS:
+        kinds = [kind for kind in BITS if tuned(m, kind)]
+        compile_products(
+            Product(BITS[kind], kind == dispatch.MIXED, m, tile)
+            for kind, (n, k) in itertools.product(kinds, shapes)
+            for tile in candidates(n, k, m)
+        )
+        for (n, k), kind in itertools.product(shapes, kinds):
+            best = fastest(n, k, m, kind)
+            of_shape = tiles.setdefault(kind, {}).setdefault(f"{n} x {k}", {})
+            of_shape[str(dispatch.token_tile(m, kind))] = best
+            path.write_text(json.dumps(tiles, indent=1) + "\n", encoding="utf-8")
+            click.echo(f"{kind} {n} x {k}, {m} tokens: {best}")
 
 
-def tokens_for(kind: str) -> list[int]:
-    """Numbers of tokens that are cut differently.
+def tuned(m: int, kind: str) -> bool:
+    """Whether so many tokens are cut in a way of their own.
 
     Of mixed widths, 64 are cut at 32, and few in one way for all shapes.
     """
     if kind != dispatch.MIXED:
-        return list(TOKENS)
-    return [m for m in TOKENS if not dispatch.narrow(m) and dispatch.token_tile(m, kind) >= m]
+        return True
+    return not dispatch.narrow(m) and dispatch.token_tile(m, kind) >= m
 
 
 def candidates(n: int, k: int, m: int) -> list[Tile]:
@@ -75,8 +79,8 @@ def candidates(n: int, k: int, m: int) -> list[Tile]:
     """
     if dispatch.narrow(m):
         return [
-            Tile(rows, split=1, warps=warps, stages=1)
-            for rows, warps in NARROW
+            Tile(rows, split=1, warps=warps, stages=stages)
+            for rows, warps, stages in NARROW
             if 500 <= n // rows * warps <= 4000 and warps <= k // BLOCK_INPUTS
         ]
     found = []
@@ -92,11 +96,17 @@ def candidates(n: int, k: int, m: int) -> list[Tile]:
 def fastest(n: int, k: int, m: int, kind: str) -> list[int]:
     """Rows, split, warps and stages of the fastest tile."""
     bits = BITS[kind]
-    weights, prepared = rotation(n, k, bits), tokens_of(kind == dispatch.MIXED, m, k, bits)
+    turn = itertools.cycle(rotation(n, k, bits))
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    widths = torch.full((1, m), bits, device="cuda") if kind == dispatch.MIXED else bits
     seconds = {}
     for tile in candidates(n, k, m):
+
+        def launch(tile: Tile = tile) -> None:
+            multiply(prepare(x, widths, 1, GROUP, CODE_BITS), bits, next(turn), tile)
+
         try:
-            seconds[tile] = decode_times(weights, prepared, bits, tile, REPLAYS)[0]
+            seconds[tile] = time_graph(launch, LAUNCHES, REPLAYS)[0]
         except Exception as error:  # as while compiling
             click.echo(f"left out: {tile}: {error}"[:200])
     tile = min(seconds, key=lambda t: seconds[t])

@@ -12,8 +12,10 @@ matters:
 
         16 (i // 2 % 2) + 4 (i // 8) + 2 (i // 4 % 2) + i % 2
 
-  - Words and scales, which come from memory and not from a cache, are asked for a turn ahead; those
-    of the first turn before the launch before has ended (Hopper and later).
+  - Words and scales, which come from memory, are asked for a turn ahead. From Hopper on those of
+    the first turn are asked for before the launch before has ended: all of them, or what every
+    width reads where that launch decides the width. A tile may also have those of later turns
+    brought to the L2 cache then, as many as a warp has lanes.
 
 Tokens of one width are multiplied by whole codes, those that differ by what each width adds to the
 one before, digits of 2 bits or of one: as many products as there are widths up to the largest, and
@@ -76,24 +78,6 @@ def _tokens_in_order(x, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _words(
-    word_pairs_ptr, block, wide, narrow, rows, plane_words, BITS: tl.constexpr, SLICES: tl.constexpr
-):
-    """Words of each plane that a width reads, of a block for each row; others repeat the first.
-
-    Returns those of the first slice, the high and the low bits of the second, the other slices.
-    """
-    block_ptr = word_pairs_ptr + (block.to(tl.int64) * rows * 8)[:, None]
-    slice_words = 2 * plane_words.to(tl.int64)
-    first = tl.load(block_ptr + wide)
-    high = tl.load(block_ptr + slice_words + narrow) if SLICES > 1 else first
-    low = tl.load(block_ptr + slice_words + plane_words + narrow) if BITS > 3 else first
-    third = tl.load(block_ptr + 2 * slice_words + wide) if SLICES > 2 else first
-    fourth = tl.load(block_ptr + 3 * slice_words + wide) if SLICES > 3 else first
-    return first, high, low, third, fourth
-
-
-@triton.jit
 def _scale_pairs(
     scale_zero_ptr, block, rows, WARPS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr
 ):
@@ -111,6 +95,101 @@ def _scale_pairs(
             pair = tl.reshape(tl.permute(both, (0, 2, 1)), (WARPS, ROWS))
         pairs += (pair,)  # type: ignore[assignment]
     return pairs
+
+
+@triton.jit
+def _places(rows, blocks, ROWS: tl.constexpr, WARPS: tl.constexpr):
+    """Of what is loaded of words at once: the warp of each row, and where in a block words lie.
+
+    In the two planes of a slice, and in one, where each word serves twice.
+    """
+    of_row = tl.arange(0, ROWS * WARPS)
+    word = tl.arange(0, 16)
+    row = of_row // (8 * WARPS) * 8 + of_row % 8
+    narrow = row[:, None] * 8 + (word % 8)[None, :]
+    wide = narrow + (word // 8 * (blocks * rows * 8))[None, :]
+    return of_row // 8 % WARPS, wide, narrow
+
+
+@triton.jit
+def _load_first(
+    word_pairs_ptr, scale_zero_ptr, start, rows, blocks,
+    ROWS: tl.constexpr, WARPS: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """What every width reads of the turn from a block on: words of the first slice, and scales.
+
+    Warps that have no block left take the last one.
+    """
+    row_warp, wide, _ = _places(rows, blocks, ROWS, WARPS)
+    block = tl.minimum(start + row_warp, blocks - 1)
+    first = tl.load(word_pairs_ptr + (block.to(tl.int64) * rows * 8)[:, None] + wide)
+    block = tl.minimum(start + tl.arange(0, WARPS), blocks - 1)
+    return first, _scale_pairs(scale_zero_ptr, block, rows, WARPS, ROWS, GROUPS)
+
+
+@triton.jit
+def _load_rest(
+    word_pairs_ptr, first, start, rows, blocks,
+    ROWS: tl.constexpr, WARPS: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """All words that a width reads of a turn, given those of the first slice.
+
+    Those of the first slice, the high and the low bits of the second, the third slice, the fourth;
+    what the width does not read repeats the first.
+    """
+    SLICES: tl.constexpr = (BITS + 1) // 2
+    row_warp, wide, narrow = _places(rows, blocks, ROWS, WARPS)
+    block = tl.minimum(start + row_warp, blocks - 1)
+    block_ptr = word_pairs_ptr + (block.to(tl.int64) * rows * 8)[:, None]
+    plane_words = blocks * rows * 8
+    slice_words = 2 * plane_words.to(tl.int64)
+    high = tl.load(block_ptr + slice_words + narrow) if SLICES > 1 else first
+    low = tl.load(block_ptr + slice_words + plane_words + narrow) if BITS > 3 else first
+    third = tl.load(block_ptr + 2 * slice_words + wide) if SLICES > 2 else first
+    fourth = tl.load(block_ptr + 3 * slice_words + wide) if SLICES > 3 else first
+    return first, high, low, third, fourth
+
+
+@triton.jit
+def _later(blocks, TIMES: tl.constexpr, WARPS: tl.constexpr):
+    """Blocks of each warp after its first, each so many times: as many as a warp has lanes.
+
+    Returns the block, which of its times it is, and whether there is such a block: [32 W] each.
+    """
+    lane, warp = tl.arange(0, 32 * WARPS) % 32, tl.arange(0, 32 * WARPS) // 32
+    block = (1 + lane // TIMES) * WARPS + warp
+    return block, lane % TIMES, block < blocks
+
+
+@triton.jit
+def later_words(rows, blocks, WARPS: tl.constexpr, PLANE: tl.constexpr, PLANES: tl.constexpr):
+    """Where words of later blocks begin, in so many planes from one on, and whether they do."""
+    block, i, there = _later(blocks, PLANES, WARPS)
+    return ((PLANE + i).to(tl.int64) * blocks + block) * rows * 8, there
+
+
+@triton.jit
+def later_scales(rows, blocks, WARPS: tl.constexpr, GROUPS: tl.constexpr):
+    """Where scales of later blocks begin, a group each, and whether they do."""
+    block, i, there = _later(blocks, GROUPS, WARPS)
+    return (block * GROUPS + i) * rows, there
+
+
+@triton.constexpr_function
+def _prefetching(size: int) -> str:
+    """PTX that brings so many bytes at $1 to the L2 cache, unless $2 is 0."""
+    return (
+        "{ .reg .pred there; setp.ne.b32 there, $2, 0; "
+        f"@there cp.async.bulk.prefetch.L2.global [$1], {size}; mov.b32 $0, 0; }}"
+    )
+
+
+@triton.jit
+def _prefetch(at, there, BYTES: tl.constexpr):
+    tl.inline_asm_elementwise(
+        _prefetching(BYTES), "=r,l,r", [at, there.to(tl.int32)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -229,32 +308,25 @@ def _mixed_turn(
 
 @triton.jit
 def _multiplied(
-    x_ptr, word_pairs_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr, bias_sum_ptr, unscale_ptr,
-    out_ptr, rows, blocks, padded_tokens, tokens, bits, differ,
+    first, pairs, x_ptr, word_pairs_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr, bias_sum_ptr,
+    unscale_ptr, out_ptr, rows, blocks, padded_tokens, tokens, bits, differ,
     ROWS: tl.constexpr, WARPS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
-    MIXED: tl.constexpr, WAITS: tl.constexpr, ASM: tl.constexpr,
+    MIXED: tl.constexpr, WAITS: tl.constexpr, PREFETCHED: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Products of a tile of rows. Tokens have BITS or, if they differ, `bits`, at most BITS.
 
-    Pointers to what has rows point at the first; `WAITS` for the launch before, but for weights.
+    Pointers to what has rows point at the first; `first` and `pairs` are the first turn's
+    (`_load_first`). `WAITS` for the launch before, but for weights.
     """
-    SLICES: tl.constexpr = (BITS + 1) // 2
     warp = tl.arange(0, WARPS)
-    word = tl.arange(0, 16)
-    late = (word // 8)[None, :]
-    of_row = tl.arange(0, ROWS * WARPS)
-    row_warp = of_row // 8 % WARPS
-    row = of_row // (8 * WARPS) * 8 + of_row % 8
-    plane_words = blocks * rows * 8
-    narrow = row[:, None] * 8 + (word % 8)[None, :]
-    wide = narrow + (word // 8 * plane_words)[None, :]
+    late = (tl.arange(0, 16) // 8)[None, :]
     n = tl.arange(0, ROWS)
     gain_row = (row_of(bits) * rows)[None, :] if MIXED else row_of(BITS) * rows
     gain_bias = tl.load(gain_bias_ptr + gain_row + n[:, None])
-    first = tl.minimum(row_warp, blocks - 1)
-    words = _words(word_pairs_ptr, first, wide, narrow, rows, plane_words, BITS, SLICES)
-    first = tl.minimum(warp, blocks - 1)
-    pairs = _scale_pairs(scale_zero_ptr, first, rows, WARPS, ROWS, GROUPS)
+    words = _load_rest(word_pairs_ptr, first, 0, rows, blocks, ROWS, WARPS, BITS)
+    if PREFETCHED and BITS > 2:
+        at, exists = later_words(rows, blocks, WARPS, 2, BITS - 2)
+        _prefetch(word_pairs_ptr + at, exists, 32 * ROWS)
     if WAITS:
         tl.extra.cuda.gdc_wait()
     of_token = tl.arange(0, WARPS * _TOKENS)
@@ -262,21 +334,20 @@ def _multiplied(
     token = tl.minimum(of_token % _TOKENS, tokens - 1)
     x_at = x_ptr + (token * blocks * 256)[:, None] + tl.arange(0, 32)[None, :]
     total = tl.zeros((WARPS, ROWS, _TOKENS), dtype=tl.float32)
-    for turn in tl.range(0, (blocks + WARPS - 1) // WARPS, num_stages=1):
+    for start in tl.range(0, blocks, WARPS, num_stages=1):
         used, used_pairs = words, pairs
-        # Warps that have no block left take the last one, and nothing of it.
-        ahead = (turn + 1) * WARPS
-        next_block = tl.minimum(ahead + row_warp, blocks - 1)
-        words = _words(word_pairs_ptr, next_block, wide, narrow, rows, plane_words, BITS, SLICES)
-        next_block = tl.minimum(ahead + warp, blocks - 1)
-        pairs = _scale_pairs(scale_zero_ptr, next_block, rows, WARPS, ROWS, GROUPS)
+        first, pairs = _load_first(
+            word_pairs_ptr, scale_zero_ptr, start + WARPS, rows, blocks, ROWS, WARPS, GROUPS
+        )
+        words = _load_rest(word_pairs_ptr, first, start + WARPS, rows, blocks, ROWS, WARPS, BITS)
         # Of 32 rows the registers do not hold all that is asked for early.
         if ASM and ROWS == 16:
             asked_by_now()
-        block = tl.minimum(turn * WARPS + warp, blocks - 1)
-        x_block = tl.minimum(turn * WARPS + of_token // _TOKENS, blocks - 1)
+        block = tl.minimum(start + warp, blocks - 1)
+        x_block = tl.minimum(start + of_token // _TOKENS, blocks - 1)
         x_block_ptr = x_at + (x_block * 256)[:, None]
-        there = turn * WARPS + warp < blocks
+        # Nothing is taken of a block that is not this warp's.
+        there = start + warp < blocks
         if MIXED:  # noqa: SIM102
             if differ:
                 total += _mixed_turn(
@@ -299,8 +370,8 @@ def _narrow_kernel(
     x_ptr, word_pairs_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr, bias_sum_ptr, unscale_ptr,
     bits_ptr, out_ptr, rows, blocks, padded_tokens, tokens, second, third,
     ROWS: tl.constexpr, WARPS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
-    MIXED: tl.constexpr, MOST_SLICES: tl.constexpr, PROGRAMMATIC: tl.constexpr,
-    ASM: tl.constexpr,
+    MIXED: tl.constexpr, MOST_SLICES: tl.constexpr, PREFETCHES: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     linear = (tile >= second).to(tl.int32) + (tile >= third).to(tl.int32)
@@ -311,7 +382,15 @@ def _narrow_kernel(
     out_ptr += start
     bits_ptr += linear * padded_tokens
     t = tl.arange(0, _TOKENS)
-    # Widths are what the launch before writes: whoever reads them waits at once.
+    first, pairs = _load_first(word_pairs_ptr, scale_zero_ptr, 0, rows, blocks, ROWS, WARPS, GROUPS)
+    # What no older GPU can.
+    PREFETCHED: tl.constexpr = PREFETCHES and PROGRAMMATIC
+    if PREFETCHED:
+        at, exists = later_words(rows, blocks, WARPS, 0, 2)
+        _prefetch(word_pairs_ptr + at, exists, 32 * ROWS)
+        at, exists = later_scales(rows, blocks, WARPS, GROUPS)
+        _prefetch(scale_zero_ptr + at, exists, 4 * ROWS)
+    # Widths are what the launch before writes.
     KNOWN: tl.constexpr = BITS > 0 and not MIXED
     if PROGRAMMATIC and not KNOWN:
         tl.extra.cuda.gdc_wait()
@@ -328,10 +407,10 @@ def _narrow_kernel(
             if (BITS == 0) or (width == BITS):  # noqa: SIM102
                 if bits == width:
                     _multiplied(
-                        x_ptr, word_pairs_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr,
-                        bias_sum_ptr, unscale_ptr, out_ptr, rows, blocks, padded_tokens, tokens,
-                        token_bits, differ, ROWS, WARPS, GROUPS, width, MIXED and width > 2,
-                        PROGRAMMATIC and KNOWN, ASM,
+                        first, pairs, x_ptr, word_pairs_ptr, scale_zero_ptr, gain_bias_ptr,
+                        sum_ptr, bias_sum_ptr, unscale_ptr, out_ptr, rows, blocks, padded_tokens,
+                        tokens, token_bits, differ, ROWS, WARPS, GROUPS, width,
+                        MIXED and width > 2, PROGRAMMATIC and KNOWN, PREFETCHED, ASM,
                     )  # fmt: skip
 
 
@@ -341,7 +420,8 @@ def multiply_narrow(
     """Up to 8 tokens times every linear's weight, with gain and bias.
 
     Arguments and result as those of `triton_uniform.multiply_uniform`, but for tokens that may
-    differ in width: `bits` is None then. `tile.split` and `tile.stages` are 1.
+    differ in width: `bits` is None then. `tile.split` is 1; `tile.stages` 2 if
+    words and scales of later turns are brought to the L2 cache.
 
     Raises:
         ValueError: a tile would reach from one linear into the next.
@@ -355,6 +435,7 @@ def multiply_narrow(
         *next_linears(weight, tile.rows),
         ROWS=tile.rows, WARPS=tile.warps, GROUPS=BLOCK_INPUTS // weight.group_size,
         BITS=bits or 0, MIXED=prepared.mixed, MOST_SLICES=len(weight.digits_SHBN16),
-        ASM=not INTERPRETED, num_warps=tile.warps, **launching(out.device),
+        PREFETCHES=tile.stages > 1, ASM=not INTERPRETED, num_warps=tile.warps,
+        **launching(out.device),
     )  # fmt: skip
     return out

@@ -40,7 +40,10 @@ _COUNTERS = 4096
 
 @dataclass(frozen=True)
 class Tile:
-    """How a multiplication is cut: rows a program, programs along K, warps, loads in flight."""
+    """How a multiplication is cut: rows a program, programs along K, warps, loads in flight.
+
+    Of up to 8 tokens (`triton_narrow.py`) stages are 2 if the L2 cache is to hold one, else 1.
+    """
 
     rows: int
     split: int

@@ -68,6 +68,24 @@ def test_few_tokens_that_differ_stay_in_registers(compiled: dict[str, Any]) -> N
         assert kernel["moving"] == 0, f"{name} moves them between threads"
 
 
+def test_few_tokens_ask_for_weights_before_the_launch_before_has_ended(
+    compiled: dict[str, Any],
+) -> None:
+    """Whether the host knows the width, only the device, or that launch is to decide it."""
+    found = {n: k for n, k in compiled["uniform"].items() if n.startswith("sm_90, 8 tokens")}
+    assert found
+    for name, kernel in (found | compiled["launched"] | compiled["prefetching"]).items():
+        assert kernel["early_loads"] > 0, name
+
+
+def test_bringing_words_to_the_cache_takes_no_registers(compiled: dict[str, Any]) -> None:
+    for name, kernel in compiled["prefetching"].items():
+        assert kernel["early_prefetches"] > 0, name
+        assert kernel["spills_in_loops"] == 0, f"{name} spills"
+        loop = compiled["uniform"][name.replace("sm_90, ", "sm_90, 8 tokens, ")]["instructions"]
+        assert kernel["instructions"] < 1.05 * loop, name
+
+
 def test_three_bits_read_less_than_four(compiled: dict[str, Any]) -> None:
     found = {n: k for n, k in compiled["uniform"].items() if n.endswith(" tokens, 3 bits")}
     assert found

@@ -92,6 +92,9 @@ def main() -> None:
         "differing": {f"sm_90, up to {bits} bits": build_differing(90, bits) for bits in (3, 4, 8)},
         # As it is launched. The compiler's loops lie within each other there.
         "launched": {"sm_90, 8 tokens": build_differing(90, 0)},
+        "prefetching": {
+            f"sm_90, {bits or 'any'} bits": build_prefetching(90, bits) for bits in (2, 8, 0)
+        },
         "mixed": mixed,
         "uniform": uniform,
         "dequantizing": dequantizing,
@@ -112,6 +115,12 @@ def build_differing(architecture: int, bits: int) -> dict[str, Any]:
     return _narrow(architecture, dispatch.MIXED, {"BITS": bits, "MIXED": True, "GROUPS": 2})
 
 
+def build_prefetching(architecture: int, bits: int) -> dict[str, Any]:
+    """Few tokens of one width, or of one that only the device knows, and the L2 cache asked."""
+    constants = {"BITS": bits, "MIXED": False, "GROUPS": 2, "PREFETCHES": True}
+    return _narrow(architecture, dispatch.kind_of(False, bits or None), constants)
+
+
 def build_uniform(architecture: int, tokens: int, groups: int, bits: int) -> dict[str, Any]:
     """The same at one width; 0 for one that only the device knows, `instructions` per weight."""
     kind = dispatch.kind_of(False, bits or None)
@@ -124,7 +133,7 @@ def build_uniform(architecture: int, tokens: int, groups: int, bits: int) -> dic
 
 def _narrow(architecture: int, kind: str, constants: dict[str, Any]) -> dict[str, Any]:
     tile = _tile(architecture, 8, kind, constants["GROUPS"])
-    constants = constants | {"WARPS": tile.warps, "MOST_SLICES": 4}
+    constants = {"WARPS": tile.warps, "MOST_SLICES": 4, "PREFETCHES": False} | constants
     return _multiplying(_narrow_kernel, constants, architecture, 8, tile, tile.warps)
 
 
@@ -150,9 +159,13 @@ def _multiplying(
     weights = blocks * tile.rows * 256 / (32 * tile.warps)
     loops = _loops(assembly)
     largest = max(loops, key=len)
+    early, waits, _ = assembly.partition("ACQBULK")
     spilled = [one for loop in loops for one in loop if re.search(r"\b(LDL|STL)\b", one)]
     return made | {
         "spills_in_loops": len(spilled),
+        # Before it waits for the launch before.
+        "early_loads": early.count("LDG.E.128") if waits else 0,
+        "early_prefetches": early.count("UBLKPF") if waits else 0,
         "wide_loads": len(re.findall(r"LDGSTS\.E\.BYPASS\.128|LDG\.E\.128", assembly)),
         "matrix": assembly.count("HMMA") + assembly.count("HGMMA"),
         "moving": len([one for one in largest if re.search(r"\b(LDS|LDSM|STS|SHFL|BAR)\b", one)]),
