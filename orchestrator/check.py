@@ -5,8 +5,36 @@ from mbq.artifacts.errors import InputError
 from mbq.artifacts.source import Source
 from mbq.artifacts.spec import RunSpec
 
-# Dense decoders whose block is attention and an MLP of linears, with rotary positions.
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+# Dense decoders of blocks that a test holds to be exactly transformers' model when run one by one.
+ARCHITECTURES = (
+    "apertus",
+    "arcee",
+    "cohere",
+    "cohere2",
+    "ernie4_5",
+    "exaone4",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "glm",
+    "glm4",
+    "granite",
+    "llama",
+    "ministral3",
+    "mistral",
+    "nemotron",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "seed_oss",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+)
 # As safetensors names them.
 DTYPES = ("F16", "BF16", "F32")
 
@@ -63,15 +91,16 @@ def check_source(source: Source, spec: RunSpec) -> None:
                 f"{field}.sequence_length: {text.sequence_length} is more than the model's "
                 f"{longest} positions; use at most {longest}"
             )
-    _check_shapes(source)
+    _check_promise(source, {linear.name for linear in linears})
 
 
-def _check_shapes(source: Source) -> None:
+def _check_promise(source: Source, matrices: set[str]) -> None:
     """Hold config.json against the weights, where a mistake would surface only in a task."""
     # Imports transformers, which takes seconds: last.
-    from mbq.workers.model import promised_shapes
+    from mbq.workers.model import promise_of
 
-    promised = promised_shapes(source)
+    promise = promise_of(source)
+    promised = dict(promise.shapes)
     found = {name: entry.shape for name, entry in source.tensors.items()}
     if "lm_head.weight" not in found:
         # Then it is the embeddings'.
@@ -88,3 +117,8 @@ def _check_shapes(source: Source) -> None:
                 f"model.source: the weights hold {name}, which config.json does not promise; fetch "
                 "the model again"
             )
+    if others := sorted(matrices - promise.linears):
+        raise InputError(
+            f"model.source: {others[0]} is a matrix but no linear; only linears can be quantized: "
+            "use another model"
+        )

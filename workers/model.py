@@ -1,7 +1,11 @@
 """A causal LM opened block by block: never the whole model, always exactly its own forward pass.
 
 Transformers builds the modules on the meta device; weights are read per block from safetensors.
-Calling `embed`, then `run` for every block, then `logits` gives what the full model gives.
+Calling `embed`, then `run` for every block, then `head()` gives what the full model gives.
+
+What surrounds the blocks is left to the model, too: how embeddings are scaled, which mask and which
+positions a block is given, what becomes of the logits. Its own forward pass runs with stand-ins for
+the blocks: they hand on what they get, or tell what a block is given.
 
 Legend: B sequences, T tokens, H hidden_size, V vocabulary.
 """
@@ -14,16 +18,17 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from mbq.artifacts.checkpoint import block_prefix
 from mbq.artifacts.errors import InputError
 from mbq.artifacts.source import Source
 from mbq.artifacts.tensors import TensorFile
 from mbq.workers.tensors import read_tensor
+
+_BLOCKS = "model.layers."
+_EMBEDDINGS = "model.embed_tokens.weight"
 
 
 class Weights(Protocol):
@@ -36,12 +41,49 @@ class Weights(Protocol):
     def open(self, file: str) -> TensorFile: ...
 
 
+class _Reached(Exception):
+    """What a block is given: hidden states, and arguments by name."""
+
+    def __init__(self, hidden_BTH: Tensor, arguments: dict[str, Any]) -> None:
+        self.hidden_BTH, self.arguments = hidden_BTH, arguments
+
+
+class _Goal(nn.Module):
+    def forward(self, hidden_BTH: Tensor, **arguments: Any) -> Tensor:
+        raise _Reached(hidden_BTH, arguments)
+
+
+class _Passed(nn.Module):
+    """Hands on what it gets, or what it was given."""
+
+    def __init__(self, instead_BTH: Tensor | None = None) -> None:
+        super().__init__()
+        self._instead_BTH = instead_BTH
+
+    def forward(self, hidden_BTH: Tensor, **arguments: Any) -> Tensor:
+        return hidden_BTH if self._instead_BTH is None else self._instead_BTH
+
+
+class _Head(nn.Module):
+    """What comes after the blocks."""
+
+    def __init__(self, frame: Any) -> None:
+        super().__init__()
+        self.frame = frame
+
+    def forward(self, hidden_BTH: Tensor) -> Tensor:
+        self.frame.model.layers = nn.ModuleList([_Passed(hidden_BTH)])
+        logits: Tensor = self.frame(inputs_embeds=hidden_BTH, use_cache=False).logits
+        return logits
+
+
 @dataclass(frozen=True)
 class Model:
     """A model without weights, and where to read them.
 
     Attributes:
         skeleton: the causal LM on the meta device.
+        frame: the same without its blocks; what no checkpoint stores, as positions, on the device.
         dtype: of the weights read and of the hidden states.
         device: where blocks run.
     """
@@ -49,6 +91,7 @@ class Model:
     weights: Weights
     config: PretrainedConfig
     skeleton: Any
+    frame: Any
     dtype: torch.dtype
     device: torch.device
 
@@ -58,8 +101,14 @@ class Model:
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Hidden states [B, T, H] that enter block 0."""
-        weight = self.read("model.embed_tokens.")["weight"]
-        return F.embedding(ids_BT.to(self.device), weight.to(self.device, self.dtype))
+        frame = self._filled_frame(self._placed([_EMBEDDINGS]))
+        size = *ids_BT.shape, self.config.hidden_size
+        hidden_BTH = torch.empty(size, dtype=self.dtype, device=self.device)
+        # One at a time: the model may make a mask of T x T for each.
+        for hidden, ids in zip(hidden_BTH.split(1), ids_BT.split(1), strict=True):
+            inputs = ids.to(self.device, torch.int64)
+            hidden.copy_(_reach(frame, 0, input_ids=inputs).hidden_BTH)
+        return hidden_BTH
 
     def block(self, index: int) -> nn.Module:
         """Block `index` with its weights, in evaluation mode and without gradients."""
@@ -74,7 +123,10 @@ class Model:
 
     def block_tensors(self, index: int, without: Container[str] = ()) -> dict[str, Tensor]:
         """Tensors of block `index` by name inside it, those left out that are named."""
-        return self._placed(block_prefix(index), without)
+        prefix = block_prefix(index)
+        inside = [name for name in self.weights.weight_map if name.startswith(prefix)]
+        wanted = [name for name in inside if name.removeprefix(prefix) not in without]
+        return {name.removeprefix(prefix): tensor for name, tensor in self._placed(wanted).items()}
 
     def runner(self, index: int, microbatch: int) -> "BlockRunner":
         """Block `index`, freshly read, and its forward pass."""
@@ -82,28 +134,8 @@ class Model:
 
     def run(self, block: nn.Module, index: int, hidden_BTH: Tensor) -> Tensor:
         """Hidden states [B, T, H] that leave block `index`, given those that enter it."""
-        position_1T = torch.arange(hidden_BTH.shape[1], device=hidden_BTH.device)[None]
-        kind = _layer_type(self.config, index)
-        make_mask = (
-            create_sliding_window_causal_mask if kind == "sliding_attention" else create_causal_mask
-        )
-        mask = make_mask(
-            config=self.config,
-            inputs_embeds=hidden_BTH,
-            attention_mask=None,
-            past_key_values=None,
-            position_ids=position_1T,
-        )
-        # inv_freq is a buffer that no checkpoint stores: on meta it has no data.
-        rotary = type(self.skeleton.model.rotary_emb)(config=self.config).to(hidden_BTH.device)
-        out = block(
-            hidden_BTH,
-            attention_mask=mask,
-            position_embeddings=rotary(hidden_BTH, position_1T),
-            position_ids=position_1T,
-            past_key_values=None,
-            use_cache=False,
-        )
+        given = _reach(self.frame, index, inputs_embeds=hidden_BTH)
+        out = block(hidden_BTH, **given.arguments)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
 
@@ -113,32 +145,46 @@ class Model:
             part.copy_(self.run(block, index, part))
 
     def head(self) -> nn.Module:
-        """The final norm and the language model head as one module: [B, T, H] to [B, T, V]."""
-        norm = copy.deepcopy(self.skeleton.model.norm)
-        norm.load_state_dict(self._placed("model.norm."), strict=True, assign=True)
-        head = copy.deepcopy(self.skeleton.lm_head)
-        tied = "lm_head.weight" not in self.weights.weight_map
-        state = self._placed("model.embed_tokens." if tied else "lm_head.")
-        head.load_state_dict(state, strict=True, assign=True)
-        return nn.Sequential(norm, head).eval().requires_grad_(False)
+        """All that comes after the blocks as one module: [B, T, H] to [B, T, V]."""
+        stored = self.weights.weight_map
+        state = self._placed(n for n in stored if not n.startswith(_BLOCKS) and n != _EMBEDDINGS)
+        if "lm_head.weight" not in stored:
+            state["lm_head.weight"] = self._placed([_EMBEDDINGS])[_EMBEDDINGS]
+        return _Head(self._filled_frame(state)).eval().requires_grad_(False)
 
-    def read(self, prefix: str, without: Container[str] = ()) -> dict[str, Tensor]:
-        """Tensors under a prefix as they are stored, by the rest of their names."""
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors by name as they are stored."""
         by_file: dict[str, list[str]] = {}
-        for name, file in self.weights.weight_map.items():
-            if name.startswith(prefix) and name.removeprefix(prefix) not in without:
-                by_file.setdefault(file, []).append(name)
+        for name in names:
+            by_file.setdefault(self.weights.weight_map[name], []).append(name)
         tensors = {}
-        for file, names in by_file.items():
+        for file, inside in by_file.items():
             opened = self.weights.open(file)
             # In the order they lie in, so that each part of the file is read once.
-            for name in sorted(names, key=lambda name: opened.starts.get(name, 0)):
-                tensors[name.removeprefix(prefix)] = read_tensor(opened, name)
+            for name in sorted(inside, key=lambda name: opened.starts.get(name, 0)):
+                tensors[name] = read_tensor(opened, name)
         return tensors
 
-    def _placed(self, prefix: str, without: Container[str] = ()) -> dict[str, Tensor]:
-        found = self.read(prefix, without)
+    def _placed(self, names: Iterable[str]) -> dict[str, Tensor]:
+        found = self.read(names)
         return {name: tensor.to(self.device, self.dtype) for name, tensor in found.items()}
+
+    def _filled_frame(self, state: dict[str, Tensor]) -> Any:
+        """A frame of its own, with some weights."""
+        frame = copy.deepcopy(self.frame)
+        frame.load_state_dict(state, strict=False, assign=True)
+        return frame
+
+
+@torch.no_grad()
+def _reach(frame: Any, index: int, **inputs: Tensor) -> _Reached:
+    """Run a frame until it comes to a block."""
+    frame.model.layers = nn.ModuleList([*(_Passed() for _ in range(index)), _Goal()])
+    try:
+        frame.model(**inputs, use_cache=False)
+    except _Reached as reached:
+        return reached
+    raise AssertionError(f"the model has no block {index}")
 
 
 def open_model(source: Source, dtype: torch.dtype, device: torch.device) -> Model:
@@ -150,7 +196,6 @@ def open_model(source: Source, dtype: torch.dtype, device: torch.device) -> Mode
     try:
         # Transformers writes into what it is given.
         config = CONFIG_MAPPING[source.config["model_type"]].from_dict(copy.deepcopy(source.config))
-        config._attn_implementation = "sdpa"
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     except Exception as error:  # whatever a wrong value leads to
@@ -159,17 +204,44 @@ def open_model(source: Source, dtype: torch.dtype, device: torch.device) -> Mode
             f"model.source: transformers cannot build what config.json of {source.location} "
             f"describes ({what}); fetch it again"
         ) from error
-    return Model(source, config, skeleton, dtype, device)
+    return Model(source, config, skeleton, _frame(skeleton, device), dtype, device)
 
 
-def promised_shapes(source: Source) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of the model that config.json describes, a head of its own too.
+def _frame(skeleton: Any, device: torch.device) -> Any:
+    """A model without its blocks, and with the buffers that no checkpoint stores.
+
+    On the meta device those have no data; transformers, too, makes them after loading.
+    """
+    frame = copy.deepcopy(skeleton)
+    frame.model.layers = nn.ModuleList()
+    for module in frame.modules():
+        computed = {n: b for n, b in module.named_buffers(recurse=False) if b.is_meta}
+        for name, buffer in computed.items():
+            setattr(module, name, torch.empty_like(buffer, device=device))
+        if computed:
+            frame._init_weights(module)
+    return frame
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What config.json says of a model: the shape of every tensor, a head of its own, linears."""
+
+    shapes: dict[str, tuple[int, ...]]
+    linears: frozenset[str]
+
+
+def promise_of(source: Source) -> Promise:
+    """What the config.json of a source promises; `linears` are those inside blocks.
 
     Raises:
         InputError: as `open_model`.
     """
     skeleton = open_model(source, torch.float32, torch.device("meta")).skeleton
-    return {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    return Promise(
+        {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()},
+        frozenset(name for name in linears(skeleton) if name.startswith(_BLOCKS)),
+    )
 
 
 @dataclass(frozen=True)
@@ -206,9 +278,9 @@ def hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
             hook.remove()
 
 
-def linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """The linears of a block by name, in the order the module defines them."""
-    return {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
+def linears(module: nn.Module) -> dict[str, nn.Linear]:
+    """The linears of a block, or of a model, by name, in the order the module defines them."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
 
 
 def remedy_for_infinities(block: nn.Module) -> str:
@@ -216,11 +288,3 @@ def remedy_for_infinities(block: nn.Module) -> str:
     if next(block.parameters()).dtype != torch.float32:
         return "use dtype float32"
     return "look at the model's weights: float32 overflows only where they are broken"
-
-
-def _layer_type(config: PretrainedConfig, index: int) -> str:
-    types = getattr(config, "layer_types", None)
-    if types:
-        return str(types[index])
-    # Mistral lists no layer types: a sliding window, when set, holds for every block.
-    return "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"

@@ -169,7 +169,7 @@ def _shard_data(
     for entry in shard.entries:
         module, _, kind = entry.name.rpartition(".")
         if module not in linears or kind == "bias":
-            yield tensor_bytes(model.read(entry.name)[""])
+            yield tensor_bytes(model.read([entry.name])[entry.name])
             continue
         linear = linears[module]
         blob, name = blobs[linear.block], linear.local_name

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 from transformers import (
-    GemmaConfig,
+    CohereConfig,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -29,7 +30,8 @@ Make = Callable[..., dict[str, Any]]
     ("kind", "model_changes", "spec_changes", "message"),
     [
         (MixtralConfig, {"num_local_experts": 2}, {}, "mixture of experts"),
-        (GemmaConfig, {"head_dim": 16}, {}, "model_type gemma is not supported; use one of llama"),
+        (GPTNeoXConfig, {}, {}, "model_type gpt_neox is not supported; use one of apertus, arcee"),
+        (CohereConfig, {"use_qk_norm": True, "pad_token_id": 0}, {"group_size": 32}, "k_norm"),
         (
             LlamaConfig,
             {},
@@ -37,7 +39,7 @@ Make = Callable[..., dict[str, Any]]
             r"64 does not divide the 96 inputs of model\.layers\.0\.mlp\.down_proj; use 32",
         ),
     ],
-    ids=["experts", "gemma", "group"],
+    ids=["experts", "gpt-neox", "norms", "group"],
 )
 def test_models_that_cannot_be_quantized(
     make_model: Callable[..., Path],

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from transformers import GemmaConfig, MixtralConfig
+from transformers import GPTNeoXConfig, MixtralConfig
 
 from tests.support.commands import fails
 
@@ -122,7 +122,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
     ("kind", "changes", "words"),
     [
         (MixtralConfig, {"num_local_experts": 2}, ("mixture of experts", "dense")),
-        (GemmaConfig, {"head_dim": 16}, ("gemma", "use one of llama")),
+        (GPTNeoXConfig, {}, ("gpt_neox", "use one of apertus")),
     ],
 )
 def test_models_we_cannot_quantize(

@@ -8,38 +8,58 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    Qwen3Config,
+)
 
 from mbq.artifacts.errors import InputError
 from mbq.artifacts.source import open_source
+from mbq.orchestrator.check import ARCHITECTURES
 from mbq.workers.model import linears, open_model
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(
-    ("kind", "changes"),
-    [
-        (LlamaConfig, {}),
-        (LlamaConfig, {"tie_word_embeddings": True, "attention_bias": True}),
-        (MistralConfig, {"sliding_window": 7}),
-        (Qwen2Config, {}),
-        (Qwen3Config, {"head_dim": 32}),
-    ],
-    ids=["llama", "llama-tied-biased", "mistral-sliding", "qwen2", "qwen3-wide-heads"],
-)
 @torch.no_grad()
-def test_equals_the_full_model(
-    make_model: Callable[..., Path], kind: type, changes: dict[str, Any]
-) -> None:
-    folder = make_model(kind, **changes)
+def _hold_against_the_full_model(folder: Path, dtype: torch.dtype) -> None:
     ids = torch.arange(3 * 19).view(3, 19) * 11 % 320
-    full = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
-    model = open_model(open_source(str(folder), "main"), torch.float32, CPU)
+    full = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    model = open_model(open_source(str(folder), "main"), dtype, CPU)
     hidden = model.embed(ids)
     for index in range(model.block_count):
         hidden = model.run(model.block(index), index, hidden)
     assert torch.equal(model.head()(hidden), full(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_equals_the_full_model(
+    make_model: Callable[..., Path], architecture: str, dtype: torch.dtype
+) -> None:
+    # A window shorter than the text, where a model has one.
+    folder = make_model(CONFIG_MAPPING[architecture], pad_token_id=0, sliding_window=7)
+    _hold_against_the_full_model(folder, dtype)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        (LlamaConfig, {"tie_word_embeddings": True, "attention_bias": True}),
+        (Qwen3Config, {"head_dim": 32}),
+        (GraniteConfig, {"embedding_multiplier": 12.0, "logits_scaling": 8.0}),
+        (Gemma2Config, {"final_logit_softcapping": 0.1, "attn_logit_softcapping": 0.5}),
+    ],
+    ids=["llama-tied-biased", "qwen3-wide-heads", "granite-scaled", "gemma2-capped"],
+)
+def test_equals_the_full_model_whatever_it_does_around_blocks(
+    make_model: Callable[..., Path], kind: type, changes: dict[str, Any]
+) -> None:
+    _hold_against_the_full_model(make_model(kind, **changes), torch.float32)
 
 
 def test_opening_reads_no_weights_and_a_block_reads_its_own(tiny_model: Path) -> None:
