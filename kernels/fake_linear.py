@@ -48,9 +48,10 @@ def fake_linear(
     in that dtype, the quantization in float32.
     """
     out: Tensor = _FakeLinear.apply(  # type: ignore[no-untyped-call]
-        x_TK, value_NK, unit_NG, scale_NG, zero_NG, gain_N, bias_N, bits
+        x_TK.flatten(0, -2), value_NK, unit_NG, scale_NG, zero_NG, gain_N, bias_N, bits
     )
-    return out
+    # Not inside: what a function returns cannot be changed in place, as models do, if it is a view.
+    return out.reshape(*x_TK.shape[:-1], -1)
 
 
 def _bins(
@@ -78,15 +79,15 @@ class _FakeLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         x, value, unit, scale, zero, gain = ctx.saved_tensors
-        grad_TN = grad_outputs[0].flatten(0, -2)
+        (grad_TN,) = grad_outputs
         quantized, exact = _bins(value, unit, scale, zero, ctx.bits)
         inside = (exact >= 0) & (exact < 4)
 
         weight = (quantized - zero[..., None]).mul_(scale[..., None]).flatten(1)
         scaled = (weight * gain[:, None]).to(x.dtype)
-        grad_x = (grad_TN @ scaled).view_as(x) if ctx.needs_input_grad[0] else None
+        grad_x = grad_TN @ scaled if ctx.needs_input_grad[0] else None
 
-        grad_weight = (grad_TN.T @ x.flatten(0, -2)).float()
+        grad_weight = (grad_TN.T @ x).float()
         grad_gain = (grad_weight * weight).sum(1)
         grad_weight = grad_weight.mul_(gain[:, None]).unflatten(1, (unit.shape[1], -1))
         grad_inside = grad_weight * inside

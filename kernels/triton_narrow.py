@@ -13,9 +13,9 @@ matters:
         16 (i // 2 % 2) + 4 (i // 8) + 2 (i // 4 % 2) + i % 2
 
   - Words and scales, which come from memory, are asked for a turn ahead. From Hopper on those of
-    the first turn are asked for before the launch before has ended: all of them, or what every
-    width reads where that launch decides the width. A tile may also have those of later turns
-    brought to the L2 cache then, as many as a warp has lanes.
+    the first turn are asked for before the launch before has ended; where that launch decides the
+    width, those that every width reads. A tile may also have those of later turns brought to the
+    L2 cache at the same time, and the others once the width is known: a piece for each lane.
 
 Tokens of one width are multiplied by whole codes, those that differ by what each width adds to the
 one before, digits of 2 bits or of one: as many products as there are widths up to the largest, and
@@ -152,7 +152,7 @@ def _load_rest(
 
 @triton.jit
 def _later(blocks, TIMES: tl.constexpr, WARPS: tl.constexpr):
-    """Blocks of each warp after its first, each so many times: as many as a warp has lanes.
+    """Blocks of each warp after its first, each so many times, until it has no lanes left.
 
     Returns the block, which of its times it is, and whether there is such a block: [32 W] each.
     """
@@ -420,8 +420,8 @@ def multiply_narrow(
     """Up to 8 tokens times every linear's weight, with gain and bias.
 
     Arguments and result as those of `triton_uniform.multiply_uniform`, but for tokens that may
-    differ in width: `bits` is None then. `tile.split` is 1; `tile.stages` 2 if
-    words and scales of later turns are brought to the L2 cache.
+    differ in width: `bits` is None then. `tile.split` is 1; `tile.stages` 2 if words and scales of
+    later turns are brought to the L2 cache.
 
     Raises:
         ValueError: a tile would reach from one linear into the next.

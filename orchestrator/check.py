@@ -76,13 +76,6 @@ def check_source(source: Source, spec: RunSpec) -> None:
             f"model.source: config.json promises {source.config['num_hidden_layers']} blocks, the "
             f"weights hold {len(blocks)}; fetch the model again"
         )
-    for linear in linears:
-        if linear.in_features % spec.group_size:
-            fitting = [g for g in (256, 128, 64, 32) if not linear.in_features % g]
-            raise InputError(
-                f"group_size: {spec.group_size} does not divide the {linear.in_features} inputs of "
-                f"{linear.name}; use {fitting[0] if fitting else 'another model: none does'}"
-            )
     longest = source.config.get("max_position_embeddings")
     for field in ("calibration", "evaluation"):
         text = getattr(spec, field)
@@ -92,11 +85,18 @@ def check_source(source: Source, spec: RunSpec) -> None:
                 f"{longest} positions; use at most {longest}"
             )
     _check_promise(source, {linear.name for linear in linears})
+    for linear in linears:
+        if linear.in_features % spec.group_size:
+            fitting = [g for g in (256, 128, 64, 32) if not linear.in_features % g]
+            raise InputError(
+                f"group_size: {spec.group_size} does not divide the {linear.in_features} inputs of "
+                f"{linear.name}; use {fitting[0] if fitting else 'another model: none does'}"
+            )
 
 
 def _check_promise(source: Source, matrices: set[str]) -> None:
     """Hold config.json against the weights, where a mistake would surface only in a task."""
-    # Imports transformers, which takes seconds: last.
+    # Imports transformers, which takes seconds.
     from mbq.workers.model import promise_of
 
     promise = promise_of(source)

@@ -6,8 +6,9 @@ the network or the text, and what was calibrated on is exactly known. Works with
 A document is what its dataset calls one: WikiText-2 and PTB are one document each (lines joined by
 a blank line and by a space, the convention of GPTQ and OmniQuant), a file, a JSON line or a module
 of the standard library is one document. Every document begins with the model's BOS token if it has
-one. Calibration windows are drawn without replacement from the documents in a random order;
-evaluation windows follow each other from the first document on. Windows never overlap.
+one; where a model computes nonsense without it, as Gemma does, every window does instead.
+Calibration windows are drawn without replacement from the documents in a random order; evaluation
+windows follow each other from the first document on. Windows never overlap.
 """
 
 import itertools
@@ -109,7 +110,7 @@ def calibration_tokens(text: CalibrationText, source: Source) -> Tokens:
         random.Random(text.seed),
         _OVERSAMPLING * wanted * text.sequence_length,
     )
-    windows = _windows(stream, text.sequence_length)
+    windows = _windows(stream, text.sequence_length, source)
     if len(windows) < wanted:
         raise InputError(
             f"calibration.samples: {wanted} sequences of {text.sequence_length} tokens need "
@@ -127,7 +128,7 @@ def evaluation_tokens(text: Evaluation, source: Source) -> Tokens:
         InputError: the text cannot be read or is too small.
     """
     stream = _stream(text, source, "evaluation", None, text.tokens)
-    windows = _windows(stream, text.sequence_length)
+    windows = _windows(stream, text.sequence_length, source)
     if len(windows) < 2:
         raise InputError(
             f"evaluation.sequence_length: two sequences of {text.sequence_length} tokens are "
@@ -148,7 +149,8 @@ def _stream(
     text: Text, source: Source, field: str, shuffle: random.Random | None, enough: int
 ) -> Tokens:
     """Tokens of the documents, one after the other, until there are `enough` of them."""
-    tokenizer, start = _tokenizer(source), _start(source)
+    tokenizer = _tokenizer(source)
+    start = [] if _opens_windows(source) else _start(source)
     pieces: list[list[int]] = []
     count = 0
     for document in _documents(text, field, shuffle):
@@ -189,14 +191,22 @@ def _tokenizer(source: Source) -> "Tokenizer":
 
 
 def _start(source: Source) -> list[int]:
-    """What every document begins with."""
+    """What every document, or window, begins with."""
     bos = source.config.get("bos_token_id")
     return [bos] if isinstance(bos, int) else []
 
 
-def _windows(stream: Tokens, length: int) -> Tokens:
-    count = len(stream) // length
-    return stream[: count * length].reshape(count, length)
+def _opens_windows(source: Source) -> bool:
+    """Whether the BOS token belongs at the start of every window, not of every document."""
+    return str(source.config["model_type"]).startswith("gemma")
+
+
+def _windows(stream: Tokens, length: int, source: Source) -> Tokens:
+    start = _start(source) if _opens_windows(source) else []
+    room = length - len(start)
+    count = len(stream) // room
+    opening = np.tile(np.asarray(start, dtype=np.int32), (count, 1))
+    return np.concatenate([opening, stream[: count * room].reshape(count, room)], axis=1)
 
 
 def _documents(text: Text, field: str, shuffle: random.Random | None) -> Iterable[str]:

@@ -42,13 +42,12 @@ class Weights(Protocol):
 
 
 class _Reached(Exception):
-    """What a block is given: hidden states, and arguments by name."""
-
-    def __init__(self, hidden_BTH: Tensor, arguments: dict[str, Any]) -> None:
-        self.hidden_BTH, self.arguments = hidden_BTH, arguments
+    """A pass has come to its goal."""
 
 
 class _Goal(nn.Module):
+    """Ends the pass, with what it gets."""
+
     def forward(self, hidden_BTH: Tensor, **arguments: Any) -> Tensor:
         raise _Reached(hidden_BTH, arguments)
 
@@ -65,7 +64,7 @@ class _Passed(nn.Module):
 
 
 class _Head(nn.Module):
-    """What comes after the blocks."""
+    """What comes after the blocks, as one module."""
 
     def __init__(self, frame: Any) -> None:
         super().__init__()
@@ -74,6 +73,8 @@ class _Head(nn.Module):
     def forward(self, hidden_BTH: Tensor) -> Tensor:
         self.frame.model.layers = nn.ModuleList([_Passed(hidden_BTH)])
         logits: Tensor = self.frame(inputs_embeds=hidden_BTH, use_cache=False).logits
+        # Or the hidden states would be kept until the next call.
+        self.frame.model.layers = nn.ModuleList()
         return logits
 
 
@@ -107,7 +108,7 @@ class Model:
         # One at a time: the model may make a mask of T x T for each.
         for hidden, ids in zip(hidden_BTH.split(1), ids_BT.split(1), strict=True):
             inputs = ids.to(self.device, torch.int64)
-            hidden.copy_(_reach(frame, 0, input_ids=inputs).hidden_BTH)
+            hidden.copy_(_reach(frame, 0, input_ids=inputs)[0])
         return hidden_BTH
 
     def block(self, index: int) -> nn.Module:
@@ -134,8 +135,8 @@ class Model:
 
     def run(self, block: nn.Module, index: int, hidden_BTH: Tensor) -> Tensor:
         """Hidden states [B, T, H] that leave block `index`, given those that enter it."""
-        given = _reach(self.frame, index, inputs_embeds=hidden_BTH)
-        out = block(hidden_BTH, **given.arguments)
+        _, arguments = _reach(self.frame, index, inputs_embeds=hidden_BTH)
+        out = block(hidden_BTH, **arguments)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
 
@@ -177,13 +178,15 @@ class Model:
 
 
 @torch.no_grad()
-def _reach(frame: Any, index: int, **inputs: Tensor) -> _Reached:
-    """Run a frame until it comes to a block."""
-    frame.model.layers = nn.ModuleList([*(_Passed() for _ in range(index)), _Goal()])
+def _reach(frame: Any, index: int, **inputs: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """What block `index` is given by a model's own forward pass: hidden states, and arguments."""
+    frame.model.layers = nn.ModuleList([_Passed()] * index + [_Goal()])
     try:
         frame.model(**inputs, use_cache=False)
     except _Reached as reached:
-        return reached
+        hidden_BTH, arguments = reached.args
+        # The exception itself would keep every frame that it passed.
+        return hidden_BTH, arguments
     raise AssertionError(f"the model has no block {index}")
 
 
@@ -196,6 +199,9 @@ def open_model(source: Source, dtype: torch.dtype, device: torch.device) -> Mode
     try:
         # Transformers writes into what it is given.
         config = CONFIG_MAPPING[source.config["model_type"]].from_dict(copy.deepcopy(source.config))
+        # Not as config.json may have it: `determinism.py` pins what is the default.
+        config._attn_implementation = None
+        config.return_dict = True
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     except Exception as error:  # whatever a wrong value leads to

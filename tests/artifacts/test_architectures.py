@@ -13,17 +13,21 @@ from mbq.artifacts.loading import load_model
 IDS = torch.arange(2 * 20).view(2, 20) * 7 % 320
 
 
+TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"]}
+
+
 @pytest.mark.parametrize(
-    "architecture",
+    ("architecture", "changes"),
     [
-        "cohere2",  # attention and MLP side by side
-        "gemma2",  # capped scores and logits, scaled embeddings
-        "gemma3_text",  # positions of two kinds
-        "glm4",  # gate and up in one linear
-        "nemotron",  # no gate
-        "phi",  # other names, biases everywhere
-        "phi3",  # q, k and v in one linear
-        "starcoder2",  # biases, a tied head
+        ("cohere2", TWO_KINDS),  # attention and MLP side by side
+        ("gemma2", TWO_KINDS),  # capped scores and logits, scaled embeddings
+        ("gemma3_text", TWO_KINDS),  # positions of two kinds
+        ("glm4", {}),  # gate and up in one linear
+        ("nemotron", {}),  # no gate
+        ("olmo", {"clip_qkv": 8.0}),  # changes in place what linears return
+        ("phi", {}),  # other names, biases everywhere
+        ("phi3", {}),  # q, k and v in one linear
+        ("starcoder2", {}),  # biases, a tied head
     ],
 )
 def test_a_checkpoint_computes_what_its_source_does(
@@ -31,8 +35,9 @@ def test_a_checkpoint_computes_what_its_source_does(
     make_model: Callable[..., Path],
     tiny_document: Any,
     architecture: str,
+    changes: dict[str, Any],
 ) -> None:
-    changes = {"num_hidden_layers": 2, "head_dim": 16, "pad_token_id": 0}
+    changes = {"num_hidden_layers": 2, "head_dim": 16, "pad_token_id": 0} | changes
     folder = make_model(CONFIG_MAPPING[architecture], **changes)
     routing = {"method": "token", "steps": 2, "width": 2, "settle_tokens": 64}
     document = tiny_document(model={"source": str(folder)}, evaluation=None, routing=routing)

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
+from transformers import GemmaConfig
 
 from mbq.artifacts.errors import InputError
 from mbq.artifacts.source import Source, open_source
@@ -38,6 +40,19 @@ def test_evaluation_windows_are_the_text_in_order(
     assert tokens.shape == (16, 16)
     assert tokens.dtype == np.int32
     assert tokens.ravel().tolist() == expected[:256]
+
+
+def test_every_window_of_a_gemma_begins_with_bos(
+    make_model: Callable[..., Path], tiny_model: Path, text_file: Path
+) -> None:
+    source = open_source(str(make_model(GemmaConfig, head_dim=16)), "main")
+    tokens = evaluation_tokens(_evaluation(dataset="text", files=(str(text_file),)), source)
+    tokenizer = Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
+    text = text_file.read_text(encoding="utf-8")
+    assert tokens.shape == (16, 16)
+    assert tokens[:, 0].tolist() == [0] * 16
+    expected = tokenizer.encode(text, add_special_tokens=False).ids
+    assert tokens[:, 1:].ravel().tolist() == expected[: 16 * 15]
 
 
 def test_calibration_draws_distinct_windows_by_seed(source: Source, text_file: Path) -> None:

@@ -1,7 +1,9 @@
 """Block by block must be exactly the full model."""
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,13 +38,28 @@ def _hold_against_the_full_model(folder: Path, dtype: torch.dtype) -> None:
     assert torch.equal(model.head()(hidden), full(ids).logits)
 
 
+# So that three blocks are of two kinds.
+LAYERS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+WINDOWS = {"use_sliding_window": True, "max_window_layers": 1}
+TWO_KINDS: dict[str, dict[str, Any]] = {
+    "cohere2": LAYERS,
+    "exaone4": LAYERS,
+    "gemma3_text": LAYERS,
+    "olmo3": LAYERS,
+    "qwen2": WINDOWS,
+    "qwen3": WINDOWS,
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_equals_the_full_model(
     make_model: Callable[..., Path], architecture: str, dtype: torch.dtype
 ) -> None:
     # A window shorter than the text, where a model has one.
-    folder = make_model(CONFIG_MAPPING[architecture], pad_token_id=0, sliding_window=7)
+    changes = {"pad_token_id": 0, "sliding_window": 7} | TWO_KINDS.get(architecture, {})
+    folder = make_model(CONFIG_MAPPING[architecture], **changes)
     _hold_against_the_full_model(folder, dtype)
 
 
@@ -60,6 +77,34 @@ def test_equals_the_full_model_whatever_it_does_around_blocks(
     make_model: Callable[..., Path], kind: type, changes: dict[str, Any]
 ) -> None:
     _hold_against_the_full_model(make_model(kind, **changes), torch.float32)
+
+
+def test_a_pass_keeps_nothing(tiny_model: Path) -> None:
+    """Blocks and hidden states are the largest things there are: gone without a collection."""
+    model = open_model(open_source(str(tiny_model), "main"), torch.float32, CPU)
+    block, head = model.block(1), model.head()
+    hidden = model.run(block, 1, model.embed(torch.arange(6).view(2, 3)))
+    head(hidden)
+    left = [weakref.ref(block), weakref.ref(hidden)]
+    gc.disable()
+    try:
+        del block, hidden
+        assert [reference() for reference in left] == [None, None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("kind", ["eager", "flash_attention_2"])
+def test_attention_is_what_is_pinned_whatever_config_json_asks_for(
+    tiny_model: Path, tmp_path: Path, kind: str
+) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "copy"))
+    path = folder / "config.json"
+    changes = {"attn_implementation": kind, "return_dict": False}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    model = open_model(open_source(str(folder), "main"), torch.float32, CPU)
+    assert model.config._attn_implementation == "sdpa"
+    model.head()(model.embed(torch.arange(6).view(2, 3)))
 
 
 def test_opening_reads_no_weights_and_a_block_reads_its_own(tiny_model: Path) -> None:
