@@ -30,8 +30,9 @@ CUTS = ((64, 2), (64, 4), (128, 2), (128, 4), (128, 8))
 # Rows, warps and stages for few tokens, where warps share the inputs.
 NARROW = tuple(itertools.product((16, 32), (2, 4, 8), (1, 2)))
 TOKENS = (1, 16, 32, 64)
-# What each kind of product is timed at; mixed tokens all take 4 bits, unknown to the host.
-BITS = {"2": 2, "4": 4, "8": 8, dispatch.MIXED: 4}
+# What each kind of product is timed at, and where the host does not know it.
+BITS = {"2": 2, "4": 4, "8": 8, dispatch.ANY: 4, dispatch.MIXED: 4}
+UNKNOWN = (dispatch.ANY, dispatch.MIXED)
 LAUNCHES, REPLAYS = 48, 5
 
 Tiles = dict[str, dict[str, dict[str, list[int]]]]
@@ -50,7 +51,7 @@ def main(out: Path, model: str) -> None:
     for m in TOKENS:
         kinds = [kind for kind in BITS if tuned(m, kind)]
         compile_products(
-            Product(BITS[kind], kind == dispatch.MIXED, m, tile)
+            Product(known(kind), kind == dispatch.MIXED, m, tile)
             for kind, (n, k) in itertools.product(kinds, shapes)
             for tile in candidates(n, k, m)
         )
@@ -70,6 +71,11 @@ def tuned(m: int, kind: str) -> bool:
     if kind != dispatch.MIXED:
         return True
     return not dispatch.narrow(m) and dispatch.token_tile(m, kind) >= m
+
+
+def known(kind: str) -> int | None:
+    """The width that the host knows."""
+    return None if kind in UNKNOWN else BITS[kind]
 
 
 def candidates(n: int, k: int, m: int) -> list[Tile]:
@@ -98,12 +104,13 @@ def fastest(n: int, k: int, m: int, kind: str) -> list[int]:
     bits = BITS[kind]
     turn = itertools.cycle(rotation(n, k, bits))
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    widths = torch.full((1, m), bits, device="cuda") if kind == dispatch.MIXED else bits
+    size = 1, m if kind == dispatch.MIXED else 1
+    widths = torch.full(size, bits, device="cuda") if kind in UNKNOWN else bits
     seconds = {}
     for tile in candidates(n, k, m):
 
         def launch(tile: Tile = tile) -> None:
-            multiply(prepare(x, widths, 1, GROUP, CODE_BITS), bits, next(turn), tile)
+            multiply(prepare(x, widths, 1, GROUP, CODE_BITS), known(kind), next(turn), tile)
 
         try:
             seconds[tile] = time_graph(launch, LAUNCHES, REPLAYS)[0]

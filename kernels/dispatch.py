@@ -4,7 +4,8 @@ Cuts that were measured ship as `tiles_<architecture>.json`, made by `benchmarks
 
     {"<kind>": {"<N'> x <K'>": {"<tokens of a program>": [rows, split, warps, stages]}}}
 
-where the kind is "mixed", or the bits of a field for tokens of one width (`triton_uniform.py`).
+where the kind is "mixed", or for tokens of one width the bits of a field (`triton_uniform.py`), or
+"any" where only the device knows it.
 
 Other shapes take a rule of thumb: enough programs to fill the device a few times.
 """
@@ -35,7 +36,9 @@ except ImportError:
 else:
     _TRITON = True
 
-MIXED = "mixed"
+MIXED, ANY = "mixed", "any"
+# Of these, registers hold least.
+_FULL = (str(CODE_BITS), ANY)
 _Measured = dict[str, dict[str, dict[str, list[int]]]]
 
 # Programs to aim at: three for each of a large GPU's multiprocessors.
@@ -147,10 +150,10 @@ def dequantize(weight: Digits, bits: int, dtype: torch.dtype) -> Tensor:
 
 @cache
 def kind_of(mixed: bool, bits: int | None) -> str:
-    """The kind of a product; where only the device knows the width it is that of the largest."""
+    """The kind of a product; `bits` None where only the device knows the width."""
     if mixed:
         return MIXED
-    return str(triton_uniform.field_bits(CODE_BITS if bits is None else bits))
+    return ANY if bits is None else str(triton_uniform.field_bits(bits))
 
 
 @cache
@@ -170,9 +173,12 @@ def tile(
     width = token_tile(tokens, kind)
     small = group_size < _MEASURED_GROUP
     shape = f"{rows} x {blocks * BLOCK_INPUTS}"
-    found = None if small else known.get(kind, {}).get(shape, {}).get(str(width))
-    if found:
-        return triton_tiles.Tile(*found)
+    # What any width needs, the largest does.
+    kinds = (ANY, str(CODE_BITS)) if kind == ANY else (kind,)
+    found = (known.get(kind, {}).get(shape, {}).get(str(width)) for kind in kinds)
+    measured = next(filter(None, found), None)
+    if measured and not small:
+        return triton_tiles.Tile(*measured)
     return default_tile(rows, blocks, width, kind, small, architecture)
 
 
@@ -198,7 +204,7 @@ def default_tile(
         return _narrow_tile(rows, blocks, kind)
     wide = width > 32
     # Eight bits fill the registers, and so do sums that are restarted at every group.
-    full = kind == str(CODE_BITS) if width <= 8 else small_groups
+    full = kind in _FULL if width <= 8 else small_groups
     # There sums lie in tensor memory, which 128 rows of 64 tokens would overfill.
     full |= wide and architecture[0] == 10
     cut = ROW_MULTIPLE // 2 if full else ROW_MULTIPLE
@@ -217,7 +223,7 @@ def _narrow_tile(rows: int, blocks: int, kind: str) -> "triton_tiles.Tile":
         # One cut for all shapes: this kernel takes longest to compile.
         return triton_tiles.Tile(16, split=1, warps=4, stages=1)
     # 32 rows make more of each token, 16 leave more for programs to share and less in registers.
-    cut = 32 if rows >= 32 * _PROGRAMS // 2 and kind != str(CODE_BITS) else 16
+    cut = 32 if rows >= 32 * _PROGRAMS // 2 and kind not in _FULL else 16
     warps = 2
     while warps < 8 and (rows // cut * warps < _WARPS or blocks > 8 * warps):
         warps *= 2

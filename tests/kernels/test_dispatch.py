@@ -17,7 +17,7 @@ FOLDER = Path(dispatch.__file__).parent
 
 @pytest.mark.parametrize(("rows", "blocks"), [(128, 1), (4096, 16), (11008, 43), (128256, 16)])
 @pytest.mark.parametrize("tokens", [1, 16, 33, 64])
-@pytest.mark.parametrize("kind", ["mixed", "2", "4", "8"])
+@pytest.mark.parametrize("kind", ["mixed", "2", "4", "8", "any"])
 @pytest.mark.parametrize("small", [False, True])
 def test_the_rule_of_thumb_leaves_work_for_every_program(
     rows: int, blocks: int, tokens: int, kind: str, small: bool
@@ -34,7 +34,7 @@ def test_shipped_tiles_fit_their_shapes() -> None:
     assert files
     for file in files:
         by_kind = json.loads(file.read_text(encoding="utf-8"))
-        assert set(by_kind) <= {"mixed", "2", "4", "8"}
+        assert set(by_kind) <= {"mixed", "2", "4", "8", "any"}
         for shape, by_width in [item for kind in by_kind.values() for item in kind.items()]:
             rows, inputs = map(int, shape.split(" x "))
             assert rows % ROW_MULTIPLE == 0
@@ -52,6 +52,20 @@ def test_tiles_that_were_measured_are_used(monkeypatch: pytest.MonkeyPatch) -> N
     expected = dispatch.triton_tiles.Tile(*shipped["2"]["22016 x 4096"]["16"])
     assert dispatch.tile(22016, 4096, 128, 13, gpu, "2") == expected
     assert dispatch.tile(22016, 4096, 64, 13, gpu, "2") != expected
+
+
+def test_any_width_is_cut_like_the_largest_where_it_was_not_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatch, "capability", lambda device: (9, 0))
+    tiles = {"8": {"128 x 256": {"8": [16, 1, 2, 1]}, "256 x 256": {"8": [16, 1, 2, 1]}}}
+    tiles["any"] = {"256 x 256": {"8": [32, 1, 1, 2]}}
+    monkeypatch.setattr(dispatch, "_measured", lambda architecture: tiles)
+    # Cuts are kept, by device.
+    gpu = torch.device("cuda", 6)
+    largest, measured = (dispatch.tile(n, 256, 128, 1, gpu, "any") for n in (128, 256))
+    assert largest == dispatch.triton_tiles.Tile(16, 1, 2, 1)
+    assert measured == dispatch.triton_tiles.Tile(32, 1, 1, 2)
 
 
 def test_on_a_cpu_weights_are_dequantized() -> None:
@@ -77,7 +91,13 @@ def test_few_enough_tokens_on_a_gpu_are_decoded(
 
 @pytest.mark.parametrize(
     ("mixed", "bits", "kind"),
-    [(True, None, "mixed"), (False, 2, "2"), (False, 3, "4"), (False, 6, "8"), (False, None, "8")],
+    [
+        (True, None, "mixed"),
+        (False, 2, "2"),
+        (False, 3, "4"),
+        (False, 6, "8"),
+        (False, None, "any"),
+    ],
 )
 def test_kinds_of_products(mixed: bool, bits: int | None, kind: str) -> None:
     assert dispatch.kind_of(mixed, bits) == kind
