@@ -35,6 +35,8 @@ PACKING = "plane-row32-lsb"
 INDEX_FILE = "model.safetensors.index.json"
 ROUTING_FILE = "model-routing.safetensors"
 MAX_SHARD_BYTES = 4 * 1024**3
+# What the names of all that is in blocks begin with.
+BLOCKS_PREFIX = "model.layers."
 # Points of a router's map from score to earnings.
 KNOTS = 16
 
@@ -88,7 +90,7 @@ class Shard:
 
 def block_prefix(block: int) -> str:
     """What the names of all that is in a block begin with."""
-    return f"model.layers.{block}."
+    return f"{BLOCKS_PREFIX}{block}."
 
 
 def find_linears(tensors: Mapping[str, Entry]) -> list[Linear]:

@@ -37,7 +37,7 @@ else:
     _TRITON = True
 
 MIXED, ANY = "mixed", "any"
-# Of these, registers hold least.
+# Kinds that leave the least room in registers.
 _FULL = (str(CODE_BITS), ANY)
 _Measured = dict[str, dict[str, dict[str, list[int]]]]
 
@@ -175,7 +175,7 @@ def tile(
     shape = f"{rows} x {blocks * BLOCK_INPUTS}"
     # What any width needs, the largest does.
     kinds = (ANY, str(CODE_BITS)) if kind == ANY else (kind,)
-    found = (known.get(kind, {}).get(shape, {}).get(str(width)) for kind in kinds)
+    found = (known.get(one, {}).get(shape, {}).get(str(width)) for one in kinds)
     measured = next(filter(None, found), None)
     if measured and not small:
         return triton_tiles.Tile(*measured)

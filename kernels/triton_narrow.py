@@ -12,10 +12,10 @@ matters:
 
         16 (i // 2 % 2) + 4 (i // 8) + 2 (i // 4 % 2) + i % 2
 
-  - Words and scales, which come from memory, are asked for a turn ahead. From Hopper on those of
-    the first turn are asked for before the launch before has ended; where that launch decides the
-    width, those that every width reads. A tile may also have those of later turns brought to the
-    L2 cache at the same time, and the others once the width is known: a piece for each lane.
+  - Words and scales, which come from memory, are asked for a turn ahead (`triton_words.py`). From
+    Hopper on those of the first turn are asked for before the launch before has ended; where that
+    launch decides the width, those that every width reads. A tile may have the L2 cache asked for
+    those of later turns at the same time.
 
 Tokens of one width are multiplied by whole codes, those that differ by what each width adds to the
 one before, digits of 2 bits or of one: as many products as there are widths up to the largest, and
@@ -47,6 +47,7 @@ from mbq.kernels.triton_tiles import (
     write,
 )
 from mbq.kernels.triton_uniform import combined, defined, extracted, field_bits, field_one, unit
+from mbq.kernels.triton_words import load_first, load_rest, prefetch_first, prefetch_rest
 
 # Tokens of a program: as many as the narrowest matrix instruction takes.
 TOKENS = 8
@@ -75,121 +76,6 @@ def _tokens_in_order(x, WARPS: tl.constexpr):
     """[W 8, 32] to [W, 32, 8]."""
     made = tl.permute(_in_order(x, WARPS), (0, 1, 3, 4, 5, 6, 2))
     return tl.reshape(made, (WARPS, 32, _TOKENS))
-
-
-@triton.jit
-def _scale_pairs(
-    scale_zero_ptr, block, rows, WARPS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr
-):
-    """Scales and zeros of a block for each warp, by group: int32 [W, ROWS] each.
-
-    16 rows at a time: the compiler loads what has fewer elements than threads to where it is used.
-    """
-    pairs = ()
-    at = scale_zero_ptr + tl.arange(0, 16)[None, :]
-    for group in tl.static_range(GROUPS):
-        group_ptr = at + ((block * GROUPS + group) * rows)[:, None]
-        pair = tl.load(group_ptr)
-        if ROWS == 32:
-            both = tl.join(pair, tl.load(group_ptr + 16))
-            pair = tl.reshape(tl.permute(both, (0, 2, 1)), (WARPS, ROWS))
-        pairs += (pair,)  # type: ignore[assignment]
-    return pairs
-
-
-@triton.jit
-def _places(rows, blocks, ROWS: tl.constexpr, WARPS: tl.constexpr):
-    """Of what is loaded of words at once: the warp of each row, and where in a block words lie.
-
-    In the two planes of a slice, and in one, where each word serves twice.
-    """
-    of_row = tl.arange(0, ROWS * WARPS)
-    word = tl.arange(0, 16)
-    row = of_row // (8 * WARPS) * 8 + of_row % 8
-    narrow = row[:, None] * 8 + (word % 8)[None, :]
-    wide = narrow + (word // 8 * (blocks * rows * 8))[None, :]
-    return of_row // 8 % WARPS, wide, narrow
-
-
-@triton.jit
-def _load_first(
-    word_pairs_ptr, scale_zero_ptr, start, rows, blocks,
-    ROWS: tl.constexpr, WARPS: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
-    """What every width reads of the turn from a block on: words of the first slice, and scales.
-
-    Warps that have no block left take the last one.
-    """
-    row_warp, wide, _ = _places(rows, blocks, ROWS, WARPS)
-    block = tl.minimum(start + row_warp, blocks - 1)
-    first = tl.load(word_pairs_ptr + (block.to(tl.int64) * rows * 8)[:, None] + wide)
-    block = tl.minimum(start + tl.arange(0, WARPS), blocks - 1)
-    return first, _scale_pairs(scale_zero_ptr, block, rows, WARPS, ROWS, GROUPS)
-
-
-@triton.jit
-def _load_rest(
-    word_pairs_ptr, first, start, rows, blocks,
-    ROWS: tl.constexpr, WARPS: tl.constexpr, BITS: tl.constexpr,
-):  # fmt: skip
-    """All words that a width reads of a turn, given those of the first slice.
-
-    Those of the first slice, the high and the low bits of the second, the third slice, the fourth;
-    what the width does not read repeats the first.
-    """
-    SLICES: tl.constexpr = (BITS + 1) // 2
-    row_warp, wide, narrow = _places(rows, blocks, ROWS, WARPS)
-    block = tl.minimum(start + row_warp, blocks - 1)
-    block_ptr = word_pairs_ptr + (block.to(tl.int64) * rows * 8)[:, None]
-    plane_words = blocks * rows * 8
-    slice_words = 2 * plane_words.to(tl.int64)
-    high = tl.load(block_ptr + slice_words + narrow) if SLICES > 1 else first
-    low = tl.load(block_ptr + slice_words + plane_words + narrow) if BITS > 3 else first
-    third = tl.load(block_ptr + 2 * slice_words + wide) if SLICES > 2 else first
-    fourth = tl.load(block_ptr + 3 * slice_words + wide) if SLICES > 3 else first
-    return first, high, low, third, fourth
-
-
-@triton.jit
-def _later(blocks, TIMES: tl.constexpr, WARPS: tl.constexpr):
-    """Blocks of each warp after its first, each so many times, until it has no lanes left.
-
-    Returns the block, which of its times it is, and whether there is such a block: [32 W] each.
-    """
-    lane, warp = tl.arange(0, 32 * WARPS) % 32, tl.arange(0, 32 * WARPS) // 32
-    block = (1 + lane // TIMES) * WARPS + warp
-    return block, lane % TIMES, block < blocks
-
-
-@triton.jit
-def later_words(rows, blocks, WARPS: tl.constexpr, PLANE: tl.constexpr, PLANES: tl.constexpr):
-    """Where words of later blocks begin, in so many planes from one on, and whether they do."""
-    block, i, there = _later(blocks, PLANES, WARPS)
-    return ((PLANE + i).to(tl.int64) * blocks + block) * rows * 8, there
-
-
-@triton.jit
-def later_scales(rows, blocks, WARPS: tl.constexpr, GROUPS: tl.constexpr):
-    """Where scales of later blocks begin, a group each, and whether they do."""
-    block, i, there = _later(blocks, GROUPS, WARPS)
-    return (block * GROUPS + i) * rows, there
-
-
-@triton.constexpr_function
-def _prefetching(size: int) -> str:
-    """PTX that brings so many bytes at $1 to the L2 cache, unless $2 is 0."""
-    return (
-        "{ .reg .pred there; setp.ne.b32 there, $2, 0; "
-        f"@there cp.async.bulk.prefetch.L2.global [$1], {size}; mov.b32 $0, 0; }}"
-    )
-
-
-@triton.jit
-def _prefetch(at, there, BYTES: tl.constexpr):
-    tl.inline_asm_elementwise(
-        _prefetching(BYTES), "=r,l,r", [at, there.to(tl.int32)],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -316,17 +202,16 @@ def _multiplied(
     """Products of a tile of rows. Tokens have BITS or, if they differ, `bits`, at most BITS.
 
     Pointers to what has rows point at the first; `first` and `pairs` are the first turn's
-    (`_load_first`). `WAITS` for the launch before, but for weights.
+    (`load_first`). `WAITS` for the launch before, but for weights.
     """
     warp = tl.arange(0, WARPS)
     late = (tl.arange(0, 16) // 8)[None, :]
     n = tl.arange(0, ROWS)
     gain_row = (row_of(bits) * rows)[None, :] if MIXED else row_of(BITS) * rows
     gain_bias = tl.load(gain_bias_ptr + gain_row + n[:, None])
-    words = _load_rest(word_pairs_ptr, first, 0, rows, blocks, ROWS, WARPS, BITS)
+    words = load_rest(word_pairs_ptr, first, 0, rows, blocks, ROWS, WARPS, BITS)
     if PREFETCHED and BITS > 2:
-        at, exists = later_words(rows, blocks, WARPS, 2, BITS - 2)
-        _prefetch(word_pairs_ptr + at, exists, 32 * ROWS)
+        prefetch_rest(word_pairs_ptr, rows, blocks, ROWS, WARPS, BITS)
     if WAITS:
         tl.extra.cuda.gdc_wait()
     of_token = tl.arange(0, WARPS * _TOKENS)
@@ -336,10 +221,10 @@ def _multiplied(
     total = tl.zeros((WARPS, ROWS, _TOKENS), dtype=tl.float32)
     for start in tl.range(0, blocks, WARPS, num_stages=1):
         used, used_pairs = words, pairs
-        first, pairs = _load_first(
+        first, pairs = load_first(
             word_pairs_ptr, scale_zero_ptr, start + WARPS, rows, blocks, ROWS, WARPS, GROUPS
         )
-        words = _load_rest(word_pairs_ptr, first, start + WARPS, rows, blocks, ROWS, WARPS, BITS)
+        words = load_rest(word_pairs_ptr, first, start + WARPS, rows, blocks, ROWS, WARPS, BITS)
         # Of 32 rows the registers do not hold all that is asked for early.
         if ASM and ROWS == 16:
             asked_by_now()
@@ -382,14 +267,11 @@ def _narrow_kernel(
     out_ptr += start
     bits_ptr += linear * padded_tokens
     t = tl.arange(0, _TOKENS)
-    first, pairs = _load_first(word_pairs_ptr, scale_zero_ptr, 0, rows, blocks, ROWS, WARPS, GROUPS)
+    first, pairs = load_first(word_pairs_ptr, scale_zero_ptr, 0, rows, blocks, ROWS, WARPS, GROUPS)
     # What no older GPU can.
     PREFETCHED: tl.constexpr = PREFETCHES and PROGRAMMATIC
     if PREFETCHED:
-        at, exists = later_words(rows, blocks, WARPS, 0, 2)
-        _prefetch(word_pairs_ptr + at, exists, 32 * ROWS)
-        at, exists = later_scales(rows, blocks, WARPS, GROUPS)
-        _prefetch(scale_zero_ptr + at, exists, 4 * ROWS)
+        prefetch_first(word_pairs_ptr, scale_zero_ptr, rows, blocks, ROWS, WARPS, GROUPS)
     # Widths are what the launch before writes.
     KNOWN: tl.constexpr = BITS > 0 and not MIXED
     if PROGRAMMATIC and not KNOWN:

@@ -1,6 +1,6 @@
 """Refuse what cannot be quantized, from config.json and tensor shapes alone."""
 
-from mbq.artifacts.checkpoint import find_linears
+from mbq.artifacts.checkpoint import BLOCKS_PREFIX, find_linears
 from mbq.artifacts.errors import InputError
 from mbq.artifacts.source import Source
 from mbq.artifacts.spec import RunSpec
@@ -112,7 +112,7 @@ def _check_promise(source: Source, matrices: set[str]) -> None:
                 f"{list(found[name]) if name in found else 'none'}; fetch the model again"
             )
     for name in found:
-        if name.startswith("model.layers.") and name not in promised:
+        if name.startswith(BLOCKS_PREFIX) and name not in promised:
             raise InputError(
                 f"model.source: the weights hold {name}, which config.json does not promise; fetch "
                 "the model again"

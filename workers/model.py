@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
-from mbq.artifacts.checkpoint import block_prefix
+from mbq.artifacts.checkpoint import BLOCKS_PREFIX, block_prefix
 from mbq.artifacts.errors import InputError
 from mbq.artifacts.source import Source
 from mbq.artifacts.tensors import TensorFile
 from mbq.workers.tensors import read_tensor
 
-_BLOCKS = "model.layers."
 _EMBEDDINGS = "model.embed_tokens.weight"
 
 
@@ -148,7 +147,8 @@ class Model:
     def head(self) -> nn.Module:
         """All that comes after the blocks as one module: [B, T, H] to [B, T, V]."""
         stored = self.weights.weight_map
-        state = self._placed(n for n in stored if not n.startswith(_BLOCKS) and n != _EMBEDDINGS)
+        outside = [name for name in stored if not name.startswith(BLOCKS_PREFIX)]
+        state = self._placed(name for name in outside if name != _EMBEDDINGS)
         if "lm_head.weight" not in stored:
             state["lm_head.weight"] = self._placed([_EMBEDDINGS])[_EMBEDDINGS]
         return _Head(self._filled_frame(state)).eval().requires_grad_(False)
@@ -246,7 +246,7 @@ def promise_of(source: Source) -> Promise:
     skeleton = open_model(source, torch.float32, torch.device("meta")).skeleton
     return Promise(
         {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()},
-        frozenset(name for name in linears(skeleton) if name.startswith(_BLOCKS)),
+        frozenset(name for name in linears(skeleton) if name.startswith(BLOCKS_PREFIX)),
     )
 
 

@@ -3,12 +3,10 @@
 import numpy as np
 import pytest
 import torch
-import triton
-import triton.language as tl
 
 from mbq.kernels.digits import join_digits
 from mbq.kernels.reference import routed_linear
-from mbq.kernels.triton_narrow import later_scales, later_words, multiply_narrow
+from mbq.kernels.triton_narrow import multiply_narrow
 from mbq.kernels.triton_prepare import prepare
 from mbq.kernels.triton_tiles import REJOINING, Tile
 from mbq.kernels.widths import WIDTHS
@@ -70,36 +68,3 @@ def test_assembly_puts_two_words_of_the_second_slice_together(late: int) -> None
     made = emulate(REJOINING.value, operands)["$0"].view(np.uint16)
     halves = high.view(np.uint16) << np.uint16(late), low.view(np.uint16) >> np.uint16(late)
     assert np.array_equal(made, halves[0] & np.uint16(0xAAAA) | halves[1] & np.uint16(0x5555))
-
-
-@triton.jit
-def _later_kernel(
-    words_ptr, scales_ptr, rows, blocks, WARPS: tl.constexpr, PLANE: tl.constexpr,
-    PLANES: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
-    thread = tl.arange(0, 32 * WARPS)
-    at, exists = later_words(rows, blocks, WARPS, PLANE, PLANES)
-    tl.store(words_ptr + thread, tl.where(exists, at, -1))
-    at, exists = later_scales(rows, blocks, WARPS, GROUPS)
-    tl.store(scales_ptr + thread, tl.where(exists, at, -1))
-
-
-@pytest.mark.parametrize("blocks", [3, 8, 16, 43])
-@pytest.mark.parametrize(("warps", "plane", "planes"), [(2, 0, 2), (8, 2, 1), (4, 2, 2), (8, 2, 6)])
-def test_what_the_cache_is_asked_for_is_each_warp_s_own(
-    blocks: int, warps: int, plane: int, planes: int
-) -> None:
-    """Every later block of a warp, as many as it has lanes for; never one that is not there."""
-    rows, groups = 80, 2
-    words, scales = torch.zeros(2, 32 * warps, dtype=torch.int64)
-    _later_kernel[(1,)](words, scales, rows, blocks, warps, plane, planes, groups)
-    plane_at = torch.arange(plane + planes)[:, None] * blocks
-    word_PB = (plane_at + torch.arange(blocks)) * rows * 8
-    scale_GB = (torch.arange(blocks) * groups + torch.arange(groups)[:, None]) * rows
-    for warp in range(warps):
-        mine = range(warp + warps, blocks, warps)
-        for found, at in ((words, word_PB[plane:]), (scales, scale_GB)):
-            wanted = at[:, mine[: 32 // len(at)]].T.flatten().tolist()
-            more = [at[i, b].item() for b in mine[32 // len(at) :][:1] for i in range(32 % len(at))]
-            asked = found.view(warps, 32)[warp].tolist()
-            assert asked == (wanted + more + [-1] * 32)[:32]
