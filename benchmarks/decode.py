@@ -5,9 +5,10 @@
 
 For every shape, width and number of tokens: time of one launch in a captured graph of many, with
 weights that rotate through more memory than the L2 cache holds; median of replays, and the share
-that the middle half of them spreads over. Bounds: bytes (codes, scales, zeros, inputs, outputs) at
-the measured memory speed, operations at the measured bf16 speed. `empty` is a graph node of an
-empty kernel. `blocks` are all products of a model in turn, each input made ready as in a step.
+that the middle half of them spreads over. As in a model a launch knows which weights come next, and
+may ask for them. Bounds: bytes (codes, scales, zeros, inputs, outputs) at the measured speed of
+memory, operations at the measured bf16 speed. `empty` is a graph node of an empty kernel. `blocks`
+are all products of a model in turn, each input made ready as in a step.
 `peers` are others in the same run (`kernel_peers.py`). `prompts` are many tokens times a weight
 that is dequantized each time, beside cuBLAS with a weight that is there. Data are random; outputs
 are held against float64 first. Needs torch, triton and click only.
@@ -16,7 +17,7 @@ are held against float64 first. Needs torch, triton and click only.
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,18 +44,17 @@ from torch import Tensor
 from weights import (
     BLOCKS,
     GROUP,
-    ROTATED_BYTES,
     SHAPES,
+    Turn,
     decode_times,
     hungry_tokens,
+    model_in_turn,
     multiply,
-    random_digits,
     rotation,
     tile_for,
     tokens_at,
 )
 
-from mbq.kernels.digits import Digits
 from mbq.kernels.router import Gates
 from mbq.kernels.timing import time_graph
 from mbq.kernels.triton_dequantize import dequantize_digits
@@ -209,20 +209,18 @@ def time_blocks(model: str) -> list[Point]:
     As a step runs at a width that the host knows; and as one that was captured does: it asks
     routers, and only the device knows the width.
     """
-    shapes = list(SHAPES[model].values())
+    shapes = SHAPES[model].values()
     inputs = {k for _, k in shapes}
     points = []
     for bits in WIDTHS:
-        size = sum(n * k for n, k in shapes) * bits / 8
-        count = math.ceil(ROTATED_BYTES / size) + 1
-        blocks = [[random_digits(n, k) for n, k in shapes] for _ in range(count)]
-        turn = itertools.cycle(blocks)
+        turn, count = model_in_turn(model, bits)
+        block = partial(itertools.islice, turn, len(shapes))
         gates = {k: open_gates(k, bits) for k in inputs}
         for m in TOKENS:
             xs = {k: torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for k in inputs}
-            known = partial(step, turn, xs, dict.fromkeys(inputs, bits), bits)
+            known = partial(step, block, xs, dict.fromkeys(inputs, bits), bits)
             seconds, spread = time_graph(known, 2 * count)
-            captured = time_graph(partial(step, turn, xs, gates, None), 2 * count)[0]
+            captured = time_graph(partial(step, block, xs, gates, None), 2 * count)[0]
             points.append(
                 {
                     "model": model,
@@ -237,17 +235,17 @@ def time_blocks(model: str) -> list[Point]:
 
 
 def step(
-    blocks: Iterator[list[Digits]],
+    block: Callable[[], Turn],
     xs: dict[int, Tensor],
     widths: Mapping[int, int | Gates],
     known: int | None,
 ) -> None:
     """The next block: each of its inputs made ready, and multiplied."""
-    for weight in next(blocks):
+    for weight, following in block():
         (n,), k = weight.out_features, weight.in_features
         prepared = prepare(xs[k], widths[k], SHARING, GROUP, CODE_BITS)
         tile = tile_for(n, k, len(xs[k]), known, prepared.mixed)
-        multiply(prepared, known, weight, tile)
+        multiply(prepared, known, weight, tile, following)
 
 
 def time_prompts(n: int, k: int) -> list[Point]:

@@ -1,24 +1,31 @@
-"""The fastest tiles of a model's shapes on this GPU: `tiles_<architecture>.json`.
+"""The fastest tiles of a model's shapes on this GPU, and how much to ask for ahead:
+`tiles_<architecture>.json`.
 
     python benchmarks/tuning.py --out kernels --model llama2-7b
 
 What is timed is a product and the launch before it, which makes its tokens ready, as in a step: a
-product begins while that launch runs. Adds to what the file holds, fewest tokens first, so a run
-that is cut off leaves what it found. One model takes some minutes, most of them for the compiler.
+product begins while that launch runs. How much of the next weights a product of few tokens asks
+the L2 cache for is timed on all weights of the model in turn. Adds to what the file holds, fewest
+tokens first, so a run that is cut off leaves what it found. One model takes some minutes, most of
+them for the compiler.
 """
 
 import itertools
 import json
+import math
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 from compiling import Product, compile_products
-from weights import GROUP, SHAPES, multiply, rotation
+from weights import GROUP, SHAPES, Turn, model_in_turn, multiply, rotation
 
 from mbq.kernels import dispatch
 from mbq.kernels.digits import BLOCK_INPUTS
 from mbq.kernels.timing import time_graph
+from mbq.kernels.triton_narrow import multiply_narrow
 from mbq.kernels.triton_prepare import prepare
 from mbq.kernels.triton_tiles import Tile
 from mbq.kernels.widths import CODE_BITS
@@ -28,14 +35,15 @@ STAGES = (2, 3)
 # Rows and warps.
 CUTS = ((64, 2), (64, 4), (128, 2), (128, 4), (128, 8))
 # Rows, warps and stages for few tokens, where warps share the inputs.
-NARROW = tuple(itertools.product((16, 32), (2, 4, 8), (1, 2)))
+NARROW = tuple(itertools.product((16, 32), (2, 4, 8, 16), (1, 2)))
 TOKENS = (1, 16, 32, 64)
 # What each kind of product is timed at, and where the host does not know it.
 BITS = {"2": 2, "4": 4, "8": 8, dispatch.ANY: 4, dispatch.MIXED: 4}
 UNKNOWN = (dispatch.ANY, dispatch.MIXED)
 LAUNCHES, REPLAYS = 48, 5
-
-Tiles = dict[str, dict[str, dict[str, list[int]]]]
+# Bytes to ask for ahead, and the widths at which they are timed.
+AHEAD = (0, *(n << 20 for n in (4, 8, 16, 32)))
+AHEAD_BITS = (2, 4, 8)
 
 
 @click.command()
@@ -46,8 +54,12 @@ def main(out: Path, model: str) -> None:
     torch.manual_seed(0)
     major, minor = torch.cuda.get_device_capability()
     path = out / f"tiles_sm{major}{minor}.json"
-    tiles: Tiles = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     shapes = sorted(set(SHAPES[model].values()))
+
+    def keep() -> None:
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
     for m in TOKENS:
         kinds = [kind for kind in BITS if tuned(m, kind)]
         compile_products(
@@ -57,10 +69,13 @@ def main(out: Path, model: str) -> None:
         )
         for (n, k), kind in itertools.product(shapes, kinds):
             best = fastest(n, k, m, kind)
-            of_shape = tiles.setdefault(kind, {}).setdefault(f"{n} x {k}", {})
+            of_shape = found.setdefault(kind, {}).setdefault(f"{n} x {k}", {})
             of_shape[str(dispatch.token_tile(m, kind))] = best
-            path.write_text(json.dumps(tiles, indent=1) + "\n", encoding="utf-8")
+            keep()
             click.echo(f"{kind} {n} x {k}, {m} tokens: {best}")
+        if dispatch.narrow(m):
+            found[dispatch.AHEAD] = best_ahead(model, m, found)
+            keep()
 
 
 def tuned(m: int, kind: str) -> bool:
@@ -118,6 +133,38 @@ def fastest(n: int, k: int, m: int, kind: str) -> list[int]:
             click.echo(f"left out: {tile}: {error}"[:200])
     tile = min(seconds, key=lambda t: seconds[t])
     return [tile.rows, tile.split, tile.warps, tile.stages]
+
+
+def best_ahead(model: str, m: int, tiles: dict[str, Any]) -> int:
+    """Bytes to ask for ahead: those at which a block of the model takes least, over all widths."""
+    shapes = SHAPES[model].values()
+    xs = {k: torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for _, k in shapes}
+    seconds: dict[int, list[float]] = {ahead: [] for ahead in AHEAD}
+    for bits in AHEAD_BITS:
+        kind = dispatch.kind_of(False, bits)
+        width = str(dispatch.token_tile(m, kind))
+        cuts = {(n, k): Tile(*tiles[kind][f"{n} x {k}"][width]) for n, k in shapes}
+        turn, blocks = model_in_turn(model, bits)
+        for ahead in AHEAD:
+            block = partial(multiply_block, turn, xs, bits, cuts, ahead)
+            seconds[ahead].append(time_graph(block, 2 * blocks, REPLAYS)[0])
+            us = 1e6 * seconds[ahead][-1]
+            click.echo(f"{ahead >> 20} MiB ahead, a block at {bits} bits: {us:.1f} us")
+    return min(seconds, key=lambda ahead: math.prod(seconds[ahead]))
+
+
+def multiply_block(
+    turn: Turn,
+    xs: dict[int, torch.Tensor],
+    bits: int,
+    cuts: dict[tuple[int, int], Tile],
+    ahead: int,
+) -> None:
+    """The next block: each of its inputs made ready, and multiplied."""
+    for weight, following in itertools.islice(turn, len(cuts)):
+        (n,), k = weight.out_features, weight.in_features
+        prepared = prepare(xs[k], bits, 1, GROUP, CODE_BITS)
+        multiply_narrow(prepared, bits, weight, cuts[n, k], torch.bfloat16, following, ahead)
 
 
 if __name__ == "__main__":

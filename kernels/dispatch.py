@@ -7,6 +7,9 @@ Cuts that were measured ship as `tiles_<architecture>.json`, made by `benchmarks
 where the kind is "mixed", or for tokens of one width the bits of a field (`triton_uniform.py`), or
 "any" where only the device knows it.
 
+"ahead_bytes" there is how much of the weights that come next the L2 cache is asked for by a product
+of few tokens; where that was not measured, nothing.
+
 Other shapes take a rule of thumb: enough programs to fill the device a few times.
 """
 
@@ -37,9 +40,10 @@ else:
     _TRITON = True
 
 MIXED, ANY = "mixed", "any"
+AHEAD = "ahead_bytes"
 # Kinds that leave the least room in registers.
 _FULL = (str(CODE_BITS), ANY)
-_Measured = dict[str, dict[str, dict[str, list[int]]]]
+_Tiles = dict[str, dict[str, dict[str, list[int]]]]
 
 # Programs to aim at: three for each of a large GPU's multiprocessors.
 _PROGRAMS = 396
@@ -100,11 +104,12 @@ def decode(
     max_bits: int,
     weight: Digits,
     tally: Tensor | None = None,
+    following: Digits | None = None,
 ) -> Tensor:
     """Tokens that `decodes` accepts times the weights of linears that share them.
 
-    Arguments as those of `triton_prepare.prepare`. Returns [T, N'], linears side by side
-    (`Digits.sides`).
+    Arguments as those of `triton_prepare.prepare`, and the weights that are read next on this
+    device, if that is known. Returns [T, N'], linears side by side (`Digits.sides`).
     """
     # Triton launches on the current device, whatever the tensors' is.
     with torch.cuda.device_of(x_TK):
@@ -115,7 +120,7 @@ def decode(
         cut = tile(rows, inputs, weight.group_size, len(x_TK), x_TK.device, kind)
         if any(start % cut.rows for start in weight.starts):
             cut = dataclasses.replace(cut, rows=ROW_MULTIPLE)
-        return multiply(prepared, bits, weight, cut, x_TK.dtype)
+        return multiply(prepared, bits, weight, cut, x_TK.dtype, following)
 
 
 def multiply(
@@ -124,14 +129,17 @@ def multiply(
     weight: Digits,
     cut: "triton_tiles.Tile",
     dtype: torch.dtype,
+    following: Digits | None = None,
 ) -> Tensor:
     """Prepared tokens times the weights of linears, by the kernel that serves them: [T, N'].
 
     Args:
         bits: the width of all tokens, or None if only the device knows it.
+        following: weights that are read next, if that is known.
     """
     if narrow(len(prepared.x_TK)):
-        return triton_narrow.multiply_narrow(prepared, bits, weight, cut, dtype)
+        ahead = bytes_ahead(prepared.x_TK.device)
+        return triton_narrow.multiply_narrow(prepared, bits, weight, cut, dtype, following, ahead)
     if prepared.mixed:
         return triton_mixed.multiply_mixed(prepared, weight, cut, dtype)
     return triton_uniform.multiply_uniform(prepared, bits, weight, cut, dtype)
@@ -166,8 +174,8 @@ def tile(
     kind: str,
 ) -> "triton_tiles.Tile":
     """How to cut a multiplication on a device."""
-    architecture = capability(device) if device.type == "cuda" else _CAPABILITY
-    known = _measured(architecture)
+    architecture = _architecture(device)
+    known, _ = _measured(architecture)
     rows = -(-out_features // ROW_MULTIPLE) * ROW_MULTIPLE
     blocks = -(-in_features // BLOCK_INPUTS)
     width = token_tile(tokens, kind)
@@ -180,6 +188,13 @@ def tile(
     if measured and not small:
         return triton_tiles.Tile(*measured)
     return default_tile(rows, blocks, width, kind, small, architecture)
+
+
+@cache
+def bytes_ahead(device: torch.device) -> int:
+    """How many bytes of the words that come next the L2 cache is asked for on a device."""
+    _, ahead = _measured(_architecture(device))
+    return ahead
 
 
 def token_tile(tokens: int, kind: str) -> int:
@@ -230,11 +245,16 @@ def _narrow_tile(rows: int, blocks: int, kind: str) -> "triton_tiles.Tile":
     return triton_tiles.Tile(cut, split=1, warps=warps, stages=1)
 
 
+def _architecture(device: torch.device) -> tuple[int, int]:
+    return capability(device) if device.type == "cuda" else _CAPABILITY
+
+
 @cache
-def _measured(capability: tuple[int, int]) -> _Measured:
-    name = f"tiles_sm{capability[0]}{capability[1]}.json"
-    stored = Path(__file__).with_name(name)
+def _measured(architecture: tuple[int, int]) -> tuple[_Tiles, int]:
+    """Tiles, and bytes to ask for ahead."""
+    stored = Path(__file__).with_name(f"tiles_sm{architecture[0]}{architecture[1]}.json")
     if not stored.is_file():
-        return {}
-    found: _Measured = json.loads(stored.read_text(encoding="utf-8"))
-    return found
+        return {}, 0
+    found = json.loads(stored.read_text(encoding="utf-8"))
+    ahead: int = found.pop(AHEAD, 0)
+    return found, ahead

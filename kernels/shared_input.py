@@ -16,7 +16,7 @@ Legend: N out_features, N' N padded (`digits.py`), K in_features, T tokens, L li
 import itertools
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,6 +52,8 @@ class SharedInput:
         self._waiting: tuple[weakref.ref[Tensor], dict[int, Tensor]] | None = None
         # The same while `torch.compile` traces, which knows no weak references.
         self._traced: tuple[Tensor, dict[int, Tensor]] | None = None
+        # Set by `run_in_order`.
+        self.following: weakref.ref[SharedInput] | None = None
 
     @property
     def linears(self) -> tuple["ElasticLinear", ...]:
@@ -158,6 +160,7 @@ class SharedInput:
                 first.stored_bits,
                 self._packed(),
                 self._tally(x.device),
+                self._packed_next(x.device),
             ).view(*x.shape[:-1], -1)
             biases = [linear.bias for linear in linears]
             if any(bias is not None for bias in biases):
@@ -198,6 +201,13 @@ class SharedInput:
                     torch.cuda.synchronize(self._digits.digits_SHBN16.device)
             return self._digits
 
+    def _packed_next(self, device: torch.device) -> Digits | None:
+        """What is multiplied by after this, if it is in the run-time layout on the same device."""
+        following = self.following() if self.following is not None else None
+        digits = following._digits if following is not None else None
+        there = digits is not None and digits.digits_SHBN16.device == device
+        return digits if there else None
+
     def _tally(self, device: torch.device) -> Tensor:
         if self._tally_2L is None or self._tally_2L.device != device:
             with torch.inference_mode(False):
@@ -207,7 +217,7 @@ class SharedInput:
 
     def __getstate__(self) -> dict[str, Any]:
         # Weak references and locks cannot be pickled. A copy begins to count anew.
-        fresh = dict.fromkeys(("_waiting", "_traced", "_tally_2L", "_packing"))
+        fresh = dict.fromkeys(("_waiting", "_traced", "_tally_2L", "_packing", "following"))
         return self.__dict__ | fresh | {"_linears": self.linears}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -238,3 +248,13 @@ def share_input(linears: Sequence["ElasticLinear"], router: nn.Module | None) ->
     shared = SharedInput(linears, router)
     for number, linear in enumerate(linears):
         linear.share(shared, number)
+
+
+def run_in_order(linears: Iterable["ElasticLinear"]) -> None:
+    """Tell linears, in the order in which a pass meets them, what is read after them.
+
+    Only speed depends on it. Copies of a model are to be told anew.
+    """
+    inputs = dict.fromkeys(linear.shared for linear in linears)
+    for shared, following in itertools.pairwise(inputs):
+        shared.following = weakref.ref(following)

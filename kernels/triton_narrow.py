@@ -14,8 +14,9 @@ matters:
 
   - Words and scales, which come from memory, are asked for a turn ahead (`triton_words.py`). From
     Hopper on those of the first turn are asked for before the launch before has ended; where that
-    launch decides the width, those that every width reads. A tile may have the L2 cache asked for
-    those of later turns at the same time.
+    launch decides the width, those that every width reads. At the same time the L2 cache can be
+    asked for those of later turns, and for those of the product after this one: memory then works
+    while tokens are made ready, and while whatever lies between two products runs.
 
 Tokens of one width are multiplied by whole codes, those that differ by what each width adds to the
 one before, digits of 2 bits or of one: as many products as there are widths up to the largest, and
@@ -47,7 +48,14 @@ from mbq.kernels.triton_tiles import (
     write,
 )
 from mbq.kernels.triton_uniform import combined, defined, extracted, field_bits, field_one, unit
-from mbq.kernels.triton_words import load_first, load_rest, prefetch_first, prefetch_rest
+from mbq.kernels.triton_words import (
+    load_first,
+    load_rest,
+    prefetch_first,
+    prefetch_next,
+    prefetch_rest,
+)
+from mbq.kernels.widths import SLICE_BITS
 
 # Tokens of a program: as many as the narrowest matrix instruction takes.
 TOKENS = 8
@@ -250,10 +258,21 @@ def _multiplied(
 
 
 # Fewer variants to compile: these need no alignment.
-@triton.jit(do_not_specialize=["blocks", "padded_tokens", "tokens", "second", "third"])
+@triton.jit(
+    do_not_specialize=[
+        "blocks",
+        "padded_tokens",
+        "tokens",
+        "second",
+        "third",
+        "next_word_bytes",
+        "next_scale_bytes",
+    ]
+)
 def _narrow_kernel(
-    x_ptr, word_pairs_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr, bias_sum_ptr, unscale_ptr,
-    bits_ptr, out_ptr, rows, blocks, padded_tokens, tokens, second, third,
+    x_ptr, digits_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr, bias_sum_ptr, unscale_ptr,
+    bits_ptr, out_ptr, next_digits_ptr, next_scale_zero_ptr,
+    rows, blocks, padded_tokens, tokens, second, third, next_word_bytes, next_scale_bytes,
     ROWS: tl.constexpr, WARPS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
     MIXED: tl.constexpr, MOST_SLICES: tl.constexpr, PREFETCHES: tl.constexpr,
     PROGRAMMATIC: tl.constexpr, ASM: tl.constexpr,
@@ -261,7 +280,7 @@ def _narrow_kernel(
     tile = tl.program_id(0)
     linear = (tile >= second).to(tl.int32) + (tile >= third).to(tl.int32)
     start = tile * ROWS
-    word_pairs_ptr += start * 8
+    word_pairs_ptr = digits_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + start * 8
     scale_zero_ptr += start
     gain_bias_ptr += start
     out_ptr += start
@@ -272,6 +291,9 @@ def _narrow_kernel(
     PREFETCHED: tl.constexpr = PREFETCHES and PROGRAMMATIC
     if PREFETCHED:
         prefetch_first(word_pairs_ptr, scale_zero_ptr, rows, blocks, ROWS, WARPS, GROUPS)
+    if PROGRAMMATIC and next_word_bytes > 0:
+        prefetch_next(next_digits_ptr, next_word_bytes, WARPS)
+        prefetch_next(next_scale_zero_ptr, next_scale_bytes, WARPS)
     # Widths are what the launch before writes.
     KNOWN: tl.constexpr = BITS > 0 and not MIXED
     if PROGRAMMATIC and not KNOWN:
@@ -297,7 +319,13 @@ def _narrow_kernel(
 
 
 def multiply_narrow(
-    prepared: Prepared, bits: int | None, weight: Digits, tile: Tile, dtype: torch.dtype
+    prepared: Prepared,
+    bits: int | None,
+    weight: Digits,
+    tile: Tile,
+    dtype: torch.dtype,
+    following: Digits | None = None,
+    bytes_ahead: int = 0,
 ) -> Tensor:
     """Up to 8 tokens times every linear's weight, with gain and bias.
 
@@ -305,18 +333,28 @@ def multiply_narrow(
     differ in width: `bits` is None then. `tile.split` is 1; `tile.stages` 2 if words and scales of
     later turns are brought to the L2 cache.
 
+    Args:
+        following: a weight that comes next, of which the L2 cache is asked for scales and for
+            words, `bytes_ahead` at most, a multiple of 16.
+
     Raises:
         ValueError: a tile would reach from one linear into the next.
     """
-    *_, blocks, rows, _ = weight.digits_SHBN16.shape
+    slices, _, blocks, rows, _ = weight.digits_SHBN16.shape
     out = prepared.x_TK.new_empty(prepared.tokens, rows, dtype=dtype)
+    ahead = 0, 0
+    if following is not None and bytes_ahead > 0:
+        # Where only the device knows the width, what every width reads.
+        words = following.plane_bytes * (bits or SLICE_BITS)
+        ahead = min(words, bytes_ahead), following.scale_zero_GN.nbytes
+    then = following or weight
     _narrow_kernel[(rows // tile.rows,)](
-        prepared.x_TK, weight.digits_SHBN16.view(torch.int32), weight.scale_zero_GN,
+        prepared.x_TK, weight.digits_SHBN16, weight.scale_zero_GN,
         weight.gain_bias_WN, prepared.sum_GT, prepared.bias_sum_GT, prepared.unscale_T,
-        prepared.bits_LT, out, rows, blocks, len(prepared.x_TK), prepared.tokens,
-        *next_linears(weight, tile.rows),
+        prepared.bits_LT, out, then.digits_SHBN16, then.scale_zero_GN, rows, blocks,
+        len(prepared.x_TK), prepared.tokens, *next_linears(weight, tile.rows), *ahead,
         ROWS=tile.rows, WARPS=tile.warps, GROUPS=BLOCK_INPUTS // weight.group_size,
-        BITS=bits or 0, MIXED=prepared.mixed, MOST_SLICES=len(weight.digits_SHBN16),
+        BITS=bits or 0, MIXED=prepared.mixed, MOST_SLICES=slices,
         PREFETCHES=tile.stages > 1, ASM=not INTERPRETED, num_warps=tile.warps,
         **launching(out.device),
     )  # fmt: skip

@@ -5,8 +5,9 @@ take at a time are a turn. Of a block, a tile of rows reads one piece of each pl
 and one piece for each group, 4 bytes of scale and zero a row.
 
 What every width reads, words of the first slice and scales, is loaded apart from what only some do:
-it can be asked for before the width is known. Of later turns both can be brought to the L2 cache
-without taking registers, a piece for each lane (Hopper and later).
+it can be asked for before the width is known. Without taking registers the L2 cache can be asked
+for what comes later (Hopper and after): words and scales of later turns, a piece for each lane, and
+those that the product after this one begins with, a piece for each warp of the launch.
 
 Legend: W warps.
 """
@@ -113,21 +114,41 @@ def later_scales(rows, blocks, WARPS: tl.constexpr, GROUPS: tl.constexpr):
     return (block * GROUPS + i) * rows, there
 
 
-@triton.constexpr_function
-def _prefetching(size: int) -> str:
-    """PTX that brings so many bytes at $1 to the L2 cache, unless $2 is 0."""
-    return (
-        "{ .reg .pred there; setp.ne.b32 there, $2, 0; "
-        f"@there cp.async.bulk.prefetch.L2.global [$1], {size}; mov.b32 $0, 0; }}"
+# Units of 16 bytes in one request: the instruction counts them in 16 bits.
+_MOST_UNITS = tl.constexpr(0xFFFF)
+# Brings $2 bytes at $1 to the L2 cache, if there are any.
+_PREFETCH = tl.constexpr(
+    "{ .reg .pred some; setp.ne.b32 some, $2, 0; "
+    "@some cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }"
+)
+
+
+@triton.jit
+def _prefetch(at, size):
+    tl.inline_asm_elementwise(
+        _PREFETCH.value, "=r,l,r", [at, size], dtype=tl.int32, is_pure=False, pack=1
     )
 
 
 @triton.jit
-def _prefetch(at, exists, BYTES: tl.constexpr):
-    tl.inline_asm_elementwise(
-        _prefetching(BYTES), "=r,l,r", [at, exists.to(tl.int32)],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+def pieces(size, WARPS: tl.constexpr):
+    """So many bytes, a multiple of 16, in a piece for each warp of all programs, none above 1 MiB.
+
+    Returns where pieces begin and how long they are, in bytes, 0 for all lanes but the first:
+    [32 W] each.
+    """
+    lane, warp = tl.arange(0, 32 * WARPS) % 32, tl.arange(0, 32 * WARPS) // 32
+    units = tl.minimum(tl.cdiv(size // 16, tl.num_programs(0) * WARPS), _MOST_UNITS)
+    start = (tl.program_id(0) * WARPS + warp) * units * 16
+    there = (lane == 0) & (start < size)
+    return start, tl.where(there, tl.minimum(units * 16, size - start), 0)
+
+
+@triton.jit
+def prefetch_next(ptr, size, WARPS: tl.constexpr):
+    """Bring so many bytes, that another launch reads, to the L2 cache; all programs take part."""
+    start, sizes = pieces(size, WARPS)
+    _prefetch(ptr.to(tl.pointer_type(tl.int8), bitcast=True) + start, sizes)
 
 
 @triton.jit
@@ -137,9 +158,9 @@ def prefetch_first(
 ):  # fmt: skip
     """Bring what every width reads of later blocks to the L2 cache."""
     at, exists = later_words(rows, blocks, WARPS, 0, 2)
-    _prefetch(word_pairs_ptr + at, exists, 32 * ROWS)
+    _prefetch(word_pairs_ptr + at, tl.where(exists, 32 * ROWS, 0))
     at, exists = later_scales(rows, blocks, WARPS, GROUPS)
-    _prefetch(scale_zero_ptr + at, exists, 4 * ROWS)
+    _prefetch(scale_zero_ptr + at, tl.where(exists, 4 * ROWS, 0))
 
 
 @triton.jit
@@ -148,4 +169,4 @@ def prefetch_rest(
 ):
     """The same of what a width above 2 reads beside that."""
     at, exists = later_words(rows, blocks, WARPS, 2, BITS - 2)
-    _prefetch(word_pairs_ptr + at, exists, 32 * ROWS)
+    _prefetch(word_pairs_ptr + at, tl.where(exists, 32 * ROWS, 0))

@@ -23,7 +23,7 @@ from mbq.kernels.digits import Digits, unpack_digits
 from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.precision import Curve, Precision
 from mbq.kernels.router import Router
-from mbq.kernels.shared_input import share_input
+from mbq.kernels.shared_input import run_in_order, share_input
 from tests.support.routers import random_router
 from tests.support.weights import random_linear
 
@@ -219,6 +219,34 @@ def test_packed_linears_are_moved_and_shared_anew(monkeypatch: pytest.MonkeyPatc
     assert _same([linear(x) for linear in linears], expected)
     for linear, before in zip(linears, state, strict=True):
         assert all(torch.equal(v, before[k]) for k, v in linear.state_dict().items())
+
+
+@torch.no_grad()
+def test_a_product_asks_the_cache_for_what_is_read_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "bytes_ahead", lambda device: 1 << 20)
+    seen: list[dict[str, Any]] = []
+
+    class Recorded:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *args, **_: seen.append(dict(zip(kernel.arg_names, args, strict=False)))
+
+    kernel = triton_narrow._narrow_kernel
+    monkeypatch.setattr(triton_narrow, "_narrow_kernel", Recorded())
+    (first, _), (second, _) = _linears(8), _linears(8)
+    run_in_order([*first, *second])
+    x = torch.randn(1, COLUMNS).half()
+    for bits in (3, 8):
+        for linear in (*first, *second):
+            linear.precision.set_bits(bits)
+            linear(x)
+    last = second[0].shared._digits
+    assert last is not None
+    # The second weight was not packed yet when the first was multiplied by; nothing follows it.
+    assert [one["next_word_bytes"] for one in seen] == [0, 0, 8 * last.plane_bytes, 0]
+    assert seen[2]["next_digits_ptr"] is last.digits_SHBN16
+    assert seen[2]["next_scale_zero_ptr"] is last.scale_zero_GN
+    assert seen[2]["next_scale_bytes"] == last.scale_zero_GN.nbytes
+    assert last.digits_SHBN16.nbytes == 8 * last.plane_bytes
 
 
 @torch.no_grad()

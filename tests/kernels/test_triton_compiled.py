@@ -79,8 +79,13 @@ def test_few_tokens_ask_for_weights_before_the_launch_before_has_ended(
 
 
 def test_bringing_words_to_the_cache_costs_the_loop_nothing(compiled: dict[str, Any]) -> None:
-    """Those of the first slice, scales, and the other words once the width is known."""
-    early = {"sm_90, 2 bits": 2, "sm_90, 8 bits": 3, "sm_90, any bits": 2}
+    """Those of the first slice, scales, and the other words once the width is known.
+
+    Beside words and scales of what comes next, which every product of few tokens can ask for.
+    """
+    few = {n: k for n, k in compiled["uniform"].items() if n.startswith("sm_90, 8 tokens")}
+    assert {k["early_prefetches"] for k in few.values()} == {2}
+    early = {"sm_90, 2 bits": 4, "sm_90, 8 bits": 5, "sm_90, any bits": 4}
     assert {n: k["early_prefetches"] for n, k in compiled["prefetching"].items()} == early
     for name, kernel in compiled["prefetching"].items():
         assert kernel["spills_in_loops"] == 0, f"{name} spills"

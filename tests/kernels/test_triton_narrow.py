@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
         (1, 70, 768, 128, Tile(16, 1, 2, 1)),
         (8, 130, 512, 64, Tile(32, 1, 2, 1)),
         (5, 40, 384, 32, Tile(32, 1, 4, 1)),
-        (3, 10, 1280, 256, Tile(16, 1, 4, 1)),
+        (3, 10, 1280, 256, Tile(16, 1, 16, 1)),
     ],
 )
 def test_equals_the_definition(

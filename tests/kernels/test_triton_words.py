@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mbq.kernels.triton_words import later_scales, later_words
+from mbq.kernels.triton_words import later_scales, later_words, pieces
 
 
 @triton.jit
@@ -39,3 +39,26 @@ def test_what_the_cache_is_asked_for_is_each_warp_s_own(
             more = [at[i, b].item() for b in mine[32 // len(at) :][:1] for i in range(32 % len(at))]
             asked = found.view(warps, 32)[warp].tolist()
             assert asked == (wanted + more + [-1] * 32)[:32]
+
+
+@triton.jit
+def _pieces_kernel(start_ptr, size_ptr, size, WARPS: tl.constexpr):
+    lane = tl.program_id(0) * 32 * WARPS + tl.arange(0, 32 * WARPS)
+    start, sizes = pieces(size, WARPS)
+    tl.store(start_ptr + lane, start)
+    tl.store(size_ptr + lane, sizes)
+
+
+@pytest.mark.parametrize("size", [0, 16, 480, 7 * 4096, 100_000 * 16])
+@pytest.mark.parametrize(("programs", "warps"), [(1, 2), (5, 8), (24, 4)])
+def test_programs_share_what_comes_next(size: int, programs: int, warps: int) -> None:
+    """Every byte once, one request a warp, none that the instruction cannot count."""
+    starts, sizes = torch.zeros(2, programs * warps * 32, dtype=torch.int32)
+    _pieces_kernel[(programs,)](starts, sizes, size, warps)
+    assert not sizes.view(-1, 32)[:, 1:].any()
+    end = 0
+    for start, length in zip(starts[::32].tolist(), sizes[::32].tolist(), strict=True):
+        assert length % 16 == 0 and length < 2**20
+        assert length == 0 or start == end
+        end += length
+    assert end == min(size, programs * warps * (2**20 - 16))

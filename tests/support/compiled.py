@@ -33,6 +33,7 @@ POINTERS = {
     "x_ptr": "*fp16",
     "late_ptr": "*i16",
     "digits_ptr": "*i16",
+    "next_digits_ptr": "*i16",
     "out_ptr": "*bf16",
     "trunk_ptr": "*fp16",
     "x16_ptr": "*fp16",
@@ -40,8 +41,8 @@ POINTERS = {
     "tally_ptr": "*i64",
 }
 WHOLE = (
-    "word_pairs_ptr",
     "scale_zero_ptr",
+    "next_scale_zero_ptr",
     "gain_bias_ptr",
     "bits_ptr",
     "steps_ptr",
