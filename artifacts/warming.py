@@ -1,6 +1,6 @@
 """What a loaded model would make at first use, made before anybody waits for it.
 
-    model = load_model("./llama2-13b-mbq", dtype=torch.bfloat16, device_map="cuda")
+    model = load_model("./llama2-13b-mbq", dtype=torch.bfloat16).to("cuda")
     model.warm_up()              # before serving, capturing in a CUDA graph or `torch.compile`
 
 On a GPU the first tokens of a width compile kernels, exchange the planes for the layout that these

@@ -1,8 +1,6 @@
 """Policies: who is asked for the width before a request, and when."""
 
 import copy
-import runpy
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,15 +80,3 @@ def test_a_copy_follows_its_policy_itself(finished_run: Any) -> None:
     assert other.realised_bits() == 2.0
     with pytest.raises(InputError, match="no token"):
         model.realised_bits()
-
-
-def test_the_serving_example_gives_more_bits_when_the_queue_drains(
-    finished_run: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    script = ROOT / "examples" / "serving" / "peak.py"
-    monkeypatch.setattr(sys, "argv", [str(script), str(finished_run.checkpoint), "--requests", "9"])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(script), run_name="__main__")
-    assert ended.value.code == 0
-    asked = [float(line.split()[4]) for line in capsys.readouterr().out.splitlines()]
-    assert asked == [2.5, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 4.0, 4.0]
