@@ -28,14 +28,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mbq.artifacts.checkpoint import PACKING, QUANT_METHOD, RouterShape
 from mbq.artifacts.config import check_quantization, folder_quantization
-from mbq.artifacts.elastic import add_routers, elastic_linears, replace_linears
+from mbq.artifacts.elastic import add_routers, replace_linears
 from mbq.artifacts.errors import CorruptError, InputError, first_line
 from mbq.artifacts.methods import Method
 from mbq.artifacts.precision import realised_bits, set_average_bits, set_bits, set_policy
 from mbq.artifacts.spec import FORMAT_VERSION
 from mbq.artifacts.warming import warm_up
 from mbq.kernels.precision import Precision
-from mbq.kernels.shared_input import run_in_order
 
 
 def load_model(
@@ -130,7 +129,6 @@ class MbqQuantizer(HfQuantizer):
             names += add_routers(
                 model, names, routing["routers"], routing["max_bits"], shape, precision
             )
-        run_in_order(elastic_linears(model))
         _require_tensors(model, names, checkpoint_files or [])
 
     def _process_model_after_weight_loading(

@@ -12,7 +12,7 @@ them for the compiler.
 
 import itertools
 import json
-import math
+import statistics
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from mbq.kernels import dispatch
 from mbq.kernels.digits import BLOCK_INPUTS
 from mbq.kernels.timing import time_graph
 from mbq.kernels.triton_narrow import multiply_narrow
-from mbq.kernels.triton_prepare import prepare
+from mbq.kernels.triton_prepare import launching, prepare
 from mbq.kernels.triton_tiles import Tile
 from mbq.kernels.widths import CODE_BITS
 
@@ -44,6 +44,8 @@ LAUNCHES, REPLAYS = 48, 5
 # Bytes to ask for ahead, and the widths at which they are timed.
 AHEAD = (0, *(n << 20 for n in (4, 8, 16, 32)))
 AHEAD_BITS = (2, 4, 8)
+# What it must save, as a share: more than times spread.
+WORTHWHILE = 0.02
 
 
 @click.command()
@@ -73,7 +75,8 @@ def main(out: Path, model: str) -> None:
             of_shape[str(dispatch.token_tile(m, kind))] = best
             keep()
             click.echo(f"{kind} {n} x {k}, {m} tokens: {best}")
-        if dispatch.narrow(m):
+        # Older GPUs cannot ask.
+        if dispatch.narrow(m) and launching(torch.device("cuda"))["PROGRAMMATIC"]:
             found[dispatch.AHEAD] = best_ahead(model, m, found)
             keep()
 
@@ -102,7 +105,7 @@ def candidates(n: int, k: int, m: int) -> list[Tile]:
         return [
             Tile(rows, split=1, warps=warps, stages=stages)
             for rows, warps, stages in NARROW
-            if 500 <= n // rows * warps <= 4000 and warps <= k // BLOCK_INPUTS
+            if 500 <= n // rows * warps <= 5120 and warps <= k // BLOCK_INPUTS
         ]
     found = []
     for (rows, warps), split, stages in itertools.product(CUTS, SPLITS, STAGES):
@@ -136,7 +139,10 @@ def fastest(n: int, k: int, m: int, kind: str) -> list[int]:
 
 
 def best_ahead(model: str, m: int, tiles: dict[str, Any]) -> int:
-    """Bytes to ask for ahead: those at which a block of the model takes least, over all widths."""
+    """Bytes to ask for ahead: those at which a block of the model takes least, over all widths.
+
+    None if they save less than the times spread.
+    """
     shapes = SHAPES[model].values()
     xs = {k: torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for _, k in shapes}
     seconds: dict[int, list[float]] = {ahead: [] for ahead in AHEAD}
@@ -146,22 +152,25 @@ def best_ahead(model: str, m: int, tiles: dict[str, Any]) -> int:
         cuts = {(n, k): Tile(*tiles[kind][f"{n} x {k}"][width]) for n, k in shapes}
         turn, blocks = model_in_turn(model, bits)
         for ahead in AHEAD:
-            block = partial(multiply_block, turn, xs, bits, cuts, ahead)
+            block = partial(multiply_all, turn, len(shapes), xs, bits, cuts, ahead)
             seconds[ahead].append(time_graph(block, 2 * blocks, REPLAYS)[0])
             us = 1e6 * seconds[ahead][-1]
             click.echo(f"{ahead >> 20} MiB ahead, a block at {bits} bits: {us:.1f} us")
-    return min(seconds, key=lambda ahead: math.prod(seconds[ahead]))
+    means = {ahead: statistics.geometric_mean(found) for ahead, found in seconds.items()}
+    best = min(means, key=lambda ahead: means[ahead])
+    return best if means[best] < (1 - WORTHWHILE) * means[0] else 0
 
 
-def multiply_block(
+def multiply_all(
     turn: Turn,
+    count: int,
     xs: dict[int, torch.Tensor],
     bits: int,
     cuts: dict[tuple[int, int], Tile],
     ahead: int,
 ) -> None:
-    """The next block: each of its inputs made ready, and multiplied."""
-    for weight, following in itertools.islice(turn, len(cuts)):
+    """As many products as a block has, each of their inputs made ready."""
+    for weight, following in itertools.islice(turn, count):
         (n,), k = weight.out_features, weight.in_features
         prepared = prepare(xs[k], bits, 1, GROUP, CODE_BITS)
         multiply_narrow(prepared, bits, weight, cuts[n, k], torch.bfloat16, following, ahead)

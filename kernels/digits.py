@@ -71,12 +71,6 @@ class Digits:
         """The first row of each linear, and the end of the last."""
         return starts_of(self.out_features)
 
-    @cached_property
-    def plane_bytes(self) -> int:
-        """Of one of the planes, as many as the width has bits of which are read."""
-        _, _, blocks, rows, words = self.digits_SHBN16.shape
-        return blocks * rows * words * self.digits_SHBN16.itemsize
-
     def sides(self, out: Tensor) -> tuple[Tensor, ...]:
         """Products [..., N] of each linear, of those that lie side by side: [..., N']."""
         return sides(out, self.starts, self.out_features)

@@ -7,6 +7,9 @@ asks for its widths and multiplies alone.
 A launch captured in a graph always asks the router on the device, even where all tokens have one
 width: replayed, it follows whatever width was set last.
 
+Passes repeat: whatever came after an input the last time is taken for what comes next, so that its
+weights can be asked for early. Only speed depends on it.
+
 For `torch.compile` all linears of an input are one operator, which decides when it is called: a
 width that is set later compiles nothing anew.
 
@@ -16,7 +19,7 @@ Legend: N out_features, N' N padded (`digits.py`), K in_features, T tokens, L li
 import itertools
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 # By number, which stands for one in what `torch.compile` makes.
 _SHARED: "weakref.WeakValueDictionary[int, SharedInput]" = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
+# Whose product was made last, by device.
+_LATEST: "dict[torch.device, weakref.ref[SharedInput]]" = {}
 
 
 class SharedInput:
@@ -52,8 +57,8 @@ class SharedInput:
         self._waiting: tuple[weakref.ref[Tensor], dict[int, Tensor]] | None = None
         # The same while `torch.compile` traces, which knows no weak references.
         self._traced: tuple[Tensor, dict[int, Tensor]] | None = None
-        # Set by `run_in_order`.
-        self.following: weakref.ref[SharedInput] | None = None
+        # What was multiplied by after this the last time.
+        self._following: weakref.ref[SharedInput] | None = None
 
     @property
     def linears(self) -> tuple["ElasticLinear", ...]:
@@ -160,7 +165,7 @@ class SharedInput:
                 first.stored_bits,
                 self._packed(),
                 self._tally(x.device),
-                self._packed_next(x.device),
+                self._next(x.device),
             ).view(*x.shape[:-1], -1)
             biases = [linear.bias for linear in linears]
             if any(bias is not None for bias in biases):
@@ -201,9 +206,14 @@ class SharedInput:
                     torch.cuda.synchronize(self._digits.digits_SHBN16.device)
             return self._digits
 
-    def _packed_next(self, device: torch.device) -> Digits | None:
-        """What is multiplied by after this, if it is in the run-time layout on the same device."""
-        following = self.following() if self.following is not None else None
+    def _next(self, device: torch.device) -> Digits | None:
+        """What is probably multiplied by next on a device: what was the last time."""
+        latest = _LATEST.get(device)
+        before = latest() if latest is not None else None
+        if before is not None and before is not self:
+            before._following = weakref.ref(self)
+        _LATEST[device] = weakref.ref(self)
+        following = self._following() if self._following is not None else None
         digits = following._digits if following is not None else None
         there = digits is not None and digits.digits_SHBN16.device == device
         return digits if there else None
@@ -217,7 +227,7 @@ class SharedInput:
 
     def __getstate__(self) -> dict[str, Any]:
         # Weak references and locks cannot be pickled. A copy begins to count anew.
-        fresh = dict.fromkeys(("_waiting", "_traced", "_tally_2L", "_packing", "following"))
+        fresh = dict.fromkeys(("_waiting", "_traced", "_tally_2L", "_packing", "_following"))
         return self.__dict__ | fresh | {"_linears": self.linears}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -248,13 +258,3 @@ def share_input(linears: Sequence["ElasticLinear"], router: nn.Module | None) ->
     shared = SharedInput(linears, router)
     for number, linear in enumerate(linears):
         linear.share(shared, number)
-
-
-def run_in_order(linears: Iterable["ElasticLinear"]) -> None:
-    """Tell linears, in the order in which a pass meets them, what is read after them.
-
-    Only speed depends on it. Copies of a model are to be told anew.
-    """
-    inputs = dict.fromkeys(linear.shared for linear in linears)
-    for shared, following in itertools.pairwise(inputs):
-        shared.following = weakref.ref(following)

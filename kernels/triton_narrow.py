@@ -265,6 +265,7 @@ def _multiplied(
         "tokens",
         "second",
         "third",
+        "next_plane_bytes",
         "next_word_bytes",
         "next_scale_bytes",
     ]
@@ -272,7 +273,8 @@ def _multiplied(
 def _narrow_kernel(
     x_ptr, digits_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr, bias_sum_ptr, unscale_ptr,
     bits_ptr, out_ptr, next_digits_ptr, next_scale_zero_ptr,
-    rows, blocks, padded_tokens, tokens, second, third, next_word_bytes, next_scale_bytes,
+    rows, blocks, padded_tokens, tokens, second, third,
+    next_plane_bytes, next_word_bytes, next_scale_bytes,
     ROWS: tl.constexpr, WARPS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
     MIXED: tl.constexpr, MOST_SLICES: tl.constexpr, PREFETCHES: tl.constexpr,
     PROGRAMMATIC: tl.constexpr, ASM: tl.constexpr,
@@ -291,11 +293,12 @@ def _narrow_kernel(
     PREFETCHED: tl.constexpr = PREFETCHES and PROGRAMMATIC
     if PREFETCHED:
         prefetch_first(word_pairs_ptr, scale_zero_ptr, rows, blocks, ROWS, WARPS, GROUPS)
-    if PROGRAMMATIC and next_word_bytes > 0:
-        prefetch_next(next_digits_ptr, next_word_bytes, WARPS)
-        prefetch_next(next_scale_zero_ptr, next_scale_bytes, WARPS)
     # Widths are what the launch before writes.
     KNOWN: tl.constexpr = BITS > 0 and not MIXED
+    if PROGRAMMATIC and next_word_bytes > 0:
+        PLANES: tl.constexpr = BITS if KNOWN else 2
+        prefetch_next(next_digits_ptr, next_word_bytes, next_plane_bytes, PLANES, WARPS)
+        prefetch_next(next_scale_zero_ptr, next_scale_bytes, 0, 1, WARPS)
     if PROGRAMMATIC and not KNOWN:
         tl.extra.cuda.gdc_wait()
     token_bits = tl.load(bits_ptr + t) if MIXED else t
@@ -334,19 +337,18 @@ def multiply_narrow(
     later turns are brought to the L2 cache.
 
     Args:
-        following: a weight that comes next, of which the L2 cache is asked for scales and for
-            words, `bytes_ahead` at most, a multiple of 16.
+        following: a weight that comes next, whose first blocks the L2 cache is asked for.
+        bytes_ahead: how much of it at most, words and scales.
 
     Raises:
         ValueError: a tile would reach from one linear into the next.
     """
     slices, _, blocks, rows, _ = weight.digits_SHBN16.shape
     out = prepared.x_TK.new_empty(prepared.tokens, rows, dtype=dtype)
-    ahead = 0, 0
+    ahead = 0, 0, 0
     if following is not None and bytes_ahead > 0:
         # Where only the device knows the width, what every width reads.
-        words = following.plane_bytes * (bits or SLICE_BITS)
-        ahead = min(words, bytes_ahead), following.scale_zero_GN.nbytes
+        ahead = _first_blocks(following, bits or SLICE_BITS, bytes_ahead)
     then = following or weight
     _narrow_kernel[(rows // tile.rows,)](
         prepared.x_TK, weight.digits_SHBN16, weight.scale_zero_GN,
@@ -359,3 +361,15 @@ def multiply_narrow(
         **launching(out.device),
     )  # fmt: skip
     return out
+
+
+def _first_blocks(weight: Digits, planes: int, most_bytes: int) -> tuple[int, int, int]:
+    """As many first blocks of so many planes as there is room for, with their scales.
+
+    Returns bytes: of a plane, and of those blocks, in each plane and of scales.
+    """
+    _, _, blocks, rows, words = weight.digits_SHBN16.shape
+    word_bytes = rows * words * weight.digits_SHBN16.itemsize
+    scale_bytes = rows * BLOCK_INPUTS // weight.group_size * weight.scale_zero_GN.itemsize
+    first = min(blocks, most_bytes // (planes * word_bytes + scale_bytes))
+    return blocks * word_bytes, first * word_bytes, first * scale_bytes

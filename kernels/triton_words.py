@@ -7,7 +7,7 @@ and one piece for each group, 4 bytes of scale and zero a row.
 What every width reads, words of the first slice and scales, is loaded apart from what only some do:
 it can be asked for before the width is known. Without taking registers the L2 cache can be asked
 for what comes later (Hopper and after): words and scales of later turns, a piece for each lane, and
-those that the product after this one begins with, a piece for each warp of the launch.
+the first blocks of the product after this one, shared by all warps of the launch.
 
 Legend: W warps.
 """
@@ -131,24 +131,25 @@ def _prefetch(at, size):
 
 
 @triton.jit
-def pieces(size, WARPS: tl.constexpr):
-    """So many bytes, a multiple of 16, in a piece for each warp of all programs, none above 1 MiB.
+def pieces(size, stride, PARTS: tl.constexpr, WARPS: tl.constexpr):
+    """So many bytes, a multiple of 16, of each of some parts that lie a stride apart.
 
-    Returns where pieces begin and how long they are, in bytes, 0 for all lanes but the first:
-    [32 W] each.
+    Every warp of all programs has a piece of each part, none above 1 MiB, and a lane for each.
+    Returns where pieces begin and how long they are, in bytes, 0 for other lanes: [32 W] each.
     """
     lane, warp = tl.arange(0, 32 * WARPS) % 32, tl.arange(0, 32 * WARPS) // 32
     units = tl.minimum(tl.cdiv(size // 16, tl.num_programs(0) * WARPS), _MOST_UNITS)
     start = (tl.program_id(0) * WARPS + warp) * units * 16
-    there = (lane == 0) & (start < size)
-    return start, tl.where(there, tl.minimum(units * 16, size - start), 0)
+    there = (lane < PARTS) & (start < size)
+    at = start + lane.to(tl.int64) * stride
+    return at, tl.where(there, tl.minimum(units * 16, size - start), 0)
 
 
 @triton.jit
-def prefetch_next(ptr, size, WARPS: tl.constexpr):
-    """Bring so many bytes, that another launch reads, to the L2 cache; all programs take part."""
-    start, sizes = pieces(size, WARPS)
-    _prefetch(ptr.to(tl.pointer_type(tl.int8), bitcast=True) + start, sizes)
+def prefetch_next(ptr, size, stride, PARTS: tl.constexpr, WARPS: tl.constexpr):
+    """Bring what another launch reads to the L2 cache; all programs take part (`pieces`)."""
+    at, sizes = pieces(size, stride, PARTS, WARPS)
+    _prefetch(ptr.to(tl.pointer_type(tl.int8), bitcast=True) + at, sizes)
 
 
 @triton.jit

@@ -17,7 +17,6 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Qwen2Co
 
 from mbq.artifacts import keys
 from mbq.artifacts.documents import BlockRecord
-from mbq.artifacts.elastic import elastic_linears
 from mbq.artifacts.errors import CorruptError, InputError, NotFoundError, StoreError
 from mbq.artifacts.loading import load_model
 from mbq.artifacts.sealed import get_document
@@ -114,15 +113,6 @@ def test_generates_text(finished_run: Any) -> None:
     out = model.generate(ids, max_new_tokens=5, do_sample=False)
     assert out.shape == (1, ids.shape[1] + 5)
     assert tokenizer.decode(out[0]).startswith("Item 5: the")
-
-
-def test_linears_know_what_a_pass_reads_next(finished_run: Any) -> None:
-    model = load_model(finished_run.checkpoint)
-    inputs = list(dict.fromkeys(linear.shared for linear in elastic_linears(model)))
-    # q, k and v; o; gate and up; down.
-    assert len(inputs) == 4 * model.config.num_hidden_layers
-    found = [shared.following() for shared in inputs[:-1]]
-    assert found == inputs[1:] and inputs[-1].following is None
 
 
 def test_loads_with_plain_transformers_once_imported(finished_run: Any) -> None:

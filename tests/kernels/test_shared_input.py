@@ -23,7 +23,7 @@ from mbq.kernels.digits import Digits, unpack_digits
 from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.precision import Curve, Precision
 from mbq.kernels.router import Router
-from mbq.kernels.shared_input import run_in_order, share_input
+from mbq.kernels.shared_input import share_input
 from tests.support.routers import random_router
 from tests.support.weights import random_linear
 
@@ -33,12 +33,12 @@ CURVE = Curve((2.0, 3.0, 8.0), (10.0, 0.4, -10.0))
 ROUTERS = pytest.mark.parametrize("width", [8, 0, None])
 
 
-def _linears(width: int | None) -> tuple[list[ElasticLinear], Router]:
+def _linears(width: int | None, columns: int = COLUMNS) -> tuple[list[ElasticLinear], Router]:
     torch.manual_seed(1)
     precision = Precision(8)
-    linears = [random_linear(rows, COLUMNS, GROUP, precision) for rows in ROWS]
+    linears = [random_linear(rows, columns, GROUP, precision) for rows in ROWS]
     knots = 6 if width is not None else 1
-    router = random_router(precision, COLUMNS, len(ROWS), width, knots)
+    router = random_router(precision, columns, len(ROWS), width, knots)
     share_input(linears, router)
     precision.set_average_bits(3.0, CURVE)
     return linears, router
@@ -222,8 +222,9 @@ def test_packed_linears_are_moved_and_shared_anew(monkeypatch: pytest.MonkeyPatc
 
 
 @torch.no_grad()
-def test_a_product_asks_the_cache_for_what_is_read_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "bytes_ahead", lambda device: 1 << 20)
+def test_a_product_asks_the_cache_for_what_came_next_the_last_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seen: list[dict[str, Any]] = []
 
     class Recorded:
@@ -232,21 +233,35 @@ def test_a_product_asks_the_cache_for_what_is_read_next(monkeypatch: pytest.Monk
 
     kernel = triton_narrow._narrow_kernel
     monkeypatch.setattr(triton_narrow, "_narrow_kernel", Recorded())
-    (first, _), (second, _) = _linears(8), _linears(8)
-    run_in_order([*first, *second])
-    x = torch.randn(1, COLUMNS).half()
-    for bits in (3, 8):
+    first, second = (_linears(8, inputs)[0] for inputs in (96, 800))
+    # Of a block of the second, of four: rows times words in a plane, and scales of eight groups.
+    plane, scales = 512 * 32, 512 * 4 * 8
+
+    def asked(bits: int | None, room: int) -> tuple[dict[str, Any], tuple[int, ...]]:
+        """What the first asks for where the second comes next."""
+        seen.clear()
+        monkeypatch.setattr(dispatch, "bytes_ahead", lambda device: room)
         for linear in (*first, *second):
-            linear.precision.set_bits(bits)
-            linear(x)
-    last = second[0].shared._digits
-    assert last is not None
-    # The second weight was not packed yet when the first was multiplied by; nothing follows it.
-    assert [one["next_word_bytes"] for one in seen] == [0, 0, 8 * last.plane_bytes, 0]
-    assert seen[2]["next_digits_ptr"] is last.digits_SHBN16
-    assert seen[2]["next_scale_zero_ptr"] is last.scale_zero_GN
-    assert seen[2]["next_scale_bytes"] == last.scale_zero_GN.nbytes
-    assert last.digits_SHBN16.nbytes == 8 * last.plane_bytes
+            linear.precision.bits = bits
+            linear(torch.randn(1, linear.in_features).half())
+        names = ("next_plane_bytes", "next_word_bytes", "next_scale_bytes")
+        return seen[0], tuple(seen[0][name] for name in names)
+
+    # Nothing came after it yet.
+    assert asked(8, 1 << 30)[1] == (0, 0, 0)
+    arguments, found = asked(8, 1 << 30)
+    assert found == (4 * plane, 4 * plane, 4 * scales)
+    digits = second[0].shared._digits
+    assert digits is not None
+    assert digits.digits_SHBN16.nbytes == 8 * 4 * plane
+    assert digits.scale_zero_GN.nbytes == 4 * scales
+    assert arguments["next_digits_ptr"] is digits.digits_SHBN16
+    assert arguments["next_scale_zero_ptr"] is digits.scale_zero_GN
+    # Whole blocks of the planes of its own width, of two where it is not known.
+    assert asked(3, 2 * (3 * plane + scales))[1] == (4 * plane, 2 * plane, 2 * scales)
+    assert asked(None, 2 * (2 * plane + scales))[1] == (4 * plane, 2 * plane, 2 * scales)
+    assert asked(3, 3 * plane + scales - 16)[1] == (4 * plane, 0, 0)
+    assert asked(8, 0)[1] == (0, 0, 0)
 
 
 @torch.no_grad()

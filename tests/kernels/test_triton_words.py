@@ -42,23 +42,27 @@ def test_what_the_cache_is_asked_for_is_each_warp_s_own(
 
 
 @triton.jit
-def _pieces_kernel(start_ptr, size_ptr, size, WARPS: tl.constexpr):
+def _pieces_kernel(at_ptr, size_ptr, size, stride, PARTS: tl.constexpr, WARPS: tl.constexpr):
     lane = tl.program_id(0) * 32 * WARPS + tl.arange(0, 32 * WARPS)
-    start, sizes = pieces(size, WARPS)
-    tl.store(start_ptr + lane, start)
+    at, sizes = pieces(size, stride, PARTS, WARPS)
+    tl.store(at_ptr + lane, at)
     tl.store(size_ptr + lane, sizes)
 
 
-@pytest.mark.parametrize("size", [0, 16, 480, 7 * 4096, 100_000 * 16])
-@pytest.mark.parametrize(("programs", "warps"), [(1, 2), (5, 8), (24, 4)])
-def test_programs_share_what_comes_next(size: int, programs: int, warps: int) -> None:
-    """Every byte once, one request a warp, none that the instruction cannot count."""
-    starts, sizes = torch.zeros(2, programs * warps * 32, dtype=torch.int32)
-    _pieces_kernel[(programs,)](starts, sizes, size, warps)
-    assert not sizes.view(-1, 32)[:, 1:].any()
-    end = 0
-    for start, length in zip(starts[::32].tolist(), sizes[::32].tolist(), strict=True):
-        assert length % 16 == 0 and length < 2**20
-        assert length == 0 or start == end
-        end += length
-    assert end == min(size, programs * warps * (2**20 - 16))
+@pytest.mark.parametrize("size", [0, 16, 480, 7 * 4096, 100_000 * 16, 1 << 25])
+@pytest.mark.parametrize(("programs", "warps", "parts"), [(1, 2, 1), (5, 8, 2), (24, 4, 8)])
+def test_programs_share_what_comes_next(size: int, programs: int, warps: int, parts: int) -> None:
+    """Every byte of every part once, none of another, in pieces that the instruction can count."""
+    stride = 1 << 28
+    at, sizes = torch.zeros(2, programs * warps * 32, dtype=torch.int64)
+    _pieces_kernel[(programs,)](at, sizes, size, stride, parts, warps)
+    most = 2**20 - 16
+    assert not sizes.view(-1, 32)[:, parts:].any()
+    for part in range(parts):
+        end = part * stride
+        starts, lengths = at[part::32].tolist(), sizes[part::32].tolist()
+        for start, length in zip(starts, lengths, strict=True):
+            assert length % 16 == 0 and length <= most
+            assert length == 0 or start == end
+            end += length
+        assert end == part * stride + min(size, programs * warps * most)
