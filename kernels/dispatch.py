@@ -192,7 +192,7 @@ def tile(
 
 @cache
 def bytes_ahead(device: torch.device) -> int:
-    """How many bytes of the words that come next the L2 cache is asked for on a device."""
+    """How many bytes of the weights that come next the L2 cache is asked for on a device."""
     _, ahead = _measured(_architecture(device))
     return ahead
 

@@ -69,6 +69,19 @@ def test_any_width_is_cut_like_the_largest_where_it_was_not_measured(
     assert measured == dispatch.triton_tiles.Tile(32, 1, 1, 2)
 
 
+def test_how_much_to_ask_for_ahead_is_measured_by_architecture(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(dispatch, "__file__", str(tmp_path / "dispatch.py"))
+    monkeypatch.setattr(dispatch, "capability", lambda device: (9, device.index))
+    tile = {"2": {"128 x 256": {"8": [16, 1, 2, 1]}}}
+    (tmp_path / "tiles_sm98.json").write_text(json.dumps({"ahead_bytes": 4096} | tile))
+    (tmp_path / "tiles_sm97.json").write_text(json.dumps(tile))
+    known, silent, unknown = (torch.device("cuda", index) for index in (8, 7, 6))
+    assert [dispatch.bytes_ahead(gpu) for gpu in (known, silent, unknown)] == [4096, 0, 0]
+    assert dispatch.tile(128, 256, 128, 1, known, "2") == dispatch.triton_tiles.Tile(16, 1, 2, 1)
+
+
 def test_on_a_cpu_weights_are_dequantized() -> None:
     x = torch.zeros(1, 256, dtype=torch.bfloat16)
     assert not dispatch.decodes(x, 1, 128)
