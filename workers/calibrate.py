@@ -5,6 +5,10 @@ must reproduce, at each trained width, what the full-precision block outputs:
 
     loss_b = MSE(block_b(x_b), block(x)) / (running mean of that MSE) ^ balance
 
+where a token counts as one of ten times the usual energy at most (`token_weights`): large
+models give the first token, and few others, values of thousands (massive activations, arXiv
+2402.17762), and their errors would be all that is trained.
+
 Each step descends on the lowest width and on one of the others, drawn, one after the other, so that
 only one graph is alive. Trained are, per linear (`trainable.py`): the weight, the ends of every
 group's range, and a gain and a bias per output channel at every trained width.
@@ -46,6 +50,8 @@ _FINAL_RATE = 0.05
 _RUNNING_MEAN_DECAY = 0.9
 # A block that outputs zeros is reproduced exactly; nothing is divided by its loss.
 _SMALLEST_LOSS = 1e-30
+# Energy of a token, in medians, above which its errors count less.
+_MOST_ENERGY = 10.0
 # Of Adam: far below any gradient. Those of a large block are 1e-9 and less, and steps must not
 # depend on that.
 _EPSILON = 1e-20
@@ -68,6 +74,14 @@ class _Stage:
     chosen: tuple[int, ...]
     trained: tuple[int, ...]
     passes: int
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What a block is to output, and how much the error of each token counts (`token_weights`)."""
+
+    out_BTH: Tensor
+    weight_BT1: Tensor
 
 
 @dataclass(frozen=True)
@@ -107,14 +121,14 @@ def calibrate_block(
     Raises:
         NumericError: a loss, or what enters a linear, is not finite.
     """
-    target_BTH, output_rms = _target(block, target_inputs_BTH)
+    target, output_rms = _target(block, target_inputs_BTH)
     stages = _stages(settings)
     factors = _factors(block, inputs, target_inputs_BTH, stages)
     trainables = _replace_linears(block.module, group_size, output_rms)
-    before = _token_errors(block, trainables, inputs, target_BTH)
-    _train(block, trainables, inputs, target_BTH, factors, settings, stages, seed, report)
+    before = _token_errors(block, trainables, inputs, target.out_BTH)
+    _train(block, trainables, inputs, target, factors, settings, stages, seed, report)
     finished = {name: linear.finish() for name, linear in trainables.items()}
-    after = _token_errors(block, trainables, inputs, target_BTH)
+    after = _token_errors(block, trainables, inputs, target.out_BTH)
     return Calibration(
         finished,
         {bits: error.mean().item() for bits, error in before.items()},
@@ -123,7 +137,7 @@ def calibrate_block(
     )
 
 
-def _target(block: BlockRunner, inputs_BTH: Tensor) -> tuple[Tensor, dict[str, float]]:
+def _target(block: BlockRunner, inputs_BTH: Tensor) -> tuple[_Target, dict[str, float]]:
     """What the block outputs, and the root mean square of what each of its linears does."""
     by_name = linears(block.module)
     squares: dict[str, list[Tensor]] = {name: [] for name in by_name}
@@ -133,9 +147,21 @@ def _target(block: BlockRunner, inputs_BTH: Tensor) -> tuple[Tensor, dict[str, f
 
     hooks = (m.register_forward_hook(partial(note, name)) for name, m in by_name.items())
     with hooked(hooks):
-        target_BTH = block.forward(inputs_BTH)
+        out_BTH = block.forward(inputs_BTH)
     rms = {name: torch.stack(found).mean().sqrt().item() for name, found in squares.items()}
-    return target_BTH, rms
+    return _Target(out_BTH, token_weights(out_BTH)), rms
+
+
+def token_weights(out_BTH: Tensor) -> Tensor:
+    """How much the squared error of each token counts: float32 [B, T, 1].
+
+    1 up to ten times the median energy (mean square over channels), above it that by energy.
+    """
+    energy_BT = torch.stack([out_TH.float().square().mean(1) for out_TH in out_BTH])
+    most = _MOST_ENERGY * energy_BT.cpu().median().item()
+    if most == 0:
+        return torch.ones_like(energy_BT)[..., None]
+    return (most / energy_BT).clamp(max=1.0)[..., None]
 
 
 def _factors(
@@ -164,7 +190,7 @@ def _train(
     block: BlockRunner,
     trainables: Mapping[str, TrainableLinear],
     inputs: Mapping[int, Tensor],
-    target_BTH: Tensor,
+    target: _Target,
     factors: Factors,
     settings: Optimisation,
     stages: Sequence[_Stage],
@@ -174,7 +200,8 @@ def _train(
     """Descend on the joint loss, stage by stage. Arguments as `calibrate_block`'s."""
     usual: dict[int, float] = {}
     steps_done = 0
-    batches = math.ceil(len(target_BTH) / settings.batch_size)
+    sequences = len(target.out_BTH)
+    batches = math.ceil(sequences / settings.batch_size)
     steps_total = batches * sum(stage.passes for stage in stages)
     for number, stage in enumerate(stages):
         if stage.chosen:
@@ -186,11 +213,11 @@ def _train(
         optimiser = _optimiser(trainables, settings, stage)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _cosine(stage.passes * batches))
         bins = {m: m.bins(stage.kept_bits) for m in trainables.values() if stage.kept_bits}
-        for batch in _batches(len(target_BTH), settings.batch_size, stage.passes, generator):
+        for batch in _batches(sequences, settings.batch_size, stage.passes, generator):
             optimiser.zero_grad(set_to_none=True)
             for bits in _draw(stage.trained, generator):
                 _set_bits(trainables, bits)
-                _descend(block, bits, inputs[bits], target_BTH, batch, usual, settings.balance)
+                _descend(block, bits, inputs[bits], target, batch, usual, settings.balance)
             optimiser.step()
             schedule.step()
             _keep(bins)
@@ -202,7 +229,7 @@ def _descend(
     block: BlockRunner,
     bits: int,
     inputs_BTH: Tensor,
-    target_BTH: Tensor,
+    target: _Target,
     batch: Tensor,
     usual: dict[int, float],
     balance: float,
@@ -217,7 +244,8 @@ def _descend(
     """
     loss = 0.0
     for part in batch.split(block.microbatch):
-        error = _error(block(inputs_BTH[part]), target_BTH[part])
+        out_BTH = block(inputs_BTH[part])
+        error = _error(out_BTH, target.out_BTH[part], target.weight_BT1[part])
         share = len(part) / len(batch)
         loss += error.item() * share
         mean = usual.setdefault(bits, max(error.item(), _SMALLEST_LOSS))
@@ -306,8 +334,8 @@ def _set_bits(trainables: Mapping[str, TrainableLinear], bits: int) -> None:
         trainable.bits = bits
 
 
-def _error(out: Tensor, target: Tensor) -> Tensor:
-    return (out.float() - target.float()).square().mean()
+def _error(out: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return ((out.float() - target.float()).square() * weight).mean()
 
 
 def outlier_overlap(errors: Mapping[int, Tensor]) -> dict[int, dict[int, float]]:

@@ -14,7 +14,13 @@ from mbq.artifacts.source import open_source
 from mbq.artifacts.spec import Optimisation
 from mbq.kernels.quantize import dequantize, quantize, unpack_pair
 from mbq.kernels.widths import WIDTHS
-from mbq.workers.calibrate import Calibration, _factors, _stages, calibrate_block
+from mbq.workers.calibrate import (
+    Calibration,
+    _factors,
+    _stages,
+    calibrate_block,
+    token_weights,
+)
 from mbq.workers.gptq import factor
 from mbq.workers.model import BlockRunner, open_model
 from mbq.workers.trainable import TrainableLinear
@@ -120,6 +126,49 @@ def test_low_digits_make_up_for_what_keeping_the_trained_ones_costs() -> None:
             for code_NK in (linear.code_NK, nearest_NK)
         )
         assert off < 0.8 * nearest
+
+
+def test_a_token_counts_as_ten_usual_ones_at_most() -> None:
+    target = torch.ones(2, 3, 8)
+    target[0, 1] = 3.0
+    target[1, 2, 5] = 2000.0
+    weight = token_weights(target.bfloat16())
+    ones = [1.0, 1.0, 1.0]
+    # A channel of 2000 is an energy of 500,000 (as bfloat16 has it), of which 10 count.
+    assert weight.flatten().tolist() == [*ones, 1.0, 1.0, pytest.approx(2e-5, rel=0.02)]
+    assert torch.equal(token_weights(torch.zeros(2, 3, 8)), torch.ones(2, 3, 1))
+
+
+def test_few_tokens_of_massive_values_do_not_cost_the_others(tiny_model: Path) -> None:
+    model = open_model(open_source(str(tiny_model), "main"), torch.float32, torch.device("cpu"))
+    hidden = torch.randn(16, 24, 64, generator=torch.Generator().manual_seed(5))
+
+    def error_of_others(massive: float) -> float:
+        """Of the block at 2 bits, trained with first tokens that it answers with such values."""
+        block = model.block(0)
+
+        def run(module: nn.Module, x: Tensor) -> Tensor:
+            out = model.run(module, 0, x)
+            return torch.cat((massive * out[:, :1], out[:, 1:]), 1)
+
+        calibrate_block(
+            BlockRunner(block, run, 4),
+            dict.fromkeys(WIDTHS, hidden),
+            hidden,
+            Optimisation(passes=6, batch_size=4),
+            group_size=32,
+            seed=3,
+            report=lambda fraction: None,
+        )
+        for module in block.modules():
+            if isinstance(module, TrainableLinear):
+                module.bits = 2
+        with torch.no_grad():
+            exact = model.run(model.block(0), 0, hidden)[:, 1:]
+            return (model.run(block, 0, hidden)[:, 1:] - exact).square().mean().item()
+
+    # 1.6 times where they count in full.
+    assert error_of_others(1000.0) < 1.35 * error_of_others(1.0)
 
 
 def test_microbatches_add_up_to_the_batch(tiny_model: Path) -> None:
