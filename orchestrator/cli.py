@@ -271,6 +271,8 @@ def _print_results(store: "Store", document: "RunDocument", to_stderr: bool) -> 
     results = status.results_of(store, document)
     if results is not None:
         console.print(display.result_table(results))
+        if worse := display.lost_to_rounding(results.rows):
+            console.print(worse, soft_wrap=True)
     for line in display.validation_lines(status.validations_of(store, document)):
         console.print(line, soft_wrap=True)
     console.print(f"checkpoint: {status.checkpoint_location(store, document)}", soft_wrap=True)

@@ -28,6 +28,8 @@ _PIPE_COLUMNS = 120
 _RUN_DIGITS = 12
 # Between lines in a file or a pipe, where the live line is not drawn.
 _QUIET_SECONDS = 10.0
+# Nats of log perplexity.
+_NOTICED = 0.01
 STDERR = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _PIPE_COLUMNS)
 STDOUT = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
 
@@ -166,6 +168,24 @@ def result_table(results: Results) -> Table:
             f"{rounded.perplexity:.3f} ± {rounded.perplexity_error:.3f}" if rounded else "",
         )
     return table
+
+
+def lost_to_rounding(rows: Sequence[Row]) -> str | None:
+    """A line if rounding to nearest loses clearly less than the checkpoint at some width."""
+    found = {parse(row.variant): row for row in rows}
+    worse = [
+        f"{bits:g}"
+        for (kind, bits), ours in found.items()
+        if kind == PACKED and (rounded := found.get((ROUNDED, bits)))
+        # Neither by chance nor by what nobody would notice.
+        if ours.gap - rounded.gap > _NOTICED + 2 * (ours.gap_error + rounded.gap_error)
+    ]
+    if not worse:
+        return None
+    return (
+        f"at {', '.join(worse)} bits rounding to nearest loses less than this checkpoint: the "
+        "model may have channels that calibration does not bear (README, Limits)"
+    )
 
 
 def validation_lines(records: Sequence[ValidationRecord]) -> list[str]:

@@ -31,7 +31,7 @@ from mbq.artifacts.errors import CorruptError
 from mbq.artifacts.sealed import document_sha256, find_document
 from mbq.artifacts.store import Store
 from mbq.orchestrator import figures
-from mbq.orchestrator.display import validation_lines
+from mbq.orchestrator.display import lost_to_rounding, validation_lines
 from mbq.orchestrator.status import no_checkpoint, validations_of
 from mbq.workers.variants import FULL, PACKED, ROUNDED, ROUTED, parse
 
@@ -121,6 +121,7 @@ def render(found: Found) -> str:
         names=NAMES,
         kind=lambda row: parse(row.variant)[0],
         sample=_coloured(found),
+        worse=lost_to_rounding(rows),
         kernels=validation_lines(found.validations),
         spec=yaml.safe_dump(found.document.spec.model_dump(mode="json"), sort_keys=False),
     )

@@ -10,7 +10,13 @@ from mbq.artifacts import keys
 from mbq.artifacts.documents import KernelTiming, Results, Row, Running, Status, ValidationRecord
 from mbq.artifacts.sealed import get_document
 from mbq.orchestrator import display
-from mbq.orchestrator.display import Watch, _duration, result_table, validation_lines
+from mbq.orchestrator.display import (
+    Watch,
+    _duration,
+    lost_to_rounding,
+    result_table,
+    validation_lines,
+)
 from mbq.orchestrator.status import RunState
 
 
@@ -100,6 +106,24 @@ def test_times_stand_beside_those_of_bf16_for_as_many_tokens() -> None:
         "4096 x 11008, 1 token: 2 bits 12.0 us (2.50x), 4 bits 20.0 us (1.50x); bf16 30.0 us",
         "4096 x 11008, 64 tokens: 2 bits 80.0 us (0.50x), 4 bits 160.0 us (0.25x); bf16 40.0 us",
     ]
+
+
+def test_a_checkpoint_that_rounding_beats_says_so() -> None:
+    rounded = [
+        _row("full", None, None, None, 11.5, 0.25, 0.0, 0.0),
+        _row("rtn-2", 2, 2, 2.25, 27.1, 0.7, 0.85, 0.008),
+        _row("rtn-8", 8, 8, 8.25, 11.5, 0.25, 0.0, 0.001),
+    ]
+    # Worse at 8 bits, but not so that anybody would notice; 3 bits have nothing beside them.
+    good = _row("mbq-2", 2, 2, 2.35, 13.0, 0.4, 0.87, 0.004)
+    others = [
+        _row("mbq-3", 3, 3, 3.35, 30.0, 0.4, 1.0, 0.001),
+        _row("mbq-8", 8, 8, 8.35, 11.6, 0.25, 0.009, 0.001),
+    ]
+    assert lost_to_rounding([*rounded, good, *others]) is None
+    line = lost_to_rounding([*rounded, good.model_copy(update={"gap": 0.89}), *others])
+    assert line is not None and line.startswith("at 2 bits rounding to nearest loses less")
+    assert lost_to_rounding([]) is None
 
 
 def test_what_was_not_timed_is_said() -> None:

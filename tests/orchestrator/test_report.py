@@ -1,5 +1,6 @@
 """The report: everything it promises, nothing from elsewhere, and a browser that shows it."""
 
+import dataclasses
 import html
 import html.parser
 import re
@@ -67,6 +68,22 @@ def _samples(page: str) -> list[list[tuple[str, str, str]]]:
         [(colour, title, html.unescape(text)) for colour, title, text in found]
         for found in (re.findall(span, sample, re.DOTALL) for sample in samples)
     ]
+
+
+def test_says_when_rounding_loses_less(ablation_run: Any) -> None:
+    found = collect(ablation_run.store, ablation_run.document)
+    assert found.results is not None
+
+    def page_with_gap(gap: float) -> str:
+        rows = [
+            row.model_copy(update={"gap": gap}) if row.variant.startswith("mbq-") else row
+            for row in found.results.rows
+        ]
+        results = found.results.model_copy(update={"rows": tuple(rows)})
+        return render(dataclasses.replace(found, results=results))
+
+    said = "rounding to nearest loses less"
+    assert said in page_with_gap(9.0) and said not in page_with_gap(-9.0)
 
 
 def test_asks_for_nothing_outside(page: str) -> None:

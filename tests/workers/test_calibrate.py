@@ -1,5 +1,6 @@
 """Calibration: that it helps where it should, harms nothing, and repeats exactly."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,20 @@ def _calibrate(folder: Path, microbatch: int = 4, seed: int = 3, **options: Any)
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1.0
     return result
+
+
+def _calibrate_on(
+    hidden: Tensor, block: nn.Module, run: Callable[[nn.Module, Tensor], Tensor]
+) -> Calibration:
+    return calibrate_block(
+        BlockRunner(block, run, 4),
+        dict.fromkeys(WIDTHS, hidden),
+        hidden,
+        Optimisation(passes=6, batch_size=4),
+        group_size=32,
+        seed=3,
+        report=lambda fraction: None,
+    )
 
 
 def _equal(a: Calibration, b: Calibration) -> bool:
@@ -151,15 +166,7 @@ def test_few_tokens_of_massive_values_do_not_cost_the_others(tiny_model: Path) -
             out = model.run(module, 0, x)
             return torch.cat((massive * out[:, :1], out[:, 1:]), 1)
 
-        calibrate_block(
-            BlockRunner(block, run, 4),
-            dict.fromkeys(WIDTHS, hidden),
-            hidden,
-            Optimisation(passes=6, batch_size=4),
-            group_size=32,
-            seed=3,
-            report=lambda fraction: None,
-        )
+        _calibrate_on(hidden, block, run)
         for module in block.modules():
             if isinstance(module, TrainableLinear):
                 module.bits = 2
@@ -303,15 +310,7 @@ def _scaled(folder: Path, scale: float) -> Calibration:
     for linear in (block.self_attn.o_proj, block.mlp.down_proj):
         linear.weight.mul_(scale)
     hidden = scale * torch.randn(16, 24, 64, generator=torch.Generator().manual_seed(5))
-    return calibrate_block(
-        BlockRunner(block, lambda block, x: model.run(block, 0, x), 4),
-        dict.fromkeys(WIDTHS, hidden),
-        hidden,
-        Optimisation(passes=6, batch_size=4),
-        group_size=32,
-        seed=3,
-        report=lambda fraction: None,
-    )
+    return _calibrate_on(hidden, block, lambda block, x: model.run(block, 0, x))
 
 
 @settings(max_examples=20, deadline=None)
