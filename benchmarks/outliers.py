@@ -58,6 +58,7 @@ def main(out: Path) -> None:
 
 
 def channels(weights: Weights, factor: float, compensated: bool = True) -> None:
+    """Some channels of every norm times a factor; what reads them divided by it, if compensated."""
     chosen = some(len(weights["model.norm.weight"]))
     for block in blocks(weights):
         for norm, readers in READERS.items():
@@ -67,6 +68,7 @@ def channels(weights: Weights, factor: float, compensated: bool = True) -> None:
 
 
 def neurons(weights: Weights, factor: float) -> None:
+    """Some rows of every `up_proj` times a factor, and what reads them divided by it."""
     for block in blocks(weights):
         up = weights[f"{block}.mlp.up_proj.weight"]
         chosen = some(len(up))

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from mbq.kernels import dispatch
 from mbq.kernels.digits import MOST_LINEARS, Digits, join_digits, part_of, sides, starts_of
@@ -158,6 +158,7 @@ class SharedInput:
         served = dispatch.decodes(x, tokens, first.group_size)
         if not served or len(linears) > MOST_LINEARS:
             return None
+        self._note_order(x.device)
         with torch.no_grad():
             out = dispatch.decode(
                 x.reshape(tokens, first.in_features),
@@ -206,13 +207,16 @@ class SharedInput:
                     torch.cuda.synchronize(self._digits.digits_SHBN16.device)
             return self._digits
 
-    def _next(self, device: torch.device) -> Digits | None:
-        """What is probably multiplied by next on a device: what was the last time."""
+    def _note_order(self, device: torch.device) -> None:
+        """Let whoever was multiplied by before on a device know that this came after it."""
         latest = _LATEST.get(device)
         before = latest() if latest is not None else None
         if before is not None and before is not self:
             before._following = weakref.ref(self)
         _LATEST[device] = weakref.ref(self)
+
+    def _next(self, device: torch.device) -> Digits | None:
+        """What came after this the last time, if it is packed and on the same device."""
         following = self._following() if self._following is not None else None
         digits = following._digits if following is not None else None
         there = digits is not None and digits.digits_SHBN16.device == device
@@ -242,7 +246,7 @@ class SharedInput:
         _SHARED[self._number] = self
 
 
-@torch.library.custom_op("mbq::multiply_shared", mutates_args=())
+@library.custom_op("mbq::multiply_shared", mutates_args=())
 def multiply_shared(x: Tensor, shared: int, rows: int) -> Tensor:
     """`SharedInput.multiply_all` by number; `rows` is N'."""
     return _SHARED[shared].multiply_all(x)

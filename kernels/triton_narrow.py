@@ -348,7 +348,7 @@ def multiply_narrow(
     ahead = 0, 0, 0
     if following is not None and bytes_ahead > 0:
         # Where only the device knows the width, what every width reads.
-        ahead = _first_blocks(following, bits or SLICE_BITS, bytes_ahead)
+        ahead = following.first_blocks(bits or SLICE_BITS, bytes_ahead)
     then = following or weight
     _narrow_kernel[(rows // tile.rows,)](
         prepared.x_TK, weight.digits_SHBN16, weight.scale_zero_GN,
@@ -361,15 +361,3 @@ def multiply_narrow(
         **launching(out.device),
     )  # fmt: skip
     return out
-
-
-def _first_blocks(weight: Digits, planes: int, most_bytes: int) -> tuple[int, int, int]:
-    """As many first blocks of so many planes as there is room for, with their scales.
-
-    Returns bytes: of a plane, and of those blocks, in each plane and of scales.
-    """
-    _, _, blocks, rows, words = weight.digits_SHBN16.shape
-    word_bytes = rows * words * weight.digits_SHBN16.itemsize
-    scale_bytes = rows * BLOCK_INPUTS // weight.group_size * weight.scale_zero_GN.itemsize
-    first = min(blocks, most_bytes // (planes * word_bytes + scale_bytes))
-    return blocks * word_bytes, first * word_bytes, first * scale_bytes

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx, library, nn
 
 from mbq.kernels import dispatch
 from mbq.kernels.precision import Curve, Precision
@@ -167,4 +167,4 @@ def test_an_exported_program_needs_no_linears(strict: bool) -> None:
 def test_the_operator_is_what_torch_takes_it_for(x: Tensor) -> None:
     module = Sum(8, biased=False)
     module.precision.set_bits(3)
-    torch.library.opcheck(multiply_shared, (x, module.last.shared._number, 128))
+    library.opcheck(multiply_shared, (x, module.last.shared._number, 128))
