@@ -2,6 +2,7 @@
 
     model-base-0000i-of-0000n.safetensors     what every width needs: embeddings, norms, head,
                                               biases (as the source stores them), and per linear
+        <linear>.exponent       I8  [K]       columns of the weight are times 2 to these
         <linear>.scale_zero     I32 [N, G]    float16 pair: scale in the low half, zero in the high
     model-slice<e>-0000i-of-0000n.safetensors one set per slice e, most significant first; per
                                               linear
@@ -122,10 +123,7 @@ def plan_shards(
     base: list[tuple[int | None, list[Entry]]] = [
         (None, sorted(kept, key=lambda entry: entry.name))
     ]
-    base += [
-        (linear.block, [Entry(f"{linear.name}.scale_zero", "I32", _groups(linear, group_size))])
-        for linear in linears
-    ]
+    base += [(linear.block, _base_entries(linear, group_size)) for linear in linears]
     shards = _split("model-base", None, base, max_shard_bytes)
     for e in range(slices):
         planes = [(linear.block, _slice_entries(linear, e)) for linear in linears]
@@ -183,6 +181,14 @@ def slice_files(shards: Iterable[Shard], slices: int) -> tuple[tuple[str, ...], 
     return tuple(tuple(shard.file for shard in shards if shard.slice == e) for e in range(slices))
 
 
+def _base_entries(linear: Linear, group_size: int) -> list[Entry]:
+    groups = linear.out_features, linear.in_features // group_size
+    return [
+        Entry(f"{linear.name}.exponent", "I8", (linear.in_features,)),
+        Entry(f"{linear.name}.scale_zero", "I32", groups),
+    ]
+
+
 def _slice_entries(linear: Linear, e: int) -> list[Entry]:
     words = (linear.out_features, linear.in_features // WORD_BITS)
     planes = range(SLICE_BITS * e, SLICE_BITS * (e + 1))
@@ -202,10 +208,6 @@ def _router_shapes(
     if shape.width is not None:
         shapes["head"] = (extra, served, shape.width + 2)
     return shapes | {"knots": (extra, served, 2, shape.knots)}
-
-
-def _groups(linear: Linear, group_size: int) -> tuple[int, int]:
-    return linear.out_features, linear.in_features // group_size
 
 
 def _split(

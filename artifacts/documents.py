@@ -234,7 +234,7 @@ class Row(Document):
     Attributes:
         bits: code bits per weight that were asked for; None for full precision.
         realised_bits: those that were read, averaged over tokens and weights.
-        total_bits: these with scales, zeros, gains, biases and routers.
+        total_bits: these with scales, zeros, exponents, gains, biases and routers.
         gap: mean difference of log perplexity to full precision; `gap_error` its paired standard
             error over sequences.
     """

@@ -111,6 +111,7 @@ def calibrate(
     """One calibration and fit of routers."""
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    inputs = find_routers(find_linears(source.tensors))
     started = time.monotonic()
     with attention():
         done = calibrate_block(
@@ -119,6 +120,7 @@ def calibrate(
             hidden,
             Optimisation(passes=options["passes"]),
             group_size=128,
+            readers=inputs.values(),
             seed=0,
             report=Progress(),
         )
@@ -126,7 +128,7 @@ def calibrate(
         calibrated = time.monotonic()
         routers = fit_routers(
             model.runner(0, options["microbatch"]),
-            find_routers(find_linears(source.tensors)),
+            inputs,
             done.linears,
             hidden,
             Routing(),

@@ -92,7 +92,7 @@ def make_elastic(model: LlamaForCausalLM) -> Precision:
             elif name == "scale_zero":
                 scale = torch.full(buffer.shape, 0.01, device="cuda")
                 buffer.copy_(pack_pair(scale, torch.full_like(scale, 2.0)))
-            else:
+            elif name.startswith("gain_bias_"):
                 gain = torch.ones(buffer.shape, device="cuda")
                 buffer.copy_(pack_pair(gain, torch.zeros_like(gain)))
     torch.cuda.empty_cache()

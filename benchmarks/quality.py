@@ -7,10 +7,10 @@ RUN is in MBQ_HOME's store. Every peer that was made for the first run's model a
 tokens is measured on its evaluation tokens, by the same code; a peer that failed is reported.
 
 `gap` is the mean difference of log perplexity to full precision, its error paired by sequence;
-`bits` are those of the codes, `total` adds scales, zeros, gains, biases and routers. For every
-average of ours, `best` is the peer with the smallest gap at the largest width that is not above it,
-and `beside` the difference of the gaps, its error paired again. Seconds a block are those of the
-clock and, for peers, of the processor too, since runs may have shared it. Writes
+`bits` are those of the codes, `total` adds scales, zeros, exponents, gains, biases and routers. For
+every average of ours, `best` is the peer with the smallest gap at the largest width that is not
+above it, and `beside` the difference of the gaps, its error paired again. Seconds a block are those
+of the clock and, for peers, of the processor too, since runs may have shared it. Writes
 benchmarks/results/<date>-quality-NAME.json.
 """
 

@@ -6,6 +6,7 @@ q, k and v are one product, and so are gate and up, as linears that share an inp
 import itertools
 import math
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 
@@ -56,10 +57,17 @@ def random_digits(n: int, k: int) -> Digits:
         torch.randint(-(2**15), 2**15, shape, dtype=torch.int16, device="cuda"),
         pack_pair(scale, zero),
         pack_pair(gain, torch.randn_like(gain)),
+        random_exponents(k),
         (n,),
         k,
         GROUP,
     )
+
+
+@cache
+def random_exponents(k: int) -> torch.Tensor:
+    """Of columns; the same for all weights, as linears that share an input have them."""
+    return torch.randint(-3, 4, (k,), dtype=torch.int8, device="cuda")
 
 
 def rotation(n: int, k: int, bits: int) -> list[Digits]:
@@ -112,7 +120,7 @@ def decode_times(
 def tokens_at(m: int, k: int, bits: int) -> Prepared:
     """Random tokens that all have the same width."""
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    return prepare(x, bits, 1, GROUP, CODE_BITS)
+    return prepare(x, random_exponents(k), bits, 1, GROUP, CODE_BITS)
 
 
 def hungry_tokens(m: int, k: int, bits: int, hungry: int) -> Prepared:
@@ -120,4 +128,4 @@ def hungry_tokens(m: int, k: int, bits: int, hungry: int) -> Prepared:
     bits_1T = torch.full((1, m), bits, device="cuda")
     bits_1T[:, :hungry] = CODE_BITS
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    return prepare(x, bits_1T, 1, GROUP, CODE_BITS)
+    return prepare(x, random_exponents(k), bits_1T, 1, GROUP, CODE_BITS)

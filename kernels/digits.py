@@ -20,8 +20,10 @@ has scale 0 and adds nothing. Scales and zeros lie with rows innermost:
     scale_zero int32 [B * 256 / g, N']   float16 pair, scale in the low half
     gain_bias  int32 [W, N']             float16 pair, a row per width as in WIDTHS
 
+and the exponents of the columns, which tokens are scaled by, as they are published: int8 [K].
+
 Linears that read the same input are laid side by side, so that one launch multiplies by all; each
-starts at a multiple of 128 rows.
+starts at a multiple of 128 rows. Their columns have the same exponents.
 
 Legend: N out_features, N' N padded, K in_features, B blocks of 256 inputs, G groups, g inputs per
 group, S slices, H planes of a slice (2), W widths.
@@ -62,6 +64,7 @@ class Digits:
     digits_SHBN16: Tensor
     scale_zero_GN: Tensor
     gain_bias_WN: Tensor
+    exponent_K: Tensor
     out_features: tuple[int, ...]
     in_features: int
     group_size: int
@@ -105,9 +108,13 @@ def position(chunk: int) -> int:
 
 
 def pack_digits(
-    code_NK: Tensor, scale_zero_NG: Tensor, gain_bias_WN: Tensor, slices: int
+    code_NK: Tensor,
+    exponent_K: Tensor,
+    scale_zero_NG: Tensor,
+    gain_bias_WN: Tensor,
+    slices: int,
 ) -> Digits:
-    """From codes uint8 [N, K] and the published pairs, int32 [N, G] and [W, N].
+    """From codes uint8 [N, K], exponents and the published pairs, int32 [N, G] and [W, N].
 
     Raises:
         ValueError: the group size is none of `GROUP_SIZES`.
@@ -132,6 +139,7 @@ def pack_digits(
         torch.stack(planes),
         padded_NG.T.contiguous(),
         F.pad(gain_bias_WN, (0, more_rows)).contiguous(),
+        exponent_K,
         (rows,),
         inputs,
         group_size,
@@ -139,9 +147,15 @@ def pack_digits(
 
 
 def join_digits(parts: Sequence[Digits]) -> Digits:
-    """Linears of one input side by side."""
+    """Linears of one input side by side.
+
+    Raises:
+        ValueError: their columns have other exponents.
+    """
     if len(parts) == 1:
         return parts[0]
+    if not all(torch.equal(part.exponent_K, parts[0].exponent_K) for part in parts):
+        raise ValueError("linears that read the same input must have the same exponents")
     return replace(
         parts[0],
         digits_SHBN16=torch.cat([part.digits_SHBN16 for part in parts], dim=3),

@@ -114,7 +114,9 @@ def decode(
     # Triton launches on the current device, whatever the tensors' is.
     with torch.cuda.device_of(x_TK):
         linears, rows, inputs = len(weight.out_features), weight.starts[-1], weight.in_features
-        prepared = triton_prepare.prepare(x_TK, widths, linears, weight.group_size, max_bits, tally)
+        prepared = triton_prepare.prepare(
+            x_TK, weight.exponent_K, widths, linears, weight.group_size, max_bits, tally
+        )
         bits = widths if isinstance(widths, int) else None
         kind = kind_of(prepared.mixed, bits)
         cut = tile(rows, inputs, weight.group_size, len(x_TK), x_TK.device, kind)

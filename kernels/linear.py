@@ -31,7 +31,7 @@ from mbq.kernels import dispatch
 from mbq.kernels.bitplanes import pack_planes, unpack_planes
 from mbq.kernels.digits import Digits, pack_digits, unpack_digits
 from mbq.kernels.precision import Precision
-from mbq.kernels.quantize import dequantize, unpack_pair
+from mbq.kernels.quantize import dequantize, powers_of_two, unpack_pair
 from mbq.kernels.shared_input import SharedInput
 from mbq.kernels.widths import WIDTHS, WORD_BITS, slices_of, widths_up_to
 
@@ -39,9 +39,9 @@ from mbq.kernels.widths import WIDTHS, WORD_BITS, slices_of, widths_up_to
 class ElasticLinear(nn.Module):
     """Replaces `nn.Linear`; `precision` may be shared with other linears.
 
-    Buffers: `plane_0` ... int32 [N, K/32], one per stored bit, `scale_zero` int32 [N, G] and, per
-    width, `gain_bias_2`, `gain_bias_3`, `gain_bias_4` ... int32 [N]; the pairs are float16 in one
-    int32 so that casting the model leaves them alone.
+    Buffers: `plane_0` ... int32 [N, K/32], one per stored bit, `exponent` int8 [K], `scale_zero`
+    int32 [N, G] and, per width, `gain_bias_2`, `gain_bias_3`, `gain_bias_4` ... int32 [N]; the
+    pairs are float16 in one int32 so that casting the model leaves them alone.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class ElasticLinear(nn.Module):
         self.stored_bits = precision.max_bits
         for p in range(self.stored_bits):
             self._empty(f"plane_{p}", out_features, in_features // WORD_BITS)
+        self.register_buffer("exponent", torch.zeros(in_features, dtype=torch.int8))
         self._empty("scale_zero", out_features, in_features // group_size)
         for bits in widths_up_to(self.stored_bits):
             self._empty(f"gain_bias_{bits}", out_features)
@@ -94,10 +95,11 @@ class ElasticLinear(nn.Module):
         return self.out_features * self.in_features
 
     def weight(self, bits: int) -> Tensor:
-        """Dequantized weight at a width, gain included: float32 [N, K]."""
+        """Dequantized weight at a width, gain and powers of two included: float32 [N, K]."""
         scale_NG, zero_NG = unpack_pair(self.get_buffer("scale_zero"))
         gain_N, _ = unpack_pair(self.get_buffer(f"gain_bias_{bits}"))
-        return dequantize(self._code(bits), scale_NG, zero_NG, bits).mul_(gain_N[:, None])
+        weight_NK = dequantize(self._code(bits), scale_NG, zero_NG, bits).mul_(gain_N[:, None])
+        return weight_NK.mul_(powers_of_two(self.get_buffer("exponent")))
 
     def forward(self, x: Tensor) -> Tensor:
         if _opaque(x):
@@ -129,7 +131,11 @@ class ElasticLinear(nn.Module):
         bits = self.stored_bits
         gains = [self.get_buffer(f"gain_bias_{width}") for width in widths_up_to(bits)]
         digits = pack_digits(
-            self._code(bits), self.get_buffer("scale_zero"), torch.stack(gains), slices_of(bits)
+            self._code(bits),
+            self.get_buffer("exponent"),
+            self.get_buffer("scale_zero"),
+            torch.stack(gains),
+            slices_of(bits),
         )
         for p in range(bits):
             self._empty(f"plane_{p}", 0)

@@ -70,6 +70,11 @@ def dequantize(code_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor, bits: int) ->
     return weight_NK
 
 
+def powers_of_two(exponent_K: Tensor) -> Tensor:
+    """2 to integers of -126 to 127, exactly: float32 [K]."""
+    return (exponent_K.to(torch.int32) + 127 << 23).view(torch.float32)
+
+
 def pack_pair(first: Tensor, second: Tensor) -> Tensor:
     """Two equally shaped tensors as float16 in one int32: `first` in the low half."""
     return torch.stack((first, second), dim=-1).half().view(torch.int32).squeeze(-1)

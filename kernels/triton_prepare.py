@@ -3,7 +3,8 @@
 What the multiplying kernels (`triton_narrow.py`, `triton_uniform.py`, `triton_mixed.py`) read of
 the tokens:
 
-    x16   float16, each token scaled by a power of two so that its largest value is near 2^10
+    x16   float16, every input times the power of two that its column of the weight is without, and
+          each token scaled by another one so that its largest value is near 2^10
     sums  per group of inputs: sum of x16, and sum weighted by the bias of each digit
           (`triton_tiles.py`)
 
@@ -89,7 +90,7 @@ def _trunk_row(h: tl.constexpr, at, trunk_ptr, in_features):
 
 @triton.jit
 def _scored_bits(
-    x16, unscale, at, rows, trunk_ptr, offset_ptr, head_ptr, threshold_ptr, in_features,
+    x, at, rows, trunk_ptr, offset_ptr, head_ptr, threshold_ptr, in_features,
     CHUNKS: tl.constexpr, LINEARS: tl.constexpr, EXTRA: tl.constexpr, HIDDEN: tl.constexpr,
     FEATURES: tl.constexpr,
 ):  # fmt: skip
@@ -111,16 +112,15 @@ def _scored_bits(
     threshold = tl.load(threshold_ptr + gate, mask=there, other=0.0)
     of_square = tl.load(gate_ptr + HIDDEN, mask=there, other=0.0)
     constant = tl.load(gate_ptr + HIDDEN + 1, mask=there, other=0.0)
-    squares = tl.sum(x16.to(tl.float32) * x16.to(tl.float32), axis=1)
-    square = tl.maximum(tl.sum(squares, axis=0) / in_features * unscale * unscale, 1e-30)
+    square = tl.maximum(tl.sum(tl.sum(x * x, axis=1), axis=0) / in_features, 1e-30)
     score = constant + of_square * tl.log(square)
     # All rows are summed over the program at once: each such sum makes its warps wait.
     products = tl.zeros((CHUNKS, FEATURES), dtype=tl.float32)
     for h in tl.static_range(HIDDEN):
         row = rows[h] if h < len(rows) else _trunk_row(h, at, trunk_ptr, in_features)
-        product = tl.sum(row.to(tl.float32) * x16.to(tl.float32), axis=1)
+        product = tl.sum(row.to(tl.float32) * x, axis=1)
         products = tl.where(f[None, :] == h, product[:, None], products)
-    hidden = tl.sum(products, axis=0) * (unscale * tl.rsqrt(square)) + offset
+    hidden = tl.sum(products, axis=0) * tl.rsqrt(square) + offset
     feature = hidden / (1.0 + tl.exp(-hidden))
     score += tl.sum(head * feature[None, None, :], axis=2)
     # Nested: what counts is the first gate that is closed.
@@ -152,7 +152,7 @@ def _group_sums(x16, CHUNKS: tl.constexpr, GROUP_CHUNKS: tl.constexpr):
     ]
 )
 def _prepare_kernel(
-    x_ptr, given_ptr, trunk_ptr, offset_ptr, head_ptr, threshold_ptr,
+    x_ptr, exponent_ptr, given_ptr, trunk_ptr, offset_ptr, head_ptr, threshold_ptr,
     x16_ptr, sum_ptr, bias_sum_ptr, unscale_ptr, bits_ptr, steps_ptr, arrived_ptr, tally_ptr,
     uniform, x_stride, given_linear_stride, given_token_stride,
     in_features, padded_inputs, groups, padded_tokens,
@@ -172,6 +172,7 @@ def _prepare_kernel(
         rows = ()
         for h in tl.static_range(AHEAD):
             rows += (_trunk_row(h, at, trunk_ptr, in_features),)  # type: ignore[assignment]
+    exponent = tl.load(exponent_ptr + at, mask=at < in_features, other=0).to(tl.int32)
     if PROGRAMMATIC:
         tl.extra.cuda.gdc_wait()
     x = tl.load(x_ptr + token * x_stride + at, mask=at < in_features, other=0.0).to(tl.float32)
@@ -180,16 +181,16 @@ def _prepare_kernel(
         given_at = linear * given_linear_stride + token * given_token_stride
         bits = tl.load(given_ptr + given_at, mask=there, other=2).to(tl.int32)
 
-    largest = tl.max(tl.max(tl.abs(x), axis=1), axis=0)
-    exponent = largest.to(tl.int32, bitcast=True) >> 23
-    exponent = tl.minimum(tl.maximum(exponent, 11), 254)
-    scale = ((264 - exponent) << 23).to(tl.float32, bitcast=True)
-    unscale = ((exponent - 10) << 23).to(tl.float32, bitcast=True)
-    x16 = (x * scale).to(tl.float16)
+    columns = x * ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+    largest = tl.max(tl.max(tl.abs(columns), axis=1), axis=0).to(tl.int32, bitcast=True) >> 23
+    largest = tl.minimum(tl.maximum(largest, 11), 254)
+    scale = ((264 - largest) << 23).to(tl.float32, bitcast=True)
+    unscale = ((largest - 10) << 23).to(tl.float32, bitcast=True)
+    x16 = (columns * scale).to(tl.float16)
 
     if EXTRA > 0:
         bits = _scored_bits(
-            x16, unscale, at, rows, trunk_ptr, offset_ptr, head_ptr, threshold_ptr, in_features,
+            x, at, rows, trunk_ptr, offset_ptr, head_ptr, threshold_ptr, in_features,
             CHUNKS, LINEARS, EXTRA, HIDDEN, FEATURES,
         )  # fmt: skip
     tl.store(bits_ptr + linear * padded_tokens + token, bits, mask=there)
@@ -222,6 +223,7 @@ def _prepare_kernel(
 
 def prepare(
     x_TK: Tensor,
+    exponent_K: Tensor,
     widths: int | Tensor | Gates,
     linears: int,
     group_size: int,
@@ -231,6 +233,7 @@ def prepare(
     """Prepare tokens [T, K], T of 1 to 64, float16, bfloat16 or float32.
 
     Args:
+        exponent_K: int8, of the columns of the linears' weights.
         widths: one of WIDTHS for all tokens and linears; or, which the host does not read, int32 or
             int64 [L, T], or [L, 1] for all tokens; or a router.
         linears: L, those that read these tokens: 1 to 3.
@@ -266,8 +269,8 @@ def prepare(
     hidden = 0 if gates is None else len(gates.trunk_HK)
     chunks = _power_of_2(padded_inputs // 32)
     _prepare_kernel[(tokens,)](
-        x_TK, given, *_pointers(gates), made.x_TK, made.sum_GT, made.bias_sum_GT, made.unscale_T,
-        made.bits_LT, made.steps_L2, zeros(x_TK.device, "prepare", 1), tally,
+        x_TK, exponent_K, given, *_pointers(gates), made.x_TK, made.sum_GT, made.bias_sum_GT,
+        made.unscale_T, made.bits_LT, made.steps_L2, zeros(x_TK.device, "prepare", 1), tally,
         widths if isinstance(widths, int) else SLICE_BITS, x_TK.stride(0),
         0 if given is None else given.stride(0), 0 if given is None or alike else given.stride(1),
         inputs, padded_inputs, groups, padded,

@@ -76,7 +76,7 @@ def other_bits(linears: Sequence[Linear], spec: RunSpec, variant: str, method: s
     """Bits per quantized weight that a variant reads for a token beside its codes.
 
     Scale and zero are 32 bits a group for every variant; elastic ones add a gain and a bias, 32
-    bits an output channel, and what their routers read.
+    bits an output channel, an exponent, 8 bits an input, and what their routers read.
 
     Args:
         method: how the packed checkpoint shares bits.
@@ -85,9 +85,9 @@ def other_bits(linears: Sequence[Linear], spec: RunSpec, variant: str, method: s
     if kind == ROUNDED:
         return 32 / spec.group_size
     weights = sum(linear.weights for linear in linears)
-    channels = sum(linear.out_features for linear in linears)
+    beside = sum(32 * linear.out_features + 8 * linear.in_features for linear in linears)
     learned = spec.routing.learned
     routers = {ROUTED: method, "norm": "norm", "learned": learned, "shuffled": learned}.get(kind)
     shape = router_shape(routers or "linear", spec.routing.width)
     read = router_bits(linears, spec.max_bits, shape)
-    return 32 / spec.group_size + 32 * channels / weights + read
+    return 32 / spec.group_size + beside / weights + read

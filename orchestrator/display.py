@@ -137,7 +137,8 @@ def result_table(results: Results) -> Table:
     """Perplexity by width, each with its standard error, and what a width costs to fetch.
 
     BITS are code bits per weight that were asked for, READ those that were read, TOTAL adds scales,
-    zeros, gains, biases and routers; GAP is the difference of log perplexity, paired by sequence.
+    zeros, exponents, gains, biases and routers; GAP is the difference of log perplexity, paired by
+    sequence.
     """
     slices = ", ".join(f"{size:,}" for size in results.slice_bytes)
     # Broken where the table ends, so it is short.

@@ -21,6 +21,9 @@ kept, the bits below are chosen anew, compensating for what the kept ones cost, 
 trained together with the next one, or alone if it is the last. The bits below the last trained
 width are only chosen.
 
+Whenever bits are chosen, biases of those widths are set to what they lose of the mean input: where
+inputs have a large constant part, training alone does not get that far.
+
 Method `joint` is that. Method `clip` is MoBiQuant's recipe (arXiv 2602.20191, algorithm 1): weights
 frozen, no gains, ranges trained first for 2 bits alone, then for all widths together.
 
@@ -28,7 +31,7 @@ Legend: N out_features, K in_features, G groups, B sequences, T tokens, H hidden
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,7 +41,9 @@ from torch import Tensor, nn
 
 from mbq.artifacts.errors import NumericError
 from mbq.artifacts.spec import Optimisation
+from mbq.kernels.quantize import powers_of_two
 from mbq.kernels.widths import CODE_BITS, SLICE_BITS, WIDTHS
+from mbq.workers.balance import column_exponents
 from mbq.workers.gptq import factor, gram_matrices
 from mbq.workers.model import BlockRunner, hooked, linears
 from mbq.workers.trainable import CalibratedLinear, TrainableLinear
@@ -65,7 +70,8 @@ class _Stage:
 
     Attributes:
         kept_bits: bits that do not change any more, and with them the ranges; 0 for none.
-        chosen: widths for which the bits below those are chosen anew before training.
+        chosen: widths for which the bits below those are chosen anew before training, and biases
+            with them.
         trained: widths drawn.
         passes: over the sequences.
     """
@@ -82,6 +88,14 @@ class _Target:
 
     out_BTH: Tensor
     weight_BT1: Tensor
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Mean of what enters a linear, and root mean square of what it outputs."""
+
+    input_mean_K: Tensor
+    output_rms: float
 
 
 @dataclass(frozen=True)
@@ -105,6 +119,7 @@ def calibrate_block(
     target_inputs_BTH: Tensor,
     settings: Optimisation,
     group_size: int,
+    readers: Iterable[Sequence[str]],
     seed: int,
     report: Callable[[float], None],
 ) -> Calibration:
@@ -115,18 +130,21 @@ def calibrate_block(
         inputs: hidden states [B, T, H] that enter the block, by width.
         target_inputs_BTH: hidden states of the full-precision model; the block's output on them,
             before any linear is replaced, is the target.
+        readers: the linears that read each input.
         seed: of the order of sequences and of the widths drawn.
         report: called with the finished fraction after every step.
 
     Raises:
         NumericError: a loss, or what enters a linear, is not finite.
     """
-    target, output_rms = _target(block, target_inputs_BTH)
+    target, seen = _observe(block, target_inputs_BTH)
     stages = _stages(settings)
-    factors = _factors(block, inputs, target_inputs_BTH, stages)
-    trainables = _replace_linears(block.module, group_size, output_rms)
+    exponents = _exponents(block.module, readers)
+    factors = _factors(block, inputs, target_inputs_BTH, stages, exponents)
+    trainables = _replace_linears(block.module, group_size, seen, exponents)
     before = _token_errors(block, trainables, inputs, target.out_BTH)
-    _train(block, trainables, inputs, target, factors, settings, stages, seed, report)
+    means = {name: one.input_mean_K for name, one in seen.items()}
+    _train(block, trainables, inputs, target, factors, means, settings, stages, seed, report)
     finished = {name: linear.finish() for name, linear in trainables.items()}
     after = _token_errors(block, trainables, inputs, target.out_BTH)
     return Calibration(
@@ -137,19 +155,26 @@ def calibrate_block(
     )
 
 
-def _target(block: BlockRunner, inputs_BTH: Tensor) -> tuple[_Target, dict[str, float]]:
-    """What the block outputs, and the root mean square of what each of its linears does."""
+def _observe(block: BlockRunner, inputs_BTH: Tensor) -> tuple[_Target, dict[str, _Seen]]:
+    """What the full-precision block outputs, and what passes each of its linears."""
     by_name = linears(block.module)
+    entered: dict[str, list[Tensor]] = {name: [] for name in by_name}
     squares: dict[str, list[Tensor]] = {name: [] for name in by_name}
 
-    def note(name: str, linear: nn.Module, arguments: object, out: Tensor) -> None:
+    def note(name: str, linear: nn.Module, arguments: tuple[Tensor], out: Tensor) -> None:
+        entered[name].append(arguments[0].float().flatten(0, -2).mean(0))
         squares[name].append(out.float().square().mean())
 
     hooks = (m.register_forward_hook(partial(note, name)) for name, m in by_name.items())
     with hooked(hooks):
         out_BTH = block.forward(inputs_BTH)
-    rms = {name: torch.stack(found).mean().sqrt().item() for name, found in squares.items()}
-    return _Target(out_BTH, token_weights(out_BTH)), rms
+    seen = {
+        name: _Seen(
+            torch.stack(entered[name]).mean(0), torch.stack(squares[name]).mean().sqrt().item()
+        )
+        for name in by_name
+    }
+    return _Target(out_BTH, token_weights(out_BTH)), seen
 
 
 def token_weights(out_BTH: Tensor) -> Tensor:
@@ -169,6 +194,7 @@ def _factors(
     inputs: Mapping[int, Tensor],
     target_inputs_BTH: Tensor,
     stages: Sequence[_Stage],
+    exponents: Mapping[str, Tensor],
 ) -> Factors:
     """`gptq.factor` of what enters each linear, for the widths that bits are chosen for.
 
@@ -180,9 +206,14 @@ def _factors(
     for x_BTH in {id(x_BTH): x_BTH for x_BTH in streams.values()}.values():
         grams = gram_matrices(block.module, partial(block.forward, x_BTH))
         tokens = x_BTH[..., 0].numel()
-        distinct = {id(gram_KK): gram_KK for gram_KK in grams.values()}
-        factors = {key: factor(gram_KK, tokens) for key, gram_KK in distinct.items()}
-        found[id(x_BTH)] = {name: factors[id(gram_KK)] for name, gram_KK in grams.items()}
+        # Linears that share both share one factor.
+        keys = {name: (id(gram_KK), id(exponents[name])) for name, gram_KK in grams.items()}
+        distinct = {key: name for name, key in keys.items()}
+        factors = {
+            key: factor(grams[name], powers_of_two(exponents[name]), tokens)
+            for key, name in distinct.items()
+        }
+        found[id(x_BTH)] = {name: factors[key] for name, key in keys.items()}
     return {bits: found[id(x_BTH)] for bits, x_BTH in streams.items()}
 
 
@@ -192,12 +223,17 @@ def _train(
     inputs: Mapping[int, Tensor],
     target: _Target,
     factors: Factors,
+    means: Mapping[str, Tensor],
     settings: Optimisation,
     stages: Sequence[_Stage],
     seed: int,
     report: Callable[[float], None],
 ) -> None:
-    """Descend on the joint loss, stage by stage. Arguments as `calibrate_block`'s."""
+    """Descend on the joint loss, stage by stage. Arguments as `calibrate_block`'s.
+
+    Args:
+        means: of what enters each linear [K].
+    """
     usual: dict[int, float] = {}
     steps_done = 0
     sequences = len(target.out_BTH)
@@ -207,6 +243,7 @@ def _train(
         if stage.chosen:
             for name, linear in trainables.items():
                 linear.compensate(stage.kept_bits, {b: factors[b][name] for b in stage.chosen})
+                linear.correct(means[name], stage.chosen)
         if not stage.passes:
             continue
         generator = torch.Generator().manual_seed(seed + number)
@@ -264,15 +301,27 @@ def _keep(bins: Mapping[TrainableLinear, tuple[Tensor, Tensor]]) -> None:
 
 
 def _replace_linears(
-    block: nn.Module, group_size: int, output_rms: Mapping[str, float]
+    block: nn.Module,
+    group_size: int,
+    seen: Mapping[str, _Seen],
+    exponents: Mapping[str, Tensor],
 ) -> dict[str, TrainableLinear]:
     trainables = {
-        name: TrainableLinear(linear, group_size, output_rms[name])
+        name: TrainableLinear(linear, group_size, seen[name].output_rms, exponents[name])
         for name, linear in linears(block).items()
     }
     for name, trainable in trainables.items():
         block.set_submodule(name, trainable)
     return trainables
+
+
+def _exponents(block: nn.Module, readers: Iterable[Sequence[str]]) -> dict[str, Tensor]:
+    """Exponents of every linear's columns, one tensor for those that read the same input."""
+    found: dict[str, Tensor] = {}
+    for names in readers:
+        weights = [block.get_parameter(f"{name}.weight") for name in names]
+        found |= dict.fromkeys(names, column_exponents(weights))
+    return found
 
 
 def _stages(settings: Optimisation) -> list[_Stage]:

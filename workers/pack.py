@@ -1,10 +1,10 @@
 """Between calibrated tensors and the bytes of the store.
 
-A block's blob holds, per linear, `<name>.code` U8 [N, K], `<name>.scale_zero` I32 [N, G] and
-`<name>.gain_bias` I32 [W, N], and per router `<name>.trunk` I32 [H, K/2] (float16 pairs), `.offset`
-F32 [H], `.head` F32 [E, L, F] and, for every method, `.knots_<method>` F32 [E, L, 2, Q]. A shard of
-the checkpoint is written tensor by tensor from such blobs and from the source; nothing but the
-tensor at hand is in memory.
+A block's blob holds, per linear, `<name>.code` U8 [N, K], `.exponent` I8 [K], `.scale_zero` I32
+[N, G] and `.gain_bias` I32 [W, N], and per router `<name>.trunk` I32 [H, K/2] (float16 pairs),
+`.offset` F32 [H], `.head` F32 [E, L, F] and, for every method, `.knots_<method>` F32 [E, L, 2, Q].
+A shard of the checkpoint is written tensor by tensor from such blobs and from the source; nothing
+but the tensor at hand is in memory.
 
 Legend: N out_features, K in_features, G groups, W widths; those of routers are in
 `kernels/router.py`.
@@ -45,6 +45,7 @@ def encode_block(
     tensors = {}
     for name in sorted(block):
         tensors[f"{name}.code"] = block[name].code_NK
+        tensors[f"{name}.exponent"] = block[name].exponent_K
         tensors[f"{name}.scale_zero"] = block[name].scale_zero_NG
         tensors[f"{name}.gain_bias"] = block[name].gain_bias_WN
     for name in sorted(routers):
@@ -62,6 +63,7 @@ def read_linear(file: TensorFile, name: str) -> CalibratedLinear:
     """One linear of a block's blob."""
     return CalibratedLinear(
         read_tensor(file, f"{name}.code"),
+        read_tensor(file, f"{name}.exponent"),
         read_tensor(file, f"{name}.scale_zero"),
         read_tensor(file, f"{name}.gain_bias"),
     )
@@ -154,7 +156,7 @@ def elastic_tensors(name: str, linear: CalibratedLinear, device: torch.device) -
     Args:
         device: where planes are packed.
     """
-    tensors = {f"{name}.scale_zero": linear.scale_zero_NG}
+    tensors = {f"{name}.exponent": linear.exponent_K, f"{name}.scale_zero": linear.scale_zero_NG}
     for p, plane in enumerate(pack_planes(linear.code_NK.to(device))):
         tensors[f"{name}.plane_{p}"] = plane
     for bits, row in zip(WIDTHS, linear.gain_bias_WN, strict=True):
@@ -173,8 +175,8 @@ def _shard_data(
             continue
         linear = linears[module]
         blob, name = blobs[linear.block], linear.local_name
-        if kind == "scale_zero":
-            yield blob.read(f"{name}.scale_zero")
+        if kind in ("exponent", "scale_zero"):
+            yield blob.read(f"{name}.{kind}")
         elif kind.startswith("gain_bias_"):
             row = WIDTHS.index(int(kind.removeprefix("gain_bias_")))
             yield tensor_bytes(read_tensor(blob, f"{name}.gain_bias")[row])

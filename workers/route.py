@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 from mbq.artifacts.checkpoint import KNOTS
 from mbq.artifacts.spec import Routing
-from mbq.kernels.quantize import dequantize, unpack_pair
+from mbq.kernels.quantize import dequantize, powers_of_two, unpack_pair
 from mbq.kernels.router import features, pack_halves, score, unpack_halves
 from mbq.kernels.widths import SLICE_BITS, WIDTHS, steps_up_to, widths_up_to
 from mbq.workers.model import BlockRunner, hooked
@@ -219,9 +219,11 @@ def _benefits(
     scale_NG, zero_NG = unpack_pair(calibrated.scale_zero_NG.to(x_TK.device))
     gain_WN, bias_WN = unpack_pair(calibrated.gain_bias_WN.to(x_TK.device))
     code_NK = calibrated.code_NK.to(x_TK.device)
+    column_K = powers_of_two(calibrated.exponent_K.to(x_TK.device))
     errors = []
     for row, bits in enumerate(widths_up_to(max_bits)):
         weight_NK = dequantize(code_NK, scale_NG, zero_NG, bits).mul_(gain_WN[row][:, None])
+        weight_NK.mul_(column_K)
         off_NK = (weight_NK - source_NK.float()).to(x_TK.dtype)
         off_TN = F.linear(x_TK, off_NK, bias_WN[row].to(x_TK.dtype))
         errors.append(off_TN.float().square().sum(1))

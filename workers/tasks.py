@@ -122,6 +122,7 @@ def calibrate(ref: RunRef, block: int, attempt: int, hidden: Hidden, report: Rep
             full,
             spec.optimisation,
             spec.group_size,
+            opened.routers.values(),
             seed,
             lambda fraction: report(_TRAINING_SHARE * fraction),
         )

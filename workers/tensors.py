@@ -7,6 +7,7 @@ from mbq.artifacts.tensors import Entry, TensorFile
 
 _DTYPES = {
     torch.uint8: "U8",
+    torch.int8: "I8",
     torch.int32: "I32",
     torch.int64: "I64",
     torch.float16: "F16",

@@ -9,14 +9,21 @@ weight that its present width would reconstruct.
 Legend: N out_features, K in_features, G groups, W widths.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from mbq.kernels.fake_linear import fake_linear
-from mbq.kernels.quantize import dequantize, group_bounds, pack_pair, quantize, scale_and_zero
+from mbq.kernels.quantize import (
+    dequantize,
+    group_bounds,
+    pack_pair,
+    powers_of_two,
+    quantize,
+    scale_and_zero,
+)
 from mbq.kernels.widths import CODE_BITS, WIDTHS
 from mbq.workers.gptq import MARGIN, bin_ends, round_compensated
 
@@ -30,11 +37,13 @@ class CalibratedLinear:
 
     Attributes:
         code_NK: uint8 [N, K].
+        exponent_K: int8 [K]; the columns of what the codes stand for are times 2 to these.
         scale_zero_NG: float16 pairs in int32 [N, G].
         gain_bias_WN: float16 pairs in int32 [W, N]; rows as WIDTHS.
     """
 
     code_NK: Tensor
+    exponent_K: Tensor
     scale_zero_NG: Tensor
     gain_bias_WN: Tensor
 
@@ -42,13 +51,19 @@ class CalibratedLinear:
 class TrainableLinear(nn.Module):
     """Stands in for a linear during calibration; `bits` is the width it shows.
 
-    `output_rms` is the root mean square of what the linear outputs at full precision.
+    Args:
+        output_rms: root mean square of what the linear outputs at full precision.
+        exponent_K: of its columns (`balance.py`): they are quantized without these powers of two.
     """
 
-    def __init__(self, linear: nn.Linear, group_size: int, output_rms: float) -> None:
+    def __init__(
+        self, linear: nn.Linear, group_size: int, output_rms: float, exponent_K: Tensor
+    ) -> None:
         super().__init__()
         self.output_rms = output_rms
-        weight_NK = linear.weight.detach().float()
+        self.exponent_K, self.column_K = exponent_K, powers_of_two(exponent_K)
+        self.source = linear.weight
+        weight_NK = self._source_NK()
         self.low_NG, self.high_NG = group_bounds(weight_NK, group_size)
         self.unit_NG, _ = scale_and_zero(self.low_NG, self.high_NG)
         self.value = nn.Parameter(weight_NK / self.unit_NG.repeat_interleave(group_size, dim=1))
@@ -58,7 +73,6 @@ class TrainableLinear(nn.Module):
         self.gain = nn.ParameterList(weight_NK.new_ones(rows).unbind())
         self.bias = nn.ParameterList(weight_NK.new_zeros(rows).unbind())
         self.original_bias = linear.bias
-        self.source = linear.weight
         self.bits = CODE_BITS
 
     def grid(self) -> tuple[Tensor, Tensor]:
@@ -74,7 +88,15 @@ class TrainableLinear(nn.Module):
         if self.original_bias is not None:
             bias_N = bias_N + self.original_bias.float()
         return fake_linear(
-            x, self.value, self.unit_NG, scale_NG, zero_NG, self.gain[row], bias_N, self.bits
+            x,
+            self.value,
+            self.unit_NG,
+            scale_NG,
+            zero_NG,
+            self.gain[row],
+            bias_N,
+            self.column_K,
+            self.bits,
         )
 
     @torch.no_grad()
@@ -86,8 +108,27 @@ class TrainableLinear(nn.Module):
         """
         grid = self.grid()
         code_NK = quantize(self.value * self._unit_NK(), *grid) if kept_bits else None
-        rounded_NK = round_compensated(self.source, *grid, factors, code_NK, kept_bits)
+        rounded_NK = round_compensated(self._source_NK(), *grid, factors, code_NK, kept_bits)
         self.value.copy_(rounded_NK / self._unit_NK())
+
+    @torch.no_grad()
+    def correct(self, input_mean_K: Tensor, widths: Iterable[int]) -> None:
+        """Set biases of widths to what these lose of the product with the mean input.
+
+        Bias correction (arXiv 1906.04721, section 4.2).
+
+        Args:
+            input_mean_K: float32.
+        """
+        # A linear that outputs zeros loses nothing.
+        if not self.output_rms:
+            return
+        grid = self.grid()
+        code_NK = quantize(self.value * self._unit_NK(), *grid)
+        for bits in widths:
+            off_NK = self._source_NK() - dequantize(code_NK, *grid, bits)
+            lost_N = off_NK @ (input_mean_K * self.column_K)
+            self.bias[WIDTHS.index(bits)].copy_(lost_N / self.output_rms)
 
     @torch.no_grad()
     def finish(self) -> CalibratedLinear:
@@ -97,6 +138,7 @@ class TrainableLinear(nn.Module):
         self.value.copy_(dequantize(code_NK, *grid, CODE_BITS) / self._unit_NK())
         return CalibratedLinear(
             code_NK.cpu(),
+            self.exponent_K.cpu(),
             pack_pair(*grid).cpu(),
             pack_pair(torch.stack([*self.gain]), self.output_rms * torch.stack([*self.bias])).cpu(),
         )
@@ -113,6 +155,9 @@ class TrainableLinear(nn.Module):
         )
         low_NK, high_NK = bin_ends(first_NK, kept_bits, MARGIN)
         return (low_NK - zero_NK) * scale_NK, (high_NK - zero_NK) * scale_NK
+
+    def _source_NK(self) -> Tensor:
+        return self.source.detach().float() / self.column_K
 
     def _unit_NK(self) -> Tensor:
         group_size = self.value.shape[1] // self.unit_NG.shape[1]

@@ -49,6 +49,7 @@ def test_base_and_slices_share_nothing_and_miss_nothing() -> None:
         e: {x.name: x for s in shards if s.slice == e for x in s.entries} for e in (None, 0, 1, 2)
     }
     assert by_slice[None][f"{linear}.scale_zero"].shape == (64, 3)
+    assert by_slice[None][f"{linear}.exponent"].shape == (96,)
     # The second slice completes two widths: 3 bits are half of it.
     for e, widths in enumerate([(2,), (3, 4), (6,)]):
         ours = {name.rpartition(".")[2]: x for name, x in by_slice[e].items() if linear in name}

@@ -22,7 +22,7 @@ from mbq.artifacts.loading import load_model
 from mbq.artifacts.sealed import get_document
 from mbq.artifacts.tensors import open_tensors
 from mbq.kernels.linear import ElasticLinear
-from mbq.kernels.quantize import dequantize, unpack_pair
+from mbq.kernels.quantize import dequantize, powers_of_two, unpack_pair
 from mbq.kernels.widths import WIDTHS
 from mbq.workers.pack import read_linear
 
@@ -54,6 +54,7 @@ def test_holds_the_calibrated_weights_at_every_width(finished_run: Any) -> None:
             gain, _ = unpack_pair(linear.gain_bias_WN)
             for row, bits in enumerate(WIDTHS):
                 expected = dequantize(linear.code_NK, scale, zero, bits) * gain[row][:, None]
+                expected *= powers_of_two(linear.exponent_K)
                 assert torch.equal(loaded.weight(bits), expected)
 
 

@@ -1,18 +1,22 @@
 """The run-time layout: known words, round trips of odd shapes, and what is padded."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from mbq.kernels.digits import Digits, join_digits, pack_digits, part_of, unpack_digits
 from mbq.kernels.quantize import pack_pair, unpack_pair
 from mbq.kernels.widths import SLICE_BITS, widths_up_to
+from tests.support.weights import exponents
 
 
 def _pack(code_NK: torch.Tensor, group_size: int, slices: int = 4) -> Digits:
     rows, inputs = code_NK.shape
     pair_NG = pack_pair(*torch.rand(2, rows, inputs // group_size))
     widths = len(widths_up_to(slices * SLICE_BITS))
-    return pack_digits(code_NK, pair_NG, pack_pair(*torch.rand(2, widths, rows)), slices)
+    gain_bias_WN = pack_pair(*torch.rand(2, widths, rows))
+    return pack_digits(code_NK, exponents(inputs), pair_NG, gain_bias_WN, slices)
 
 
 def test_words_of_known_codes() -> None:
@@ -64,9 +68,8 @@ def test_fewer_slices_are_a_prefix(slices: int, widths: int) -> None:
 
 def test_gains_of_all_widths_lie_in_padded_rows() -> None:
     gain_bias = pack_pair(*torch.rand(2, 5, 130))
-    packed = pack_digits(
-        torch.zeros(130, 256, dtype=torch.uint8), pack_pair(*torch.rand(2, 130, 2)), gain_bias, 4
-    )
+    codes, pairs = torch.zeros(130, 256, dtype=torch.uint8), pack_pair(*torch.rand(2, 130, 2))
+    packed = pack_digits(codes, exponents(256), pairs, gain_bias, 4)
     assert packed.gain_bias_WN.shape == (5, 256)
     assert torch.equal(packed.gain_bias_WN[:, :130], gain_bias)
 
@@ -91,6 +94,14 @@ def test_joined_linears_come_back_one_by_one() -> None:
         assert torch.equal(unpack_digits(part), code)
         assert torch.equal(part.scale_zero_GN, alone[number].scale_zero_GN)
         assert torch.equal(part.gain_bias_WN, alone[number].gain_bias_WN)
+
+
+def test_linears_of_one_input_scale_its_columns_alike() -> None:
+    one = _pack(torch.zeros(4, 256, dtype=torch.uint8), 128)
+    other = replace(one, exponent_K=one.exponent_K + 1)
+    assert torch.equal(join_digits([one, one]).exponent_K, one.exponent_K)
+    with pytest.raises(ValueError, match="must have the same exponents"):
+        join_digits([one, other])
 
 
 def test_a_group_that_straddles_blocks_is_refused() -> None:

@@ -18,6 +18,11 @@ def _setup(clip: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return weight / unit.repeat_interleave(GROUP, 1), unit, scale, zero
 
 
+def _constants() -> tuple[Tensor, Tensor, Tensor]:
+    """Gains, biases and columns that change nothing."""
+    return torch.ones(ROWS), torch.zeros(ROWS), torch.ones(COLUMNS)
+
+
 def _plain(
     x: Tensor,
     value: Tensor,
@@ -26,6 +31,7 @@ def _plain(
     zero: Tensor,
     gain: Tensor,
     bias: Tensor,
+    column: Tensor,
     bits: int,
 ) -> Tensor:
     """The definition with a straight-through floor, left to autograd."""
@@ -36,7 +42,7 @@ def _plain(
     quantized = ((clamped * bins).floor() + 0.5) / bins
     straight = clamped + (quantized - clamped).detach()
     rebuilt = ((straight - zero[..., None]) * scale[..., None]).flatten(1)
-    return x @ (rebuilt * gain[:, None]).T + bias
+    return x @ (rebuilt * gain[:, None] * column).T + bias
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
@@ -47,11 +53,12 @@ def test_gradients_equal_plain_autograd(bits: int, clip: float) -> None:
     x = torch.randn(2, 5, COLUMNS, generator=generator)
     gain = 1 + 0.1 * torch.randn(ROWS, generator=generator)
     bias = torch.randn(ROWS, generator=generator)
+    column = 0.5 + torch.rand(COLUMNS, generator=generator)
     upstream = torch.randn(2, 5, ROWS, generator=generator)
     results = []
     for function in (fake_linear, _plain):
         leaves = [t.clone().requires_grad_() for t in (x, value, scale, zero, gain, bias)]
-        out = function(leaves[0], leaves[1], unit, *leaves[2:], bits)
+        out = function(leaves[0], leaves[1], unit, *leaves[2:], column, bits)
         out.backward(upstream)
         results.append([out.detach(), *(leaf.grad for leaf in leaves)])
     for fast, plain in zip(*results, strict=True):
@@ -79,7 +86,7 @@ def test_keeps_no_quantized_copy_for_the_backward_pass() -> None:
 
     x = torch.randn(3, COLUMNS)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        fake_linear(x, value, unit, scale, zero, torch.ones(ROWS), torch.zeros(ROWS), 4)
+        fake_linear(x, value, unit, scale, zero, *_constants(), 4)
     of_weight_size = [tensor for tensor in saved if tensor.shape == value.shape]
     assert [tensor.data_ptr() for tensor in of_weight_size] == [value.data_ptr()]
 
@@ -87,7 +94,7 @@ def test_keeps_no_quantized_copy_for_the_backward_pass() -> None:
 def test_computes_in_the_dtype_of_its_input() -> None:
     value, unit, scale, zero = _setup(1.0)
     x = torch.randn(3, COLUMNS).bfloat16()
-    arguments = (value, unit, scale, zero, torch.ones(ROWS), torch.zeros(ROWS), 8)
+    arguments = (value, unit, scale, zero, *_constants(), 8)
     out = fake_linear(x, *arguments)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), fake_linear(x.float(), *arguments), rtol=0.05, atol=0.2)

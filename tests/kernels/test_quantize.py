@@ -10,6 +10,7 @@ from mbq.kernels.quantize import (
     dequantize,
     group_bounds,
     pack_pair,
+    powers_of_two,
     quantize,
     scale_and_zero,
     unpack_pair,
@@ -150,3 +151,8 @@ def test_round_to_nearest_known_values() -> None:
     weight = torch.tensor([[-1.0, -0.4, 0.6, 2.0]])
     assert round_to_nearest(weight, 2, 4).tolist() == [[-1.0, 0.0, 1.0, 2.0]]
     torch.testing.assert_close(round_to_nearest(weight, 8, 4), weight, atol=3 / 255 / 2, rtol=0)
+
+
+def test_powers_of_two_are_exact() -> None:
+    exponent_K = torch.tensor([-126, -3, 0, 1, 127], dtype=torch.int8)
+    assert powers_of_two(exponent_K).tolist() == [2.0**-126, 0.125, 1.0, 2.0, 2.0**127]

@@ -20,6 +20,8 @@ from tests.support.weights import error, random_weight
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
+UNSCALED_K = torch.zeros(256, dtype=torch.int8)
+
 
 @pytest.mark.parametrize(
     ("widths", "group_size", "split", "steps"),
@@ -40,7 +42,7 @@ def test_each_token_has_its_own_width(
     weight, weight_WNK, bias_WN = random_weight(130, 512, group_size)
     x = torch.randn(len(widths), 512).bfloat16()
     bits_T = torch.tensor(widths)
-    prepared = prepare(x, bits_T[None], 1, group_size, 8)
+    prepared = prepare(x, weight.exponent_K, bits_T[None], 1, group_size, 8)
     assert prepared.steps_L2 is not None and prepared.steps_L2.tolist() == [steps]
     (out,) = weight.sides(multiply_mixed(prepared, weight, Tile(128, split, 2, 3), torch.float32))
     assert error(out, routed_linear(x, weight_WNK, bias_WN, bits_T)) < 1e-5
@@ -51,7 +53,7 @@ def test_fewer_stored_bits(max_bits: int, widths: list[int]) -> None:
     weight, weight_WNK, bias_WN = random_weight(64, 256, 128, max_bits=max_bits)
     x = torch.randn(len(widths), 256).half()
     bits_T = torch.tensor(widths, dtype=torch.int32)
-    prepared = prepare(x, bits_T[None], 1, 128, max_bits)
+    prepared = prepare(x, weight.exponent_K, bits_T[None], 1, 128, max_bits)
     (out,) = weight.sides(multiply_mixed(prepared, weight, Tile(128, 1, 2, 3), torch.float32))
     assert error(out, routed_linear(x, weight_WNK, bias_WN, bits_T)) < 1e-5
 
@@ -65,7 +67,7 @@ def test_linears_of_one_input(bits: list[list[int]], split: int) -> None:
     made = [random_weight(rows, 512, 128) for rows in (100, 64, 200)[: len(bits)]]
     joined = join_digits([weight for weight, *_ in made])
     x = torch.randn(len(bits[0]), 512).half()
-    prepared = prepare(x, torch.tensor(bits), len(bits), 128, 8)
+    prepared = prepare(x, joined.exponent_K, torch.tensor(bits), len(bits), 128, 8)
     out_TN = multiply_mixed(prepared, joined, Tile(64, split, 2, 3), torch.float32)
     for out, (_, weight_WNK, bias_WN), widths in zip(joined.sides(out_TN), made, bits, strict=True):
         expected = routed_linear(x, weight_WNK, bias_WN, torch.tensor(widths))
@@ -78,12 +80,12 @@ def test_known_weights() -> None:
     code[:, 37] = 0b01_10_11_01
     one, zero = torch.ones(64, 2), torch.zeros(64, 2)
     gain_bias = pack_pair(torch.ones(5, 64), torch.zeros(5, 64))
-    weight = pack_digits(code, pack_pair(one, zero), gain_bias, 4)
+    weight = pack_digits(code, UNSCALED_K, pack_pair(one, zero), gain_bias, 4)
     x = torch.zeros(5, 256).half()
     x[:, 37] = 1
     expected = torch.tensor([1.5, 1.75, 1.625, 1.71875, 1.7109375])
     tile = Tile(128, 1, 2, 3)
-    prepared = prepare(x, torch.tensor([WIDTHS]), 1, 128, 8)
+    prepared = prepare(x, weight.exponent_K, torch.tensor([WIDTHS]), 1, 128, 8)
     (out,) = weight.sides(multiply_mixed(prepared, weight, tile, torch.float32))
     assert torch.equal(out, expected[:, None].expand(5, 64))
 
@@ -94,14 +96,15 @@ def test_tokens_of_any_magnitude(magnitude: float) -> None:
     x = (torch.randn(2, 256) * magnitude).bfloat16()
     x[0, 7] = 100 * magnitude
     bits_T = torch.tensor([3, 8])
-    prepared = prepare(x, bits_T[None], 1, 128, 8)
+    prepared = prepare(x, weight.exponent_K, bits_T[None], 1, 128, 8)
     (out,) = weight.sides(multiply_mixed(prepared, weight, Tile(128, 1, 2, 3), torch.float32))
     assert error(out, routed_linear(x, weight_WNK, bias_WN, bits_T)) < 1e-4
 
 
 def test_a_token_of_zeros_gives_the_bias() -> None:
     weight, _, bias_WN = random_weight(64, 256, 128)
-    prepared = prepare(torch.zeros(2, 256).half(), torch.tensor([[4, 2]]), 1, 128, 8)
+    x, bits_LT = torch.zeros(2, 256).half(), torch.tensor([[4, 2]])
+    prepared = prepare(x, weight.exponent_K, bits_LT, 1, 128, 8)
     (out,) = weight.sides(multiply_mixed(prepared, weight, Tile(128, 1, 2, 3), torch.float32))
     assert torch.equal(out, bias_WN[[2, 0]])
 
@@ -110,7 +113,7 @@ def test_strided_tokens() -> None:
     weight, weight_WNK, bias_WN = random_weight(64, 256, 128)
     x = torch.randn(256, 3).half().T
     bits_T = torch.tensor([[3, 8], [2, 8], [3, 8]])[:, 0]
-    prepared = prepare(x, bits_T[None], 1, 128, 8)
+    prepared = prepare(x, weight.exponent_K, bits_T[None], 1, 128, 8)
     (out,) = weight.sides(multiply_mixed(prepared, weight, Tile(64, 1, 2, 3), torch.float32))
     assert error(out, routed_linear(x, weight_WNK, bias_WN, bits_T)) < 1e-5
 
@@ -133,7 +136,7 @@ def test_assembly_puts_the_second_slice_together() -> None:
     digits = rng.integers(0, 256, (1, 256), dtype=np.uint8) & 0b00_11_00_00
     pair = pack_pair(torch.ones(1, 2), torch.zeros(1, 2))
     gain_bias = pack_pair(torch.ones(5, 1), torch.zeros(5, 1))
-    packed = pack_digits(torch.from_numpy(digits), pair, gain_bias, 4)
+    packed = pack_digits(torch.from_numpy(digits), UNSCALED_K, pair, gain_bias, 4)
     high, low = (plane[0, 0].numpy().view(np.uint32) for plane in packed.digits_SHBN16[1])
     for late in (0, 1):
         shift, odd = (

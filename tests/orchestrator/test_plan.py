@@ -226,11 +226,12 @@ def test_memory_grows_with_what_a_task_holds(tiny_document: Make) -> None:
 
 
 def test_bits_beside_the_codes_count_everything_a_width_reads(tiny_document: Make) -> None:
-    # One linear of 4096 x 4096: 32 bits per 128 weights, and 32 bits per 4096 for gain and bias.
+    # One linear of 4096 x 4096: 32 bits per 128 weights; per 4096, 32 for gain and bias and 8 for
+    # an exponent.
     linears = [Linear("model.layers.0.self_attn.o_proj", 0, 4096, 4096)]
     spec = parse_spec(tiny_document(group_size=128, routing={}))
     assert other_bits(linears, spec, "rtn-4", "norm") == 0.25
-    elastic = 0.25 + 32 / 4096
+    elastic = 0.25 + 40 / 4096
     assert other_bits(linears, spec, "mbq-2", "norm") == elastic
     assert other_bits(linears, spec, "routed-2.5", "linear") == elastic
     # Eight rows of float16, an offset each, and a head of 8 + 2 features for 3, 4, 6 and 8 bits.

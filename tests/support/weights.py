@@ -11,11 +11,18 @@ from mbq.kernels.quantize import (
     dequantize,
     group_bounds,
     pack_pair,
+    powers_of_two,
     quantize,
     scale_and_zero,
     unpack_pair,
 )
 from mbq.kernels.widths import WIDTHS, slices_of, widths_up_to
+
+
+def exponents(inputs: int) -> Tensor:
+    """Of columns: the same for all linears of so many inputs, int8 [K]."""
+    generator = torch.Generator().manual_seed(inputs)
+    return torch.randint(-3, 4, (inputs,), generator=generator, dtype=torch.int8)
 
 
 def random_weight(
@@ -25,6 +32,7 @@ def random_weight(
     weight_NK = torch.randn(rows, inputs) * torch.rand(rows, 1)
     scale, zero = scale_and_zero(*group_bounds(weight_NK, group_size))
     code = quantize(weight_NK, scale, zero)
+    exponent_K = exponents(inputs)
     widths = widths_up_to(max_bits)
     gain_bias = pack_pair(
         1 + torch.randn(len(widths), rows) / 10, bias * torch.randn(len(widths), rows)
@@ -32,11 +40,11 @@ def random_weight(
     gain_WN, bias_WN = unpack_pair(gain_bias)
     weight_WNK = torch.stack(
         [
-            dequantize(code, scale, zero, bits) * gain_N[:, None]
+            dequantize(code, scale, zero, bits) * gain_N[:, None] * powers_of_two(exponent_K)
             for bits, gain_N in zip(widths, gain_WN, strict=True)
         ]
     )
-    packed = pack_digits(code, pack_pair(scale, zero), gain_bias, slices_of(max_bits))
+    packed = pack_digits(code, exponent_K, pack_pair(scale, zero), gain_bias, slices_of(max_bits))
     return packed, weight_WNK, bias_WN
 
 
@@ -48,6 +56,7 @@ def random_linear(
     code = torch.randint(0, 256, (rows, inputs), dtype=torch.uint8)
     for p, plane in enumerate(pack_planes(code)):
         linear.get_buffer(f"plane_{p}").copy_(plane)
+    linear.get_buffer("exponent").copy_(exponents(inputs))
     scale = 0.1 + torch.rand(rows, inputs // group_size)
     linear.get_buffer("scale_zero").copy_(pack_pair(scale, torch.full_like(scale, 2.0)))
     for bits in WIDTHS:

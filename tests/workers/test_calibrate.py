@@ -1,5 +1,6 @@
 """Calibration: that it helps where it should, harms nothing, and repeats exactly."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,14 @@ from mbq.workers.gptq import factor
 from mbq.workers.model import BlockRunner, open_model
 from mbq.workers.trainable import TrainableLinear
 
+# Of a LLaMA's block: what reads the same.
+_INPUTS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+
 
 def _calibrate(folder: Path, microbatch: int = 4, seed: int = 3, **options: Any) -> Calibration:
     model = open_model(open_source(str(folder), "main"), torch.float32, torch.device("cpu"))
@@ -38,6 +47,7 @@ def _calibrate(folder: Path, microbatch: int = 4, seed: int = 3, **options: Any)
         hidden,
         Optimisation(**({"passes": 6, "batch_size": 4} | options)),
         group_size=32,
+        readers=_INPUTS,
         seed=seed,
         report=fractions.append,
     )
@@ -55,6 +65,7 @@ def _calibrate_on(
         hidden,
         Optimisation(passes=6, batch_size=4),
         group_size=32,
+        readers=_INPUTS,
         seed=3,
         report=lambda fraction: None,
     )
@@ -85,6 +96,7 @@ def test_reduces_the_error_at_two_bits_and_keeps_the_order_of_widths(
         x,
         Optimisation(method=method, passes=30, batch_size=4, clip_rate=0.05),
         group_size=128,
+        readers=[["0"]],
         seed=3,
         report=lambda fraction: None,
     )
@@ -127,6 +139,7 @@ def test_low_digits_make_up_for_what_keeping_the_trained_ones_costs() -> None:
         x,
         Optimisation(passes=6, batch_size=4, weight_rate=0.05),
         group_size=32,
+        readers=[["0"]],
         seed=3,
         report=lambda fraction: None,
     )
@@ -202,6 +215,7 @@ def test_a_loss_that_is_not_finite_is_an_error(tiny_model: Path) -> None:
             hidden,
             Optimisation(passes=2),
             32,
+            [["linear"]],
             0,
             lambda fraction: None,
         )
@@ -222,11 +236,63 @@ def test_training_is_never_worse_than_its_start(seed: int, tails: float, passes:
         x,
         Optimisation(passes=passes, batch_size=4),
         group_size=32,
+        readers=[["0"], ["2"]],
         seed=seed,
         report=lambda fraction: None,
     )
     for bits in Optimisation().widths:
         assert result.loss_after[bits] <= result.loss_before[bits]
+
+
+def test_columns_of_other_sizes_change_no_code() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(32, 8, 64)
+    weight_NK = torch.randn(32, 64) / 8
+    factor_K = torch.ones(64)
+    factor_K[[3, 17, 40]] = torch.tensor([2.0**-6, 2.0**5, 2.0**-2])
+
+    def calibrated(factor_K: Tensor) -> Calibration:
+        linear = nn.Linear(64, 32, bias=False)
+        linear.weight = nn.Parameter(weight_NK * factor_K, requires_grad=False)
+        hidden = x / factor_K
+        return calibrate_block(
+            BlockRunner(nn.Sequential(linear), lambda module, x: module(x), 4),
+            dict.fromkeys(WIDTHS, hidden),
+            hidden,
+            Optimisation(passes=2, batch_size=4),
+            group_size=32,
+            readers=[["0"]],
+            seed=3,
+            report=lambda fraction: None,
+        )
+
+    even, uneven = calibrated(torch.ones(64)), calibrated(factor_K)
+    assert not even.linears["0"].exponent_K.any()
+    assert torch.equal(2.0 ** uneven.linears["0"].exponent_K, factor_K)
+    assert torch.equal(uneven.linears["0"].code_NK, even.linears["0"].code_NK)
+    assert uneven.loss_after == pytest.approx(even.loss_after, rel=1e-5)
+
+
+def test_a_constant_part_of_the_inputs_costs_no_width() -> None:
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(128, 64))
+    block.requires_grad_(False)
+    x = torch.randn(32, 8, 128)
+
+    def losses(hidden: Tensor) -> dict[int, float]:
+        return calibrate_block(
+            BlockRunner(copy.deepcopy(block), lambda module, x: module(x), 4),
+            dict.fromkeys(WIDTHS, hidden),
+            hidden,
+            Optimisation(passes=2, batch_size=4),
+            group_size=32,
+            readers=[["0"]],
+            seed=3,
+            report=lambda fraction: None,
+        ).loss_after
+
+    centred, shifted = losses(x), losses(x + 5 * torch.randn(128))
+    assert all(shifted[bits] < 2.5 * centred[bits] for bits in WIDTHS)
 
 
 def test_every_width_learns_from_its_own_inputs_what_full_precision_outputs() -> None:
@@ -243,6 +309,7 @@ def test_every_width_learns_from_its_own_inputs_what_full_precision_outputs() ->
         x,
         Optimisation(passes=60, batch_size=4, gain_rate=0.05),
         group_size=64,
+        readers=[["0"]],
         seed=3,
         report=lambda fraction: None,
     )
@@ -263,10 +330,11 @@ def test_bits_are_chosen_by_the_inputs_of_their_width() -> None:
     stages = _stages(Optimisation(widths=(2, 4)))
     inputs = {2: two, 4: four}
     runner = BlockRunner(block, lambda module, x: module(x), 4)
-    factors = _factors(runner, inputs, full, stages)
+    exponent_K = torch.randint(-2, 3, (32,), dtype=torch.int8)
+    factors = _factors(runner, inputs, full, stages, {"0": exponent_K})
     for bits, own in {2: two, 4: four, 8: full}.items():
-        x_TK = own.flatten(0, 1)
-        expected_KK = factor(x_TK.T @ x_TK, len(x_TK))
+        x_TK = own.flatten(0, 1) * 2.0**exponent_K
+        expected_KK = factor(x_TK.T @ x_TK, torch.ones(32), len(x_TK))
         assert torch.allclose(factors[bits]["0"], expected_KK, rtol=1e-4, atol=1e-5)
 
 
@@ -319,7 +387,8 @@ def test_weights_kept_in_their_bins_keep_their_first_bits(
     seed: int, kept: int, moved: float
 ) -> None:
     torch.manual_seed(seed)
-    linear = TrainableLinear(nn.Linear(64, 16), group_size=32, output_rms=1.0)
+    exponent_K = torch.randint(-3, 4, (64,), dtype=torch.int8)
+    linear = TrainableLinear(nn.Linear(64, 16), 32, output_rms=1.0, exponent_K=exponent_K)
     unit_NK = linear.unit_NG.repeat_interleave(32, dim=1)
     before_NK = quantize(linear.value * unit_NK, *linear.grid())
     low_NK, high_NK = linear.bins(kept)

@@ -13,6 +13,7 @@ from mbq.workers.environment import ENVIRONMENT
 _SCRIPT = """
 import hashlib, sys, torch
 from pathlib import Path
+from mbq.artifacts.checkpoint import find_linears, find_routers
 from mbq.artifacts.source import open_source
 from mbq.artifacts.spec import Optimisation
 from mbq.kernels.widths import WIDTHS
@@ -22,13 +23,15 @@ from mbq.workers.model import open_model
 from mbq.workers.pack import encode_block
 
 pin(int(sys.argv[2]))
-model = open_model(open_source(sys.argv[1], "main"), torch.float32, torch.device("cpu"))
+source = open_source(sys.argv[1], "main")
+model = open_model(source, torch.float32, torch.device("cpu"))
+readers = find_routers(find_linears(source.tensors)).values()
 hidden = torch.randn(8, 40, 64, generator=torch.Generator().manual_seed(1))
 junk = [torch.randn(n * 13 + 1) for n in range(int(sys.argv[3]))]  # moves later allocations
 with attention():
     done = calibrate_block(
         model.runner(0, 4), dict.fromkeys(WIDTHS, hidden), hidden,
-        Optimisation(passes=4, batch_size=4), 32, 0, lambda fraction: None,
+        Optimisation(passes=4, batch_size=4), 32, readers, 0, lambda fraction: None,
     )
 print(hashlib.sha256(b"".join(encode_block(done.linears, {}))).hexdigest())
 """

@@ -58,13 +58,15 @@ def _errors(x_TK: Tensor, weight_NK: Tensor, code_NK: Tensor, *grid: Tensor) -> 
     }
 
 
+def _factor(x_TK: Tensor) -> Tensor:
+    return factor(x_TK.T @ x_TK, torch.ones(x_TK.shape[1]), len(x_TK))
+
+
 @pytest.mark.parametrize("widths", [(2, 4), (2, 3, 4)])
 def test_follows_its_definition(widths: tuple[int, ...]) -> None:
     weight_NK, scale_NG, zero_NG, x_TK = _case()
     # Every width has inputs of its own: those of fewer tokens the lower it is.
-    factors = {
-        bits: factor(x_TK[: 100 * bits].T @ x_TK[: 100 * bits], 100 * bits) for bits in widths
-    }
+    factors = {bits: _factor(x_TK[: 100 * bits]) for bits in widths}
     rounded_NK = round_compensated(weight_NK, scale_NG, zero_NG, factors)
     codes_NK = quantize(rounded_NK, scale_NG, zero_NG) >> 4
     assert torch.equal(codes_NK.long(), _by_definition(weight_NK, scale_NG, zero_NG, factors))
@@ -72,7 +74,7 @@ def test_follows_its_definition(widths: tuple[int, ...]) -> None:
 
 def test_what_is_uncorrelated_is_rounded_to_the_nearest() -> None:
     weight_NK, scale_NG, zero_NG, _ = _case()
-    identity = factor(torch.eye(48), 400)
+    identity = factor(torch.eye(48), torch.ones(48), 400)
     for bits in (2, 3, 4, 8):
         rounded_NK = round_compensated(weight_NK, scale_NG, zero_NG, {bits: identity})
         dropped = 8 - bits
@@ -84,7 +86,7 @@ def test_what_is_uncorrelated_is_rounded_to_the_nearest() -> None:
 def test_pays_at_every_width_it_is_for(widths: tuple[int, ...], left: float) -> None:
     weight_NK, scale_NG, zero_NG, x_TK = _case(rows=64)
     grid = scale_NG, zero_NG
-    shared = factor(x_TK.T @ x_TK, 400)
+    shared = _factor(x_TK)
     plain = _errors(x_TK, weight_NK, quantize(weight_NK, *grid), *grid)
     first_NK = quantize(round_compensated(weight_NK, *grid, dict.fromkeys(widths, shared)), *grid)
     rounded_NK = round_compensated(weight_NK, *grid, {6: shared, 8: shared}, first_NK, 4)
@@ -104,7 +106,7 @@ def test_pays_at_every_width_it_is_for(widths: tuple[int, ...], left: float) -> 
 def test_odd_numbers_of_bits_are_kept_too(kept: int) -> None:
     weight_NK, scale_NG, zero_NG, x_TK = _case()
     grid = scale_NG, zero_NG
-    shared = factor(x_TK.T @ x_TK, 400)
+    shared = _factor(x_TK)
     first_NK = quantize(round_compensated(weight_NK, *grid, {kept: shared}), *grid)
     more_NK = quantize(
         round_compensated(weight_NK, *grid, {kept + 1: shared}, first_NK, kept), *grid
@@ -117,7 +119,7 @@ def test_odd_numbers_of_bits_are_kept_too(kept: int) -> None:
 def test_inputs_that_are_always_zero_do_no_harm(dead: str) -> None:
     weight_NK, scale_NG, zero_NG, x_TK = _case()
     x_TK[:, slice(3, 4) if dead == "one input" else slice(None)] = 0.0
-    rounded_NK = round_compensated(weight_NK, scale_NG, zero_NG, {2: factor(x_TK.T @ x_TK, 400)})
+    rounded_NK = round_compensated(weight_NK, scale_NG, zero_NG, {2: _factor(x_TK)})
     assert rounded_NK.isfinite().all()
     same = (
         quantize(rounded_NK, scale_NG, zero_NG) >> 6 == quantize(weight_NK, scale_NG, zero_NG) >> 6

@@ -12,6 +12,7 @@ from mbq.kernels.quantize import pack_pair
 from mbq.kernels.router import Router
 from mbq.kernels.widths import WIDTHS
 from mbq.workers.rivals import OracleRouter, RandomRouter, ShuffledRouter
+from tests.support.weights import exponents
 
 ROWS, K, GROUP = 6, 64, 32
 
@@ -26,6 +27,7 @@ def _linear(precision: Precision, seed: int) -> tuple[ElasticLinear, torch.Tenso
     code = torch.randint(0, 256, (ROWS, K), dtype=torch.uint8, generator=generator)
     scale = torch.rand(ROWS, K // GROUP, generator=generator) + 0.1
     state = {f"plane_{p}": plane for p, plane in enumerate(pack_planes(code))}
+    state["exponent"] = exponents(K)
     state["scale_zero"] = pack_pair(scale, torch.full_like(scale, 2.0))
     for bits in WIDTHS:
         state[f"gain_bias_{bits}"] = pack_pair(torch.ones(ROWS), torch.full((ROWS,), 0.1 / bits))

@@ -167,9 +167,10 @@ def test_benefits_are_what_each_step_removes_of_the_error_per_bit() -> None:
     for name, linear in (("one", block.one), ("two", block.two)):
         scale, zero = scale_and_zero(*group_bounds(linear.weight, 32))
         code = quantize(linear.weight, scale, zero)
+        unscaled_K = torch.zeros(linear.in_features, dtype=torch.int8)
         ones = torch.ones(len(WIDTHS), linear.out_features)
         gain_bias = pack_pair(ones, 0 * ones)
-        calibrated[name] = CalibratedLinear(code, pack_pair(scale, zero), gain_bias)
+        calibrated[name] = CalibratedLinear(code, unscaled_K, pack_pair(scale, zero), gain_bias)
     hidden = torch.randn(4, 6, K)
     found = fit_routers(
         BlockRunner(block, lambda module, x: module(x), 3),

@@ -56,6 +56,7 @@ def test_widths_learn_from_their_own_hidden_states_what_full_precision_makes_of_
             full,
             spec.optimisation,
             spec.group_size,
+            opened.routers.values(),
             seed,
             _nothing,
         )
