@@ -29,7 +29,7 @@ from mbq.workers.calibrate import calibrate_block
 from mbq.workers.determinism import attention, hardware_kind, pin
 from mbq.workers.model import Model, open_model
 from mbq.workers.pack import encode_block
-from mbq.workers.route import fit_routers
+from mbq.workers.route import channel_importance, first_sequences, fit_routers
 
 
 @click.command()
@@ -126,10 +126,14 @@ def calibrate(
         )
         _finish(model.device)
         calibrated = time.monotonic()
+        source_block = model.runner(0, options["microbatch"])
+        first = first_sequences(hidden, Routing().tokens)
+        importance = channel_importance(source_block, first, 0)
         routers = fit_routers(
-            model.runner(0, options["microbatch"]),
+            source_block,
             inputs,
             done.linears,
+            importance,
             hidden,
             Routing(),
             max_bits=CODE_BITS,
@@ -143,7 +147,9 @@ def calibrate(
         "peak_gpu_bytes": peak,
         "loss_before": done.loss_before,
         "loss_after": done.loss_after,
-        "sha256": hashlib.sha256(b"".join(encode_block(done.linears, routers))).hexdigest(),
+        "sha256": hashlib.sha256(
+            b"".join(encode_block(done.linears, routers, importance))
+        ).hexdigest(),
     }
 
 

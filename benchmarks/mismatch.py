@@ -53,9 +53,9 @@ class StaticLinear(nn.Module):
         scale_NG, zero_NG = scale_and_zero(low * self.low_NG, high * self.high_NG)
         rows = len(self.value)
         gain_N, bias_N = x.new_ones(rows), x.new_zeros(rows)
-        column_K = x.new_ones(self.value.shape[1])
+        power_K = x.new_ones(self.value.shape[1])
         return fake_linear(
-            x, self.value, self.unit_NG, scale_NG, zero_NG, gain_N, bias_N, column_K, self.bits
+            x, self.value, self.unit_NG, scale_NG, zero_NG, gain_N, bias_N, power_K, self.bits
         )
 
 

@@ -167,7 +167,11 @@ def oracle_block(
         elastic = [block.get_submodule(linear) for linear in served]
         weights = [source.get_parameter(f"{linear}.weight") for linear in served]
         router = InformedRouter(
-            [e for e in elastic if isinstance(e, ElasticLinear)], weights, worths, precision
+            [e for e in elastic if isinstance(e, ElasticLinear)],
+            weights,
+            opened.importance(index, served),
+            worths,
+            precision,
         )
         router.knows_errors = known != "gradient"
         if known != "local":

@@ -1,4 +1,4 @@
-"""How calibration bears what large models have and the demo model lacks: large channels.
+"""How calibration bears what other models have and the demo model lacks.
 
     python benchmarks/outliers.py --out benchmarks/results
 
@@ -6,9 +6,12 @@ The demo model is changed, calibrated and evaluated, on a quarter of the demo's 
 
     channels F   four channels of every norm times F, what reads them divided by F
     neurons F    four rows of every up_proj times F, what reads them divided by F
-    norms F      the same channels of every norm times F and nothing else: another model
+    uneven S     every channel of every norm times 2 to a normal number times S, likewise
+    constant S   normal numbers times S added to all values, which o_proj's bias takes away again
+    small F      every norm times F, what reads it divided by F
+    norms F      the channels of `channels F`, what reads them not divided: another model
 
-The first two compute what the demo model does. Gaps are beside full precision of the same model,
+All but the last compute what the demo model does. Gaps are beside full precision of the same model,
 those of rounding too. Runs are kept in build/outliers, and not made again.
 """
 
@@ -57,14 +60,19 @@ def main(out: Path) -> None:
         click.echo(f"{name}: {', '.join(shown)}")
 
 
-def channels(weights: Weights, factor: float, compensated: bool = True) -> None:
-    """Some channels of every norm times a factor; what reads them divided by it, if compensated."""
+def channels(weights: Weights, factor: float) -> None:
+    """Some channels of every norm times a factor, and what reads them divided by it."""
+    factor_K = torch.ones_like(weights["model.norm.weight"])
+    factor_K[some(len(factor_K))] = factor
+    scale_norms(weights, factor_K)
+
+
+def norms(weights: Weights, factor: float) -> None:
+    """The same channels of every norm times a factor, and nothing else."""
     chosen = some(len(weights["model.norm.weight"]))
     for block in blocks(weights):
-        for norm, readers in READERS.items():
+        for norm in READERS:
             weights[f"{block}.{norm}.weight"][chosen] *= factor
-            for reader in readers if compensated else ():
-                weights[f"{block}.{reader}.weight"][:, chosen] /= factor
 
 
 def neurons(weights: Weights, factor: float) -> None:
@@ -74,6 +82,46 @@ def neurons(weights: Weights, factor: float) -> None:
         chosen = some(len(up))
         up[chosen] *= factor
         weights[f"{block}.mlp.down_proj.weight"][:, chosen] /= factor
+
+
+def uneven(weights: Weights, spread: float) -> None:
+    """Every channel of every norm times a power of two, and what reads it divided by it."""
+    scale_norms(weights, 2.0 ** (spread * normal(len(weights["model.norm.weight"]))).round())
+
+
+def small(weights: Weights, factor: float) -> None:
+    """Every norm times a factor, and what reads it divided by it."""
+    scale_norms(weights, torch.full_like(weights["model.norm.weight"], factor))
+
+
+def constant(weights: Weights, size: float) -> None:
+    """A constant vector added to the values of every block, and taken away behind them."""
+    config = json.loads((DEMO / "model/config.json").read_text(encoding="utf-8"))
+    heads, shared = config["num_attention_heads"], config["num_key_value_heads"]
+    for block in blocks(weights):
+        for name in "qkvo":
+            rows = len(weights[f"{block}.self_attn.{name}_proj.weight"])
+            weights[f"{block}.self_attn.{name}_proj.bias"] = torch.zeros(rows)
+        values = size * normal(len(weights[f"{block}.self_attn.v_proj.weight"]))
+        weights[f"{block}.self_attn.v_proj.bias"] = values
+        read = values.view(shared, -1).repeat_interleave(heads // shared, dim=0).flatten()
+        weights[f"{block}.self_attn.o_proj.bias"] = (
+            -weights[f"{block}.self_attn.o_proj.weight"] @ read
+        )
+
+
+def scale_norms(weights: Weights, factor_K: Tensor) -> None:
+    """All norms in blocks times factors, and what reads them divided by these."""
+    for block in blocks(weights):
+        for norm, readers in READERS.items():
+            weights[f"{block}.{norm}.weight"] *= factor_K
+            for reader in readers:
+                weights[f"{block}.{reader}.weight"] /= factor_K
+
+
+def normal(count: int) -> Tensor:
+    """The same everywhere."""
+    return torch.randn(count, generator=torch.Generator().manual_seed(0))
 
 
 def some(count: int) -> Tensor:
@@ -92,7 +140,10 @@ CHANGES: dict[str, Callable[[Weights], None]] = {
     "channels 32": lambda weights: channels(weights, 32.0),
     "neurons 8": lambda weights: neurons(weights, 8.0),
     "neurons 256": lambda weights: neurons(weights, 256.0),
-    "norms 8": lambda weights: channels(weights, 8.0, compensated=False),
+    "uneven 1.5": lambda weights: uneven(weights, 1.5),
+    "constant 3": lambda weights: constant(weights, 3.0),
+    "small 4096": lambda weights: small(weights, 4096.0),
+    "norms 8": lambda weights: norms(weights, 8.0),
 }
 
 
@@ -114,6 +165,9 @@ def run(name: str, change: Callable[[Weights], None]) -> dict[str, Any]:
     weights = {key: w.float() for key, w in load_file(DEMO / "model/model.safetensors").items()}
     change(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["attention_bias"] = any(name.endswith("q_proj.bias") for name in weights)
+    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     shutil.copy(DEMO / "heldout.txt", KEPT)
     spec = KEPT / f"{folder.name}.yaml"
     spec.write_text(yaml.safe_dump(calibration() | {"model": {"source": str(folder)}}))

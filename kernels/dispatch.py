@@ -153,7 +153,10 @@ def narrow(width: int) -> bool:
 
 
 def dequantize(weight: Digits, bits: int, dtype: torch.dtype) -> Tensor:
-    """A linear's weight, gain included, for tokens that `packs` accepts: [N, K] of `dtype`."""
+    """A linear's weight [N, K] of `dtype`, gain and powers of two included.
+
+    For tokens that `packs` accepts.
+    """
     with torch.cuda.device_of(weight.digits_SHBN16):
         return triton_dequantize.dequantize_digits(weight, bits, dtype)
 

@@ -40,16 +40,16 @@ def fake_linear(
     zero_NG: Tensor,
     gain_N: Tensor,
     bias_N: Tensor,
-    column_K: Tensor,
+    power_K: Tensor,
     bits: int,
 ) -> Tensor:
-    """`x @ (gain * w_b * column).T + bias`, differentiable in all but `unit` and `column`.
+    """`x @ (gain * w_b * power).T + bias`, differentiable in all but `unit` and `power`.
 
     `x_TK` may have any number of leading dimensions and any float dtype; the product is computed
     in that dtype, the quantization in float32.
     """
     out: Tensor = _FakeLinear.apply(  # type: ignore[no-untyped-call]
-        x_TK.flatten(0, -2), value_NK, unit_NG, scale_NG, zero_NG, gain_N, bias_N, column_K, bits
+        x_TK.flatten(0, -2), value_NK, unit_NG, scale_NG, zero_NG, gain_N, bias_N, power_K, bits
     )
     # Not inside: what a function returns cannot be changed in place, as models do, if it is a view.
     return out.reshape(*x_TK.shape[:-1], -1)
@@ -71,24 +71,24 @@ def _bins(
 class _FakeLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Any) -> Tensor:
-        value, unit, scale, zero, gain, bias, column, bits = parameters
-        ctx.save_for_backward(x, value, unit, scale, zero, gain, column)
+        value, unit, scale, zero, gain, bias, power, bits = parameters
+        ctx.save_for_backward(x, value, unit, scale, zero, gain, power)
         ctx.bits = bits
-        weight = fake_weight(value, unit, scale, zero, bits).mul_(gain[:, None]).mul_(column)
+        weight = fake_weight(value, unit, scale, zero, bits).mul_(gain[:, None]).mul_(power)
         return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        x, value, unit, scale, zero, gain, column = ctx.saved_tensors
+        x, value, unit, scale, zero, gain, power = ctx.saved_tensors
         (grad_TN,) = grad_outputs
         quantized, exact = _bins(value, unit, scale, zero, ctx.bits)
         inside = (exact >= 0) & (exact < 4)
 
         weight = (quantized - zero[..., None]).mul_(scale[..., None]).flatten(1)
-        scaled = (weight * gain[:, None]).mul_(column).to(x.dtype)
+        scaled = (weight * gain[:, None]).mul_(power).to(x.dtype)
         grad_x = grad_TN @ scaled if ctx.needs_input_grad[0] else None
 
-        grad_weight = (grad_TN.T @ x).float().mul_(column)
+        grad_weight = (grad_TN.T @ x).float().mul_(power)
         grad_gain = (grad_weight * weight).sum(1)
         grad_weight = grad_weight.mul_(gain[:, None]).unflatten(1, (unit.shape[1], -1))
         grad_inside = grad_weight * inside

@@ -2,11 +2,12 @@
 
 It holds the published bit planes and, per width, a gain and a bias per output channel:
 
-    y = gain_b * (x @ w_b.T) + bias_b + bias
+    y = gain_b * ((2^e x) @ w_b.T) + bias_b + bias
 
-where b is the same for every token, or what the router of its input gives each of them; tokens of
-one width are then multiplied together. All elastic linears of a model share one `Precision`, so
-changing the width of the whole model is one assignment.
+with an exponent e for each input (`workers/balance.py`), where b is the same for every token, or
+what the router of its input gives each of them; tokens of one width are then multiplied together.
+All elastic linears of a model share one `Precision`, so changing the width of the whole model is
+one assignment.
 
 16-bit tokens on a GPU are multiplied by the codes themselves where they are few, together with the
 other linears that read them (`shared_input.py`), and by a weight that is made and thrown away where

@@ -5,8 +5,8 @@ inputs, puts digits together to the first bits of each code, and writes
 
     gain * s * (((code >> (8 - bits)) + 1/2) * 2^(2 - bits) - z) * 2^exponent
 
-as `ElasticLinear.weight` does, in float32. What it writes is used at once and
-thrown away: memory is for codes.
+as `ElasticLinear.weight` does, in float32. What it writes is used at once and thrown away: memory
+is for codes.
 
 Legend: N out_features, N' N padded, K in_features, B blocks of 256 inputs, G groups.
 """
@@ -55,7 +55,7 @@ def _dequantize_kernel(
                 scale_zero_ptr + (block * BLOCK_GROUPS + c * BLOCK_GROUPS // 8) * group_stride + n
             )
         )
-        # One multiplication and addition for each weight.
+        # A multiplication, an addition and another multiplication for each weight.
         unit = s * gain * (4.0 / (1 << BITS))
         start = s * gain * (2.0 / (1 << BITS) - z)
         k = block * 256 + c * 32 + j

@@ -13,9 +13,9 @@ steps each linear takes through its slices. Widths are the same for all tokens, 
 here by the router of the input (`router.py`; judged by `reference.route`), so that the host learns
 nothing of them: a launch captured in a graph follows whatever its thresholds are set to later.
 
-One program prepares one token. It asks for what its router reads before it waits for anything:
-memory takes longer to answer than the rest takes. Where tokens may differ the last program to
-finish counts the steps.
+One program prepares one token. It asks for exponents and for what its router reads before it waits
+for anything: memory takes longer to answer than the rest takes. Where tokens may differ the last
+program to finish counts the steps.
 
 From Hopper on a launch may begin before the one before it has ended, and waits for that before it
 reads what others write, or writes at all. This one lets the multiplication after it begin at once,
@@ -172,6 +172,7 @@ def _prepare_kernel(
         rows = ()
         for h in tl.static_range(AHEAD):
             rows += (_trunk_row(h, at, trunk_ptr, in_features),)  # type: ignore[assignment]
+    # Nor these.
     exponent = tl.load(exponent_ptr + at, mask=at < in_features, other=0).to(tl.int32)
     if PROGRAMMATIC:
         tl.extra.cuda.gdc_wait()
@@ -181,12 +182,12 @@ def _prepare_kernel(
         given_at = linear * given_linear_stride + token * given_token_stride
         bits = tl.load(given_ptr + given_at, mask=there, other=2).to(tl.int32)
 
-    columns = x * ((exponent + 127) << 23).to(tl.float32, bitcast=True)
-    largest = tl.max(tl.max(tl.abs(columns), axis=1), axis=0).to(tl.int32, bitcast=True) >> 23
-    largest = tl.minimum(tl.maximum(largest, 11), 254)
-    scale = ((264 - largest) << 23).to(tl.float32, bitcast=True)
-    unscale = ((largest - 10) << 23).to(tl.float32, bitcast=True)
-    x16 = (columns * scale).to(tl.float16)
+    scaled = x * ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+    top = tl.max(tl.max(tl.abs(scaled), axis=1), axis=0).to(tl.int32, bitcast=True) >> 23
+    top = tl.minimum(tl.maximum(top, 11), 254)
+    scale = ((264 - top) << 23).to(tl.float32, bitcast=True)
+    unscale = ((top - 10) << 23).to(tl.float32, bitcast=True)
+    x16 = (scaled * scale).to(tl.float16)
 
     if EXTRA > 0:
         bits = _scored_bits(

@@ -6,13 +6,13 @@ fall into the bins beside 0, and their errors are multiplied by large inputs. So
 
     y = (2^e x) @ (2^-e w).T
 
-with an exponent for each column, and 2^-e w is quantized. Where all columns are within a factor of
-two of the median, they stay as they are. Powers of two change no digit of any number, so scales
-need not be folded into what comes before (as AWQ, arXiv 2306.00978, does; every architecture has
-that elsewhere).
+with an exponent for each column, and 2^-e w is quantized. Powers of two change no digit of any
+number, so they need not be folded into what comes before (as AWQ's scales are, arXiv 2306.00978;
+every architecture has that elsewhere).
 
-Scales follow the weights alone, unlike AWQ's and SmoothQuant's: making important columns larger
-than others takes from these what compensation and training give to those (benchmarks/README.md).
+Exponents follow the weights alone. Enlarging columns of large inputs beyond that, as AWQ and
+SmoothQuant do, costs the others more than compensation and training leave to be gained
+(benchmarks/README.md).
 
 Linears that read the same input share its exponents: it is scaled once.
 
@@ -24,12 +24,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Logarithm to base 2 of what columns are off the median where nothing is done about them.
+# Columns within this of the median, in powers of two, are left alone if all are.
 _TOLERATED = 1.0
-# A column below this share of the root mean square of all counts as that large.
-_SMALLEST_SHARE = 2.0**-8
-# Root mean square that weights are brought to if theirs is below: float16 scales resolve them.
-_SMALLEST_SIZE = 2.0**-8
+# Columns below this share of the median, zeros above all, count as that large.
+_SMALLEST_SHARE = 2.0**-12
+# Sizes that medians are brought to if they are below, as long as none gets above: float16 scales
+# resolve these.
+_SMALLEST_SIZE, _LARGEST_SIZE = 2.0**-8, 2.0**4
 _LARGEST_EXPONENT = 30
 
 
@@ -38,17 +39,17 @@ def column_exponents(weights: Sequence[Tensor]) -> Tensor:
     """Exponents e of the columns of linears that read the same input: int8 [K].
 
     Args:
-        weights: [N, K] of each; all count alike.
+        weights: [N, K] of each; all count alike, but those of zeros not at all.
     """
-    squares = torch.stack([weight_NK.float().square().mean(0) for weight_NK in weights])
-    means = squares.mean(1, keepdim=True)
-    used = means[:, 0] > 0
-    if not used.any():
-        return torch.zeros_like(squares[0], dtype=torch.int8)
-    size_K = (squares[used] / means[used]).clamp(min=_SMALLEST_SHARE**2).log2().mean(0) / 2
-    off_K = size_K - size_K.median()
+    sizes = [weight_NK.float().square().mean(0).sqrt() for weight_NK in weights]
+    sizes = [size_K for size_K in sizes if size_K.any()]
+    if not sizes:
+        return torch.zeros(weights[0].shape[1], dtype=torch.int8, device=weights[0].device)
+    usual = torch.stack([size_K[size_K > 0].median() for size_K in sizes])
+    shares = torch.stack(sizes) / usual[:, None]
+    off_K = shares.clamp(min=_SMALLEST_SHARE).log2().mean(0)
     if off_K.abs().max() < _TOLERATED:
         off_K.zero_()
-    small = (means[used].min().sqrt() / _SMALLEST_SIZE).log2().clamp(max=0)
-    limited_K = (off_K + small).round().clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)
-    return limited_K.to(torch.int8)
+    lift = (usual.min() / _SMALLEST_SIZE).log2().maximum((usual.max() / _LARGEST_SIZE).log2())
+    exponent_K = off_K.round() + lift.clamp(max=0).round()
+    return exponent_K.clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT).to(torch.int8)

@@ -139,7 +139,13 @@ def _oracle_block(opened: Opened, index: int, precision: Precision) -> nn.Module
         worths = opened.log_worths(index, served)
         by_name = {n: m for n, m in block.named_modules() if isinstance(m, ElasticLinear)}
         weights = [source.get_parameter(f"{n}.weight") for n in served]
-        oracle = OracleRouter([by_name[n] for n in served], weights, worths, precision)
+        oracle = OracleRouter(
+            [by_name[n] for n in served],
+            weights,
+            opened.importance(index, served),
+            worths,
+            precision,
+        )
         _replace(opened, block, name, oracle)
     return block
 

@@ -21,8 +21,9 @@ kept, the bits below are chosen anew, compensating for what the kept ones cost, 
 trained together with the next one, or alone if it is the last. The bits below the last trained
 width are only chosen.
 
-Whenever bits are chosen, biases of those widths are set to what they lose of the mean input: where
-inputs have a large constant part, training alone does not get that far.
+Whenever bits are chosen, biases of those widths are set to what they lose of the mean input, and
+those of other widths at the end: where inputs have a large constant part, training alone does not
+get that far.
 
 Method `joint` is that. Method `clip` is MoBiQuant's recipe (arXiv 2602.20191, algorithm 1): weights
 frozen, no gains, ranges trained first for 2 bits alone, then for all widths together.
@@ -70,14 +71,15 @@ class _Stage:
 
     Attributes:
         kept_bits: bits that do not change any more, and with them the ranges; 0 for none.
-        chosen: widths for which the bits below those are chosen anew before training, and biases
-            with them.
+        chosen: widths for which the bits below those are chosen anew before training.
+        corrected: widths whose biases then are set to what they lose of the mean input.
         trained: widths drawn.
         passes: over the sequences.
     """
 
     kept_bits: int
     chosen: tuple[int, ...]
+    corrected: tuple[int, ...]
     trained: tuple[int, ...]
     passes: int
 
@@ -162,18 +164,17 @@ def _observe(block: BlockRunner, inputs_BTH: Tensor) -> tuple[_Target, dict[str,
     squares: dict[str, list[Tensor]] = {name: [] for name in by_name}
 
     def note(name: str, linear: nn.Module, arguments: tuple[Tensor], out: Tensor) -> None:
-        entered[name].append(arguments[0].float().flatten(0, -2).mean(0))
-        squares[name].append(out.float().square().mean())
+        entered[name].append(arguments[0].flatten(0, -2).sum(0, dtype=torch.float32))
+        squares[name].append(out.float().square().sum())
 
     hooks = (m.register_forward_hook(partial(note, name)) for name, m in by_name.items())
     with hooked(hooks):
         out_BTH = block.forward(inputs_BTH)
-    seen = {
-        name: _Seen(
-            torch.stack(entered[name]).mean(0), torch.stack(squares[name]).mean().sqrt().item()
-        )
-        for name in by_name
-    }
+    tokens = out_BTH[..., 0].numel()
+    seen = {}
+    for name, linear in by_name.items():
+        square = torch.stack(squares[name]).sum() / (tokens * linear.out_features)
+        seen[name] = _Seen(torch.stack(entered[name]).sum(0) / tokens, square.sqrt().item())
     return _Target(out_BTH, token_weights(out_BTH)), seen
 
 
@@ -207,7 +208,10 @@ def _factors(
         grams = gram_matrices(block.module, partial(block.forward, x_BTH))
         tokens = x_BTH[..., 0].numel()
         # Linears that share both share one factor.
-        keys = {name: (id(gram_KK), id(exponents[name])) for name, gram_KK in grams.items()}
+        keys = {
+            name: (id(gram_KK), exponents[name].cpu().numpy().tobytes())
+            for name, gram_KK in grams.items()
+        }
         distinct = {key: name for name, key in keys.items()}
         factors = {
             key: factor(grams[name], powers_of_two(exponents[name]), tokens)
@@ -240,10 +244,11 @@ def _train(
     batches = math.ceil(sequences / settings.batch_size)
     steps_total = batches * sum(stage.passes for stage in stages)
     for number, stage in enumerate(stages):
-        if stage.chosen:
-            for name, linear in trainables.items():
+        for name, linear in trainables.items():
+            if stage.chosen:
                 linear.compensate(stage.kept_bits, {b: factors[b][name] for b in stage.chosen})
-                linear.correct(means[name], stage.chosen)
+            if stage.corrected:
+                linear.correct(means[name], stage.corrected)
         if not stage.passes:
             continue
         generator = torch.Generator().manual_seed(seed + number)
@@ -328,12 +333,15 @@ def _stages(settings: Optimisation) -> list[_Stage]:
     widths, passes = tuple(sorted(settings.widths)), settings.passes
     if settings.method == "clip":
         first = passes // 2
-        return [_Stage(0, (), (SLICE_BITS,), first), _Stage(0, (), widths, passes - first)]
+        return [_Stage(0, (), (), (SLICE_BITS,), first), _Stage(0, (), (), widths, passes - first)]
     # All bits need no refining: the last ones are chosen, not trained.
     low = tuple(bits for bits in widths if bits < CODE_BITS) or widths
-    refined = [_Stage(low[i - 1], low[i:], low[i : i + 2], passes) for i in range(1, len(low))]
-    rest = _Stage(low[-1], tuple(bits for bits in WIDTHS if bits > low[-1]), (), 0)
-    return [_Stage(0, low, widths, passes), *refined, rest]
+    refined = [
+        _Stage(low[i - 1], low[i:], low[i:], low[i : i + 2], passes) for i in range(1, len(low))
+    ]
+    above = tuple(bits for bits in WIDTHS if bits > low[-1])
+    untrained = tuple(bits for bits in WIDTHS if bits not in low)
+    return [_Stage(0, low, low, widths, passes), *refined, _Stage(low[-1], above, untrained, (), 0)]
 
 
 def _optimiser(

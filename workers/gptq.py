@@ -71,15 +71,15 @@ def gram_matrices(block: nn.Module, run: Callable[[], object]) -> dict[str, Tens
     return found
 
 
-def factor(gram_KK: Tensor, column_K: Tensor, tokens: int) -> Tensor:
+def factor(gram_KK: Tensor, power_K: Tensor, tokens: int) -> Tensor:
     """Upper Cholesky factor of the damped Gram matrix's inverse: float32 [K, K].
 
     Damping grows with K / tokens: correlations that few tokens show are partly chance.
 
     Args:
-        column_K: what each input is multiplied by, as the weight is quantized for that.
+        power_K: what each input is multiplied by, as the weight is quantized for that.
     """
-    damped = gram_KK.double().mul_(column_K).mul_(column_K[:, None])
+    damped = gram_KK.double().mul_(power_K).mul_(power_K[:, None])
     mean = damped.diagonal().mean()
     # Inputs that are always zero, and those of a linear that no token reached, compensate nothing.
     share = _DAMPING + len(damped) / tokens

@@ -165,6 +165,11 @@ class Opened:
         linears = [self.linear(block, name) for name in served]
         return [log_worth(self.sensitivity[linear.name], linear.weights) for linear in linears]
 
+    def importance(self, block: int, served: Sequence[str]) -> list[Tensor]:
+        """Of the output channels [N] of some linears of a block."""
+        blob = self.blob(block)
+        return [read_tensor(blob, f"{name}.importance").to(self.device) for name in served]
+
     @cached_property
     def router_weights(self) -> dict[str, tuple[int, ...]]:
         """Weights of the linears that each router of a block serves; blocks are alike."""

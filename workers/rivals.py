@@ -54,12 +54,18 @@ class RandomRouter(nn.Module):
 
 
 class OracleRouter(nn.Module):
-    """Knows what each step would remove of the linear's error, token by token."""
+    """Knows what each step would remove of the linear's error, token by token.
+
+    Args:
+        sources: weights [N, K] of the linears.
+        importance: of their output channels [N] (`route.channel_importance`).
+    """
 
     def __init__(
         self,
         linears: Sequence[ElasticLinear],
         sources: Sequence[Tensor],
+        importance: Sequence[Tensor],
         log_worths: Sequence[float],
         precision: Precision,
     ) -> None:
@@ -67,6 +73,7 @@ class OracleRouter(nn.Module):
         # In tuples, so that the linears are not registered twice.
         self.linears = tuple(linears)
         self.sources = tuple(sources)
+        self.importance = tuple(importance)
         self.log_worths = tuple(log_worths)
         self.precision = precision
         self.off: dict[int, list[Tensor]] = {}
@@ -91,7 +98,7 @@ class OracleRouter(nn.Module):
         for bits, off_NK in zip(widths, self.off[number], strict=True):
             _, bias_N = unpack_pair(linear.get_buffer(f"gain_bias_{bits}"))
             off_TN = F.linear(x_TK, off_NK, bias_N)
-            errors.append(off_TN.square().sum(1))
+            errors.append(off_TN.square() @ self.importance[number])
         benefit_ET = -torch.stack(errors).diff(dim=0)
         benefit_ET /= torch.tensor(steps_up_to(linear.stored_bits), device=x.device)[:, None]
         # A step that hurts this token earns nothing.

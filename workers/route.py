@@ -1,7 +1,8 @@
 """What a token says about its own error: fit the routers of one calibrated block.
 
 Per linear and extra width, the *benefit* of a token is how much of the linear's squared output
-error the step to that width removes. Everything is fitted on calibration tokens: the true benefits
+error the step to that width removes, each output channel counting as much as the block's output
+depends on it (`channel_importance`). Everything is fitted on calibration tokens: the true benefits
 of 3 tokens in 4 train a router (`kernels/router.py`), the rest, which it has not seen, tell what
 its scores mean: the mean benefit, per bit, of tokens with such a score, made monotone. Three ways
 to score a token are kept for every input, so that they can be compared on the whole model:
@@ -21,7 +22,7 @@ to score a token are kept for every input, so that they can be compared on the w
 same average width, as the paper does.
 
 Legend: T tokens, K in_features, L linears of an input, E extra widths, H rows of
-the trunk, F features (H + 2), Q knots, C bins.
+the trunk, F features (H + 2), Q knots, C bins; N out_features, B sequences.
 """
 
 import math
@@ -39,6 +40,7 @@ from mbq.kernels.quantize import dequantize, powers_of_two, unpack_pair
 from mbq.kernels.router import features, pack_halves, score, unpack_halves
 from mbq.kernels.widths import SLICE_BITS, WIDTHS, steps_up_to, widths_up_to
 from mbq.workers.model import BlockRunner, hooked
+from mbq.workers.sensitivity import output_gradients
 from mbq.workers.trainable import CalibratedLinear
 
 # One token in four is kept for the maps.
@@ -86,6 +88,7 @@ def fit_routers(
     block: BlockRunner,
     inputs: Mapping[str, Sequence[str]],
     calibrated: Mapping[str, CalibratedLinear],
+    importance: Mapping[str, Tensor],
     hidden_BTH: Tensor,
     settings: Routing,
     max_bits: int,
@@ -97,6 +100,7 @@ def fit_routers(
         block: the full-precision one.
         inputs: the linears that read each input, by the input's name.
         calibrated: the block's linears as they were quantized.
+        importance: of their output channels (`channel_importance`).
         hidden_BTH: hidden states of the full-precision model that enter the block.
         seed: of everything drawn.
     """
@@ -106,7 +110,9 @@ def fit_routers(
     for number, (name, linears) in enumerate(inputs.items()):
         benefit_ELT = torch.stack(
             [
-                _benefits(block.module.get_submodule(n), calibrated[n], x[name], max_bits)
+                _benefits(
+                    block.module.get_submodule(n), calibrated[n], importance[n], x[name], max_bits
+                )
                 for n in linears
             ],
             1,
@@ -137,6 +143,25 @@ def fit_input(
     }
     placed = Trunk(learned.trunk_HK.cpu(), learned.offset_H.cpu(), learned.head_ELF.cpu())
     return FittedInput(placed, {name: value.cpu() for name, value in knots.items()})
+
+
+def channel_importance(block: BlockRunner, hidden_BTH: Tensor, seed: int) -> dict[str, Tensor]:
+    """How much a block's output depends on each output channel of its linears: float32 [N], mean 1.
+
+    Mean squared gradients of its product with random signs: the diagonal of J^T J, of the Jacobian
+    J of the output, estimated as Hutchinson does. What is large there for a channel makes up for
+    what is small in it, as where a norm or another linear scales channels.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parts = hidden_BTH.split(block.microbatch)
+    signs = [
+        (torch.randint(0, 2, part.shape, generator=generator) * 2 - 1).to(part) for part in parts
+    ]
+    squares, _ = output_gradients(block.module, block, parts, signs)
+    return {
+        name: square_N / square_N.mean() if square_N.any() else torch.ones_like(square_N)
+        for name, square_N in squares.items()
+    }
 
 
 def fit_knots(score_ELT: Tensor, benefit_ELT: Tensor, bins: int) -> Tensor:
@@ -203,15 +228,23 @@ def _collect(
         block.module.get_submodule(leader).register_forward_pre_hook(partial(note, name))
         for name, leader in leaders.items()
     )
-    sequences = math.ceil(tokens / hidden_BTH.shape[1])
     with hooked(hooks):
-        block.forward(hidden_BTH[:sequences])
+        block.forward(first_sequences(hidden_BTH, tokens))
     return {name: torch.cat(parts)[:tokens] for name, parts in found.items()}
+
+
+def first_sequences(hidden_BTH: Tensor, tokens: int) -> Tensor:
+    """As many as hold so many tokens, or all."""
+    return hidden_BTH[: math.ceil(tokens / hidden_BTH.shape[1])]
 
 
 @torch.no_grad()
 def _benefits(
-    linear: nn.Module, calibrated: CalibratedLinear, x_TK: Tensor, max_bits: int
+    linear: nn.Module,
+    calibrated: CalibratedLinear,
+    importance_N: Tensor,
+    x_TK: Tensor,
+    max_bits: int,
 ) -> Tensor:
     """Squared output error that the step to each extra width removes, per token: [E, T]."""
     source_NK = linear.weight
@@ -219,14 +252,14 @@ def _benefits(
     scale_NG, zero_NG = unpack_pair(calibrated.scale_zero_NG.to(x_TK.device))
     gain_WN, bias_WN = unpack_pair(calibrated.gain_bias_WN.to(x_TK.device))
     code_NK = calibrated.code_NK.to(x_TK.device)
-    column_K = powers_of_two(calibrated.exponent_K.to(x_TK.device))
+    power_K = powers_of_two(calibrated.exponent_K.to(x_TK.device))
     errors = []
     for row, bits in enumerate(widths_up_to(max_bits)):
         weight_NK = dequantize(code_NK, scale_NG, zero_NG, bits).mul_(gain_WN[row][:, None])
-        weight_NK.mul_(column_K)
+        weight_NK.mul_(power_K)
         off_NK = (weight_NK - source_NK.float()).to(x_TK.dtype)
         off_TN = F.linear(x_TK, off_NK, bias_WN[row].to(x_TK.dtype))
-        errors.append(off_TN.float().square().sum(1))
+        errors.append(off_TN.float().square() @ importance_N)
     return -torch.stack(errors).diff(dim=0)
 
 

@@ -13,7 +13,8 @@ block: never more than one block's weights at a time.
 Legend: B sequences, T tokens, H hidden_size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 
 from mbq.artifacts.checkpoint import block_prefix
 from mbq.artifacts.errors import NumericError
-from mbq.workers.model import Model, linears, remedy_for_infinities
+from mbq.workers.model import Model, hooked, linears, remedy_for_infinities
 
 
 def measure_sensitivity(
@@ -63,33 +64,13 @@ def backward_block(
         gradient_BTH: gradient of the loss with respect to those that leave it.
     """
     block = model.block(index)
-    sums = {name: torch.zeros((), device=model.device) for name in linears(block)}
-    sizes = dict.fromkeys(sums, 0)
-
-    def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        def add(gradient: Tensor) -> None:
-            sums[name] += gradient.float().square().sum()
-            sizes[name] += gradient.numel()
-
-        def note(module: nn.Module, arguments: object, out: Tensor) -> None:
-            out.register_hook(add)
-
-        return note
-
-    for name, linear in linears(block).items():
-        linear.register_forward_hook(watch(name))
-    parts = zip(
+    squares, left = output_gradients(
+        block,
+        lambda hidden_BTH: model.run(block, index, hidden_BTH),
         _placed(model, entering_BTH, microbatch),
         _placed(model, gradient_BTH, microbatch),
-        strict=True,
     )
-    left = []
-    for entering, gradient in parts:
-        entering.requires_grad_(True)
-        model.run(block, index, entering).backward(gradient)
-        assert entering.grad is not None
-        left.append(entering.grad.cpu())
-    means = {name: (total / sizes[name]).item() for name, total in sums.items()}
+    means = {name: square_N.mean().item() for name, square_N in squares.items()}
     for name, mean in means.items():
         if not torch.isfinite(torch.tensor(mean)):
             raise NumericError(
@@ -97,6 +78,43 @@ def backward_block(
                 f"{remedy_for_infinities(block)}"
             )
     return means, torch.cat(left)
+
+
+def output_gradients(
+    block: nn.Module,
+    run: Callable[[Tensor], Tensor],
+    entering: Iterable[Tensor],
+    gradients: Iterable[Tensor],
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Mean squared gradient at each output channel of a block's linears.
+
+    Args:
+        run: passes hidden states through the block.
+        entering: hidden states [B, T, H], part by part.
+        gradients: with respect to what leaves the block, of each part.
+
+    Returns float32 [N] by name, and gradients with respect to what entered, in host memory.
+    """
+    by_name = linears(block)
+    sums = {n: m.weight.new_zeros(m.out_features, dtype=torch.float32) for n, m in by_name.items()}
+    tokens = 0
+
+    def add(name: str, gradient: Tensor) -> None:
+        sums[name] += gradient.float().square().flatten(0, -2).sum(0)
+
+    def note(name: str, module: nn.Module, arguments: object, out: Tensor) -> None:
+        out.register_hook(partial(add, name))
+
+    left = []
+    hooks = (m.register_forward_hook(partial(note, name)) for name, m in by_name.items())
+    with hooked(hooks):
+        for part, gradient in zip(entering, gradients, strict=True):
+            leaf = part.detach().requires_grad_(True)
+            run(leaf).backward(gradient)
+            assert leaf.grad is not None
+            left.append(leaf.grad.cpu())
+            tokens += part[..., 0].numel()
+    return {name: sum_N / tokens for name, sum_N in sums.items()}, left
 
 
 def _head_gradient(model: Model, hidden_BTH: Tensor, ids_BT: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ from mbq.workers.determinism import attention, hardware_kind, seed_of
 from mbq.workers.evaluate import sequence_losses, token_bits
 from mbq.workers.opened import Opened, RunRef
 from mbq.workers.pack import encode_block, encode_routing, encode_shard
-from mbq.workers.route import fit_routers
+from mbq.workers.route import channel_importance, first_sequences, fit_routers
 from mbq.workers.sensitivity import measure_sensitivity
 from mbq.workers.settle import RoutedModel
 from mbq.workers.settle import settle as settle_thresholds
@@ -126,12 +126,16 @@ def calibrate(ref: RunRef, block: int, attempt: int, hidden: Hidden, report: Rep
             seed,
             lambda fraction: report(_TRAINING_SHARE * fraction),
         )
-        routers = {}
+        routers, importance = {}, {}
         if spec.slices > 1:
+            source = model.runner(block, spec.microbatch)
+            first = first_sequences(full, spec.routing.tokens)
+            importance = channel_importance(source, first, seed)
             routers = fit_routers(
-                model.runner(block, spec.microbatch),
+                source,
                 opened.routers,
                 calibration.linears,
+                importance,
                 full,
                 spec.routing,
                 spec.max_bits,
@@ -139,7 +143,7 @@ def calibrate(ref: RunRef, block: int, attempt: int, hidden: Hidden, report: Rep
             )
     record = BlockRecord(
         block=block,
-        blob=put_blob(opened.store, encode_block(calibration.linears, routers)),
+        blob=put_blob(opened.store, encode_block(calibration.linears, routers, importance)),
         hardware=hardware_kind(opened.device),
         loss_before=calibration.loss_before,
         loss_after=calibration.loss_after,

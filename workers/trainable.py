@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mbq.artifacts.errors import NumericError
 from mbq.kernels.fake_linear import fake_linear
 from mbq.kernels.quantize import (
     dequantize,
@@ -61,7 +62,7 @@ class TrainableLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.output_rms = output_rms
-        self.exponent_K, self.column_K = exponent_K, powers_of_two(exponent_K)
+        self.exponent_K, self.power_K = exponent_K, powers_of_two(exponent_K)
         self.source = linear.weight
         weight_NK = self._source_NK()
         self.low_NG, self.high_NG = group_bounds(weight_NK, group_size)
@@ -95,7 +96,7 @@ class TrainableLinear(nn.Module):
             zero_NG,
             self.gain[row],
             bias_N,
-            self.column_K,
+            self.power_K,
             self.bits,
         )
 
@@ -120,27 +121,35 @@ class TrainableLinear(nn.Module):
         Args:
             input_mean_K: float32.
         """
-        # A linear that outputs zeros loses nothing.
+        # Biases are in units of the output: without one there is none.
         if not self.output_rms:
             return
         grid = self.grid()
         code_NK = quantize(self.value * self._unit_NK(), *grid)
+        source_NK, scaled_K = self._source_NK(), input_mean_K * self.power_K
         for bits in widths:
-            off_NK = self._source_NK() - dequantize(code_NK, *grid, bits)
-            lost_N = off_NK @ (input_mean_K * self.column_K)
-            self.bias[WIDTHS.index(bits)].copy_(lost_N / self.output_rms)
+            row = WIDTHS.index(bits)
+            weight_NK = self.gain[row][:, None] * dequantize(code_NK, *grid, bits)
+            self.bias[row].copy_((source_NK - weight_NK) @ scaled_K / self.output_rms)
 
     @torch.no_grad()
     def finish(self) -> CalibratedLinear:
-        """The codes; the module itself then shows exactly these at every width."""
+        """The codes; the module itself then shows exactly these at every width.
+
+        Raises:
+            NumericError: a gain or a bias is more than float16 can hold.
+        """
         grid = self.grid()
         code_NK = quantize(self.value * self._unit_NK(), *grid)
         self.value.copy_(dequantize(code_NK, *grid, CODE_BITS) / self._unit_NK())
+        gain_bias_WN = torch.stack([*self.gain]), self.output_rms * torch.stack([*self.bias])
+        if not all(values.half().isfinite().all() for values in gain_bias_WN):
+            raise NumericError("gains or biases exceed float16; lower the learning rates")
         return CalibratedLinear(
             code_NK.cpu(),
             self.exponent_K.cpu(),
             pack_pair(*grid).cpu(),
-            pack_pair(torch.stack([*self.gain]), self.output_rms * torch.stack([*self.bias])).cpu(),
+            pack_pair(*gain_bias_WN).cpu(),
         )
 
     @torch.no_grad()
@@ -157,7 +166,7 @@ class TrainableLinear(nn.Module):
         return (low_NK - zero_NK) * scale_NK, (high_NK - zero_NK) * scale_NK
 
     def _source_NK(self) -> Tensor:
-        return self.source.detach().float() / self.column_K
+        return self.source.detach().float() / self.power_K
 
     def _unit_NK(self) -> Tensor:
         group_size = self.value.shape[1] // self.unit_NG.shape[1]

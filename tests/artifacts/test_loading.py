@@ -50,6 +50,7 @@ def test_holds_the_calibrated_weights_at_every_width(finished_run: Any) -> None:
             linear = read_linear(blob, name)
             loaded = model.get_submodule(f"model.layers.{block}.{name}")
             assert isinstance(loaded, ElasticLinear)
+            assert linear.exponent_K.any()
             scale, zero = unpack_pair(linear.scale_zero_NG)
             gain, _ = unpack_pair(linear.gain_bias_WN)
             for row, bits in enumerate(WIDTHS):

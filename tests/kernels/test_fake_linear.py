@@ -19,7 +19,7 @@ def _setup(clip: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _constants() -> tuple[Tensor, Tensor, Tensor]:
-    """Gains, biases and columns that change nothing."""
+    """Gains, biases and powers that change nothing."""
     return torch.ones(ROWS), torch.zeros(ROWS), torch.ones(COLUMNS)
 
 
@@ -31,7 +31,7 @@ def _plain(
     zero: Tensor,
     gain: Tensor,
     bias: Tensor,
-    column: Tensor,
+    power: Tensor,
     bits: int,
 ) -> Tensor:
     """The definition with a straight-through floor, left to autograd."""
@@ -42,7 +42,7 @@ def _plain(
     quantized = ((clamped * bins).floor() + 0.5) / bins
     straight = clamped + (quantized - clamped).detach()
     rebuilt = ((straight - zero[..., None]) * scale[..., None]).flatten(1)
-    return x @ (rebuilt * gain[:, None] * column).T + bias
+    return x @ (rebuilt * gain[:, None] * power).T + bias
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
@@ -53,12 +53,12 @@ def test_gradients_equal_plain_autograd(bits: int, clip: float) -> None:
     x = torch.randn(2, 5, COLUMNS, generator=generator)
     gain = 1 + 0.1 * torch.randn(ROWS, generator=generator)
     bias = torch.randn(ROWS, generator=generator)
-    column = 0.5 + torch.rand(COLUMNS, generator=generator)
+    power = 0.5 + torch.rand(COLUMNS, generator=generator)
     upstream = torch.randn(2, 5, ROWS, generator=generator)
     results = []
     for function in (fake_linear, _plain):
         leaves = [t.clone().requires_grad_() for t in (x, value, scale, zero, gain, bias)]
-        out = function(leaves[0], leaves[1], unit, *leaves[2:], column, bits)
+        out = function(leaves[0], leaves[1], unit, *leaves[2:], power, bits)
         out.backward(upstream)
         results.append([out.detach(), *(leaf.grad for leaf in leaves)])
     for fast, plain in zip(*results, strict=True):

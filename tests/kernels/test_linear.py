@@ -12,6 +12,7 @@ from mbq.kernels.quantize import dequantize, pack_pair
 from mbq.kernels.reference import routed_linear
 from mbq.kernels.shared_input import share_input
 from mbq.kernels.widths import WIDTHS
+from tests.support.weights import exponents
 
 ROWS, COLUMNS, GROUP = 10, 96, 32
 
@@ -22,6 +23,7 @@ def _state(seed: int) -> dict[str, torch.Tensor]:
     scale = torch.rand(ROWS, COLUMNS // GROUP, generator=generator) + 0.1
     state = {f"plane_{p}": plane for p, plane in enumerate(pack_planes(code))}
     state["scale_zero"] = pack_pair(scale, torch.full_like(scale, 2.0))
+    state["exponent"] = exponents(COLUMNS)
     for bits in WIDTHS:
         gain, bias = torch.rand(2, ROWS, generator=generator)
         state[f"gain_bias_{bits}"] = pack_pair(gain + 0.5, bias)
@@ -45,7 +47,8 @@ def _expected(linear: ElasticLinear, x: torch.Tensor, bits: int) -> torch.Tensor
     pair = linear.get_buffer("scale_zero").view(torch.float16).view(ROWS, -1, 2).float()
     weight = dequantize(code.to(torch.uint8), pair[..., 0], pair[..., 1], bits).double()
     row = linear.get_buffer(f"gain_bias_{bits}").view(torch.float16).view(ROWS, 2).double()
-    out = x.double() @ weight.T * row[:, 0] + row[:, 1]
+    scaled = x.double() * 2.0 ** linear.get_buffer("exponent")
+    out = scaled @ weight.T * row[:, 0] + row[:, 1]
     return out if linear.bias is None else out + linear.bias.detach().double()
 
 
@@ -64,6 +67,7 @@ def test_cut_it_gives_what_the_whole_one_does(stored: int, widths: list[int]) ->
     whole, cut = _linear(3, Precision(8)), ElasticLinear(COLUMNS, ROWS, GROUP, Precision(stored))
     held = dict(cut.named_buffers())
     assert set(held) == {
+        "exponent",
         "scale_zero",
         *(f"plane_{p}" for p in range(stored)),
         *(f"gain_bias_{bits}" for bits in widths),

@@ -16,11 +16,9 @@ from mbq.kernels.triton_prepare import digit_bit, prepare
 from mbq.kernels.triton_tiles import ODD, REJOINING, Tile, assembly
 from mbq.kernels.widths import WIDTHS
 from tests.support.ptx import emulate
-from tests.support.weights import error, random_weight
+from tests.support.weights import UNSCALED_K, error, random_weight
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-UNSCALED_K = torch.zeros(256, dtype=torch.int8)
 
 
 @pytest.mark.parametrize(

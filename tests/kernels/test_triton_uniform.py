@@ -22,11 +22,9 @@ from mbq.kernels.triton_uniform import (
 )
 from mbq.kernels.widths import CODE_BITS, WIDTHS, slices_of
 from tests.support.ptx import emulate
-from tests.support.weights import error, random_weight
+from tests.support.weights import UNSCALED_K, error, random_weight
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-UNSCALED_K = torch.zeros(256, dtype=torch.int8)
 
 
 @pytest.mark.parametrize("known", [True, False])

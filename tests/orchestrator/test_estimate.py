@@ -33,8 +33,9 @@ def test_a_run_of_the_tiny_model_takes_this(
     weights, tokens = 3 * block, 12 * 32
     # Float32 beside the blocks: embeddings, head, two norms a block and the last one.
     kept = 4 * (2 * vocabulary * hidden + (2 * 3 + 1) * hidden)
-    # Of 8 bits a weight, scale and zero for 32 of them, and gain and bias at five widths.
+    # 8 bits a weight, scale and zero for 32 of them, gain and bias at five widths, and exponents.
     checkpoint = kept + weights + 4 * weights // 32 + 5 * 4 * 3 * channels
+    checkpoint += 3 * (6 * hidden + wide)
     forward = 2 * weights + 2 * vocabulary * hidden
 
     assert found == {

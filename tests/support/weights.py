@@ -18,6 +18,9 @@ from mbq.kernels.quantize import (
 )
 from mbq.kernels.widths import WIDTHS, slices_of, widths_up_to
 
+# Exponents of 256 columns that are as they were.
+UNSCALED_K = torch.zeros(256, dtype=torch.int8)
+
 
 def exponents(inputs: int) -> Tensor:
     """Of columns: the same for all linears of so many inputs, int8 [K]."""

@@ -26,15 +26,18 @@ def test_linears_of_one_input_count_alike() -> None:
     small, large = _weight([1.0, 1.0, 16.0]), 100 * _weight([1.0, 1.0, 1.0])
     assert column_exponents([small]).tolist() == [0, 0, 4]
     assert column_exponents([small, large]).tolist() == [0, 0, 2]
-    # One that is all zeros says nothing.
+    # One of zeros says nothing.
     assert column_exponents([small, torch.zeros(3, 3)]).tolist() == [0, 0, 4]
 
 
-def test_zeros_are_no_reason_to_scale_much() -> None:
-    assert column_exponents([_weight([1.0, 1.0, 1.0, 0.0])]).tolist() == [0, 0, 0, -8]
+def test_zeros_are_read_as_next_to_nothing() -> None:
+    assert column_exponents([_weight([1.0, 0.0, 0.0, 0.0])]).tolist() == [0, -12, -12, -12]
     assert not column_exponents([torch.zeros(4, 6)]).any()
 
 
 def test_weights_too_small_for_their_scales_are_brought_up() -> None:
     # 0.05 times 2^-10 is 2^-14.3: 2^6 below what float16 scales resolve.
-    assert column_exponents([_weight([1.0] * 4) * 2.0**-10]).tolist() == [-6] * 4
+    tiny = _weight([1.0] * 4) * 2.0**-10
+    assert column_exponents([tiny]).tolist() == [-6] * 4
+    # Not so far that another linear's scales overflow: 0.05 is 2^8 below 16.
+    assert column_exponents([_weight([1.0] * 4), tiny * 2.0**-16]).tolist() == [-8] * 4

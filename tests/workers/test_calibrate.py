@@ -273,10 +273,26 @@ def test_columns_of_other_sizes_change_no_code() -> None:
     assert uneven.loss_after == pytest.approx(even.loss_after, rel=1e-5)
 
 
-def test_a_constant_part_of_the_inputs_costs_no_width() -> None:
+def test_the_mean_input_is_multiplied_exactly_once_corrected() -> None:
     torch.manual_seed(0)
-    block = nn.Sequential(nn.Linear(128, 64))
-    block.requires_grad_(False)
+    source = nn.Linear(96, 16)
+    mean_K = 3 * torch.randn(96)
+    exponent_K = torch.randint(-3, 4, (96,), dtype=torch.int8)
+    linear = TrainableLinear(source, 32, output_rms=0.7, exponent_K=exponent_K)
+    for gain in linear.gain:
+        nn.init.uniform_(gain, 0.9, 1.1)
+    linear.correct(mean_K, (2, 6))
+    with torch.no_grad():
+        for bits in WIDTHS:
+            linear.bits = bits
+            close = torch.allclose(linear(mean_K[None]), source(mean_K[None]), rtol=1e-3, atol=1e-3)
+            assert close == (bits in (2, 6))
+
+
+@pytest.mark.parametrize("widths", [(2, 3, 4), (2, 4), (3,)])
+def test_a_constant_part_of_the_inputs_costs_no_width(widths: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(128, 64)).requires_grad_(False)
     x = torch.randn(32, 8, 128)
 
     def losses(hidden: Tensor) -> dict[int, float]:
@@ -284,7 +300,7 @@ def test_a_constant_part_of_the_inputs_costs_no_width() -> None:
             BlockRunner(copy.deepcopy(block), lambda module, x: module(x), 4),
             dict.fromkeys(WIDTHS, hidden),
             hidden,
-            Optimisation(passes=2, batch_size=4),
+            Optimisation(passes=2, batch_size=4, widths=widths),
             group_size=32,
             readers=[["0"]],
             seed=3,

@@ -77,13 +77,15 @@ def test_the_oracle_knows_what_each_step_removes() -> None:
     precision = Precision(8)
     precision.bits = None
     pairs = [_linear(precision, seed) for seed in (1, 2)]
-    oracle = OracleRouter([p[0] for p in pairs], [p[1] for p in pairs], [0.5, -0.5], precision)
+    importance = [0.1 + torch.rand(ROWS) for _ in pairs]
+    linears, sources = zip(*pairs, strict=True)
+    oracle = OracleRouter(linears, sources, importance, [0.5, -0.5], precision)
     x = torch.randn(5, K)
     for number, (linear, source) in enumerate(pairs):
         errors = []
         for bits in WIDTHS:
             out = x @ linear.weight(bits).T + 0.1 / bits
-            errors.append((out - x @ source.T).square().sum(1))
+            errors.append((out - x @ source.T).square() @ importance[number])
         # Per bit: the steps to 6 and to 8 bits have two of them.
         benefit = torch.stack([a - b for a, b in itertools.pairwise(errors)])
         benefit /= torch.tensor([1, 1, 2, 2])[:, None]

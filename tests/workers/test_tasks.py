@@ -18,7 +18,7 @@ from mbq.workers.capture import FULL, to_array
 from mbq.workers.determinism import attention, seed_of
 from mbq.workers.opened import Opened, RunRef
 from mbq.workers.pack import encode_block
-from mbq.workers.route import fit_routers
+from mbq.workers.route import channel_importance, fit_routers
 
 Make = Callable[..., dict[str, Any]]
 
@@ -60,17 +60,20 @@ def test_widths_learn_from_their_own_hidden_states_what_full_precision_makes_of_
             seed,
             _nothing,
         )
+        source = opened.model.runner(1, spec.microbatch)
+        importance = channel_importance(source, full, seed)
         routers = fit_routers(
-            opened.model.runner(1, spec.microbatch),
+            source,
             opened.routers,
             expected.linears,
+            importance,
             full,
             spec.routing,
             spec.max_bits,
             seed,
         )
     found = store.read(keys.blob_key(record.blob.sha256))
-    assert found == b"".join(encode_block(expected.linears, routers))
+    assert found == b"".join(encode_block(expected.linears, routers, importance))
     assert record.loss_after == expected.loss_after
 
 
