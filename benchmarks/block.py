@@ -134,7 +134,7 @@ def calibrate(
             inputs,
             done.linears,
             importance,
-            hidden,
+            first,
             Routing(),
             max_bits=CODE_BITS,
             seed=0,

@@ -172,7 +172,7 @@ def _prepare_kernel(
         rows = ()
         for h in tl.static_range(AHEAD):
             rows += (_trunk_row(h, at, trunk_ptr, in_features),)  # type: ignore[assignment]
-    # Nor these.
+    # Exponents, too: no launch writes them.
     exponent = tl.load(exponent_ptr + at, mask=at < in_features, other=0).to(tl.int32)
     if PROGRAMMATIC:
         tl.extra.cuda.gdc_wait()

@@ -2,7 +2,7 @@
 
 The step of a linear from one width to the next costs its bits for every weight and token. What it
 earns a token is the benefit its router expects (`route.py`) times the sensitivity of the loss to
-it (`sensitivity.py`), per bit:
+it (`sensitivity.py`; a benefit weighs output channels by 1 on average), per bit:
 
     earnings = benefit * sensitivity / 2  /  (step bits * out_features * in_features)
 

@@ -11,8 +11,8 @@ number, so they need not be folded into what comes before (as AWQ's scales are, 
 every architecture has that elsewhere).
 
 Exponents follow the weights alone. Enlarging columns of large inputs beyond that, as AWQ and
-SmoothQuant do, costs the others more than compensation and training leave to be gained
-(benchmarks/README.md).
+SmoothQuant (arXiv 2211.10438) do, costs the others more than compensation and training leave to be
+gained (benchmarks/README.md).
 
 Linears that read the same input share its exponents: it is scaled once.
 

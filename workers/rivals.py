@@ -3,7 +3,8 @@
     shuffled   the learned router's widths, given to other tokens of the same batch: what is left of
                its gain is sharing bits across linears
     random     every token of every linear draws between two neighbouring widths
-    oracle     the true benefit of each token in place of an expected one; no router can know it
+    oracle     the true benefit of each token, which routers are fitted to, in place of an expected
+               one; no router can know it
 
 Each stands where a block's router stood: called with an input and the number of a linear, it
 answers with widths.

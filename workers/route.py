@@ -101,7 +101,8 @@ def fit_routers(
         inputs: the linears that read each input, by the input's name.
         calibrated: the block's linears as they were quantized.
         importance: of their output channels (`channel_importance`).
-        hidden_BTH: hidden states of the full-precision model that enter the block.
+        hidden_BTH: hidden states of the full-precision model that enter the block, of the first
+            sequences that hold enough tokens.
         seed: of everything drawn.
     """
     leaders = {name: linears[0] for name, linears in inputs.items()}
@@ -149,13 +150,18 @@ def channel_importance(block: BlockRunner, hidden_BTH: Tensor, seed: int) -> dic
     """How much a block's output depends on each output channel of its linears: float32 [N], mean 1.
 
     Mean squared gradients of its product with random signs: the diagonal of J^T J, of the Jacobian
-    J of the output, estimated as Hutchinson does. What is large there for a channel makes up for
-    what is small in it, as where a norm or another linear scales channels.
+    J of the output, estimated as Hutchinson does. A channel that is small but multiplied up later,
+    by another linear or a norm, has a large one. All channels of the block's output count alike, so
+    those of what is only added to the residual stream do, too, whatever later blocks make of them.
+
+    Raises:
+        NumericError: a gradient is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     parts = hidden_BTH.split(block.microbatch)
     signs = [
-        (torch.randint(0, 2, part.shape, generator=generator) * 2 - 1).to(part) for part in parts
+        (torch.randint(0, 2, part.shape, generator=generator, dtype=torch.int8) * 2 - 1).to(part)
+        for part in parts
     ]
     squares, _ = output_gradients(block.module, block, parts, signs)
     return {
@@ -218,7 +224,7 @@ def isotonic(values: Sequence[float]) -> list[float]:
 def _collect(
     block: BlockRunner, leaders: Mapping[str, str], hidden_BTH: Tensor, tokens: int
 ) -> dict[str, Tensor]:
-    """Tokens [T, K] that enter each input, from the first sequences that hold enough."""
+    """The first tokens [T, K] that enter each input."""
     found: dict[str, list[Tensor]] = {name: [] for name in leaders}
 
     def note(name: str, leader: nn.Module, arguments: tuple[Tensor]) -> None:
@@ -229,7 +235,7 @@ def _collect(
         for name, leader in leaders.items()
     )
     with hooked(hooks):
-        block.forward(first_sequences(hidden_BTH, tokens))
+        block.forward(hidden_BTH)
     return {name: torch.cat(parts)[:tokens] for name, parts in found.items()}
 
 

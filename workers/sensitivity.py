@@ -4,13 +4,15 @@
 
 where the loss is the summed negative log likelihood (nats) of a few calibration sequences under the
 full-precision model: the diagonal of the empirical Fisher information. An output error that is
-independent of the gradient then costs `sensitivity / 2 * |error|^2` nats a token. The numbers
-differ by a factor of a thousand between linears, which is why bits are shared across all of them.
+independent of the gradient, and as large in channels of large gradients as in others, then costs
+`sensitivity / 2 * |error|^2` nats a token; errors are counted so that they are
+(`route.channel_importance`). The numbers differ by a factor of a thousand between linears, which is
+why bits are shared across all of them.
 
 One pass forward that keeps what enters each block in host memory, one pass backward, both block by
 block: never more than one block's weights at a time.
 
-Legend: B sequences, T tokens, H hidden_size.
+Legend: B sequences, T tokens, H hidden_size, N out_features.
 """
 
 from collections.abc import Callable, Iterable
@@ -47,9 +49,9 @@ def measure_sensitivity(
     gradient_BTH = _head_gradient(model, entering.pop(), ids_BT)
     found: dict[str, float] = {}
     for index in reversed(range(model.block_count)):
-        sums, gradient_BTH = backward_block(model, index, entering.pop(), gradient_BTH, microbatch)
-        for name, total in sums.items():
-            found[block_prefix(index) + name] = total
+        means, gradient_BTH = backward_block(model, index, entering.pop(), gradient_BTH, microbatch)
+        for name, mean in means.items():
+            found[block_prefix(index) + name] = mean
         report((steps - 2 * index) / steps)
     return dict(sorted(found.items()))
 
@@ -70,14 +72,7 @@ def backward_block(
         _placed(model, entering_BTH, microbatch),
         _placed(model, gradient_BTH, microbatch),
     )
-    means = {name: square_N.mean().item() for name, square_N in squares.items()}
-    for name, mean in means.items():
-        if not torch.isfinite(torch.tensor(mean)):
-            raise NumericError(
-                f"the sensitivity of {name} in block {index} is {mean}; "
-                f"{remedy_for_infinities(block)}"
-            )
-    return means, torch.cat(left)
+    return {name: square_N.mean().item() for name, square_N in squares.items()}, torch.cat(left)
 
 
 def output_gradients(
@@ -93,7 +88,11 @@ def output_gradients(
         entering: hidden states [B, T, H], part by part.
         gradients: with respect to what leaves the block, of each part.
 
-    Returns float32 [N] by name, and gradients with respect to what entered, in host memory.
+    Returns float32 [N] by name, and gradients with respect to what entered, in host memory. Of a
+    linear that is called more than once it is the sum over its calls.
+
+    Raises:
+        NumericError: a gradient is not finite.
     """
     by_name = linears(block)
     sums = {n: m.weight.new_zeros(m.out_features, dtype=torch.float32) for n, m in by_name.items()}
@@ -114,6 +113,11 @@ def output_gradients(
             assert leaf.grad is not None
             left.append(leaf.grad.cpu())
             tokens += part[..., 0].numel()
+    for name, sum_N in sums.items():
+        if not sum_N.isfinite().all():
+            raise NumericError(
+                f"gradients at what {name} outputs are not finite; {remedy_for_infinities(block)}"
+            )
     return {name: sum_N / tokens for name, sum_N in sums.items()}, left
 
 
@@ -134,4 +138,4 @@ def _head_gradient(model: Model, hidden_BTH: Tensor, ids_BT: Tensor) -> Tensor:
 
 
 def _placed(model: Model, hidden_BTH: Tensor, microbatch: int) -> list[Tensor]:
-    return [part.detach().to(model.device) for part in hidden_BTH.split(microbatch)]
+    return [part.to(model.device) for part in hidden_BTH.split(microbatch)]

@@ -136,7 +136,7 @@ def calibrate(ref: RunRef, block: int, attempt: int, hidden: Hidden, report: Rep
                 opened.routers,
                 calibration.linears,
                 importance,
-                full,
+                first,
                 spec.routing,
                 spec.max_bits,
                 seed,

@@ -30,6 +30,7 @@ from mbq.workers.gptq import MARGIN, bin_ends, round_compensated
 
 # sigmoid(4) = 0.982: ranges start almost unclipped (OmniQuant's initial value).
 _INITIAL_LOGIT = 4.0
+_LARGEST_HALF = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True)
@@ -142,14 +143,18 @@ class TrainableLinear(nn.Module):
         grid = self.grid()
         code_NK = quantize(self.value * self._unit_NK(), *grid)
         self.value.copy_(dequantize(code_NK, *grid, CODE_BITS) / self._unit_NK())
-        gain_bias_WN = torch.stack([*self.gain]), self.output_rms * torch.stack([*self.bias])
-        if not all(values.half().isfinite().all() for values in gain_bias_WN):
-            raise NumericError("gains or biases exceed float16; lower the learning rates")
+        gain_WN, bias_WN = torch.stack([*self.gain]), self.output_rms * torch.stack([*self.bias])
+        largest = max(gain_WN.abs().max().item(), bias_WN.abs().max().item())
+        if not largest <= _LARGEST_HALF:
+            raise NumericError(
+                f"a gain or bias is {largest:.3g}, and float16 ends at {_LARGEST_HALF:,.0f}: look "
+                "at what the model's linears output, or lower optimisation.gain_rate"
+            )
         return CalibratedLinear(
             code_NK.cpu(),
             self.exponent_K.cpu(),
             pack_pair(*grid).cpu(),
-            pack_pair(*gain_bias_WN).cpu(),
+            pack_pair(gain_WN, bias_WN).cpu(),
         )
 
     @torch.no_grad()
