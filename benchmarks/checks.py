@@ -5,7 +5,7 @@ import itertools
 import math
 
 import torch
-from weights import GROUP, multiply, random_digits, random_exponents, tile_for, tokens_at
+from weights import GROUP, multiply, random_digits, random_powers, tile_for, tokens_at
 
 from mbq.kernels import dispatch
 from mbq.kernels.digits import join_digits, pack_digits
@@ -41,7 +41,7 @@ def check(n: int, k: int) -> float:
     gain = 0.9 + 0.2 * torch.rand(len(WIDTHS), n, device="cuda")
     gain_bias = pack_pair(gain, torch.randn_like(gain))
     gain_WN, bias_WN = unpack_pair(gain_bias)
-    exponent_K = random_exponents(k)
+    exponent_K = torch.randint(-3, 4, (k,), dtype=torch.int8, device="cuda")
     weight = pack_digits(code, exponent_K, pack_pair(scale, zero), gain_bias, MAX_SLICES)
     weight_WNK = torch.stack(
         [
@@ -58,7 +58,7 @@ def check(n: int, k: int) -> float:
         # In turn, so that every width occurs wherever there are enough tokens.
         bits_T = torch.tensor(list(itertools.islice(itertools.cycle(widths), m)), device="cuda")
         asked = bits_T[None] if len(widths) > 1 else widths[0]
-        prepared = prepare(x, exponent_K, asked, 1, GROUP, CODE_BITS)
+        prepared = prepare(x, weight.power_K, asked, 1, GROUP, CODE_BITS)
         known = asked if isinstance(asked, int) else None
         tile = tile_for(n, k, m, known, prepared.mixed)
         # What is allocated next lies where this was: an element that is not written stays NaN.
@@ -81,7 +81,7 @@ def check_joined(k: int) -> float:
     x = torch.randn(JOINED_TOKENS, k, device="cuda", dtype=torch.bfloat16)
     gates = random_gates(k)
     joined = join_digits(made)
-    prepared = prepare(x, joined.exponent_K, gates, SHARING, GROUP, CODE_BITS)
+    prepared = prepare(x, joined.power_K, gates, SHARING, GROUP, CODE_BITS)
     bits_LT = prepared.bits_LT[:, : len(x)]
     worst = 0.0
     outs = joined.sides(dispatch.decode(x, gates, CODE_BITS, joined))
@@ -161,5 +161,5 @@ def routed_differently(k: int) -> float:
     x = torch.randn(64, k, device="cuda", dtype=torch.bfloat16)
     score_ELT = score(x.float(), gates.trunk_HK.float(), gates.offset_H, gates.head_ELF)
     expected_LT = bits_taken(score_ELT >= gates.threshold_EL[..., None])
-    found_LT = prepare(x, random_exponents(k), gates, SHARING, GROUP, CODE_BITS).bits_LT
+    found_LT = prepare(x, random_powers(k), gates, SHARING, GROUP, CODE_BITS).bits_LT
     return (found_LT != expected_LT).double().mean().item()

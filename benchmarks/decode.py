@@ -50,7 +50,7 @@ from weights import (
     hungry_tokens,
     model_in_turn,
     multiply,
-    random_exponents,
+    random_powers,
     rotation,
     tile_for,
     tokens_at,
@@ -133,13 +133,13 @@ def products(shapes: list[tuple[int, int]]) -> list[Product]:
 
 def time_preparing(k: int) -> list[Point]:
     """Tokens made ready for three linears: at one width, and at widths that a router decides."""
-    gates, exponents = random_gates(k), random_exponents(k)
+    gates, powers = random_gates(k), random_powers(k)
     tally = torch.zeros(2, SHARING, dtype=torch.int64, device="cuda")
     points = []
     for m in TOKENS:
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         alike, routed = (
-            time_graph(partial(prepare, x, exponents, w, SHARING, GROUP, CODE_BITS, tally), 24)[0]
+            time_graph(partial(prepare, x, powers, w, SHARING, GROUP, CODE_BITS, tally), 24)[0]
             for w in (CODE_BITS, gates)
         )
         points.append({"k": k, "tokens": m, "alike_seconds": alike, "routed_seconds": routed})
@@ -244,7 +244,7 @@ def step(
     """The next block: each of its inputs made ready, and multiplied."""
     for weight, following in block():
         (n,), k = weight.out_features, weight.in_features
-        prepared = prepare(xs[k], weight.exponent_K, widths[k], SHARING, GROUP, CODE_BITS)
+        prepared = prepare(xs[k], weight.power_K, widths[k], SHARING, GROUP, CODE_BITS)
         tile = tile_for(n, k, len(xs[k]), known, prepared.mixed)
         multiply(prepared, known, weight, tile, following)
 

@@ -129,7 +129,7 @@ def fastest(n: int, k: int, m: int, kind: str) -> list[int]:
 
         def launch(tile: Tile = tile) -> None:
             weight = next(turn)
-            prepared = prepare(x, weight.exponent_K, widths, 1, GROUP, CODE_BITS)
+            prepared = prepare(x, weight.power_K, widths, 1, GROUP, CODE_BITS)
             multiply(prepared, known(kind), weight, tile)
 
         try:
@@ -174,7 +174,7 @@ def multiply_all(
     """As many products as a block has, each of their inputs made ready."""
     for weight, following in itertools.islice(turn, count):
         (n,), k = weight.out_features, weight.in_features
-        prepared = prepare(xs[k], weight.exponent_K, bits, 1, GROUP, CODE_BITS)
+        prepared = prepare(xs[k], weight.power_K, bits, 1, GROUP, CODE_BITS)
         multiply_narrow(prepared, bits, weight, cuts[n, k], torch.bfloat16, following, ahead)
 
 

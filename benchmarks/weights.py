@@ -57,7 +57,7 @@ def random_digits(n: int, k: int) -> Digits:
         torch.randint(-(2**15), 2**15, shape, dtype=torch.int16, device="cuda"),
         pack_pair(scale, zero),
         pack_pair(gain, torch.randn_like(gain)),
-        random_exponents(k),
+        random_powers(k),
         (n,),
         k,
         GROUP,
@@ -65,9 +65,9 @@ def random_digits(n: int, k: int) -> Digits:
 
 
 @cache
-def random_exponents(k: int) -> torch.Tensor:
+def random_powers(k: int) -> torch.Tensor:
     """Of columns; the same for all weights, as linears that share an input have them."""
-    return torch.randint(-3, 4, (k,), dtype=torch.int8, device="cuda")
+    return 2.0 ** torch.randint(-3, 4, (k,), device="cuda")
 
 
 def rotation(n: int, k: int, bits: int) -> list[Digits]:
@@ -120,7 +120,7 @@ def decode_times(
 def tokens_at(m: int, k: int, bits: int) -> Prepared:
     """Random tokens that all have the same width."""
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    return prepare(x, random_exponents(k), bits, 1, GROUP, CODE_BITS)
+    return prepare(x, random_powers(k), bits, 1, GROUP, CODE_BITS)
 
 
 def hungry_tokens(m: int, k: int, bits: int, hungry: int) -> Prepared:
@@ -128,4 +128,4 @@ def hungry_tokens(m: int, k: int, bits: int, hungry: int) -> Prepared:
     bits_1T = torch.full((1, m), bits, device="cuda")
     bits_1T[:, :hungry] = CODE_BITS
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    return prepare(x, random_exponents(k), bits_1T, 1, GROUP, CODE_BITS)
+    return prepare(x, random_powers(k), bits_1T, 1, GROUP, CODE_BITS)

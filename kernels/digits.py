@@ -19,11 +19,10 @@ has scale 0 and adds nothing. Scales and zeros lie with rows innermost:
 
     scale_zero int32 [B * 256 / g, N']   float16 pair, scale in the low half
     gain_bias  int32 [W, N']             float16 pair, a row per width as in WIDTHS
-
-and the exponents of the columns, which tokens are scaled by, as they are published: int8 [K].
+    power      float32 [B * 256]         powers of two that the columns are without
 
 Linears that read the same input are laid side by side, so that one launch multiplies by all; each
-starts at a multiple of 128 rows. Their columns have the same exponents.
+starts at a multiple of 128 rows. Their columns are without the same powers.
 
 Legend: N out_features, N' N padded, K in_features, B blocks of 256 inputs, G groups, g inputs per
 group, S slices, H planes of a slice (2), W widths.
@@ -38,6 +37,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mbq.kernels.quantize import powers_of_two
 from mbq.kernels.widths import CODE_BITS, SLICE_BITS
 
 BLOCK_INPUTS = 256
@@ -64,7 +64,7 @@ class Digits:
     digits_SHBN16: Tensor
     scale_zero_GN: Tensor
     gain_bias_WN: Tensor
-    exponent_K: Tensor
+    power_K: Tensor
     out_features: tuple[int, ...]
     in_features: int
     group_size: int
@@ -139,7 +139,7 @@ def pack_digits(
         torch.stack(planes),
         padded_NG.T.contiguous(),
         F.pad(gain_bias_WN, (0, more_rows)).contiguous(),
-        exponent_K,
+        F.pad(powers_of_two(exponent_K), (0, more_inputs), value=1.0),
         (rows,),
         inputs,
         group_size,
@@ -154,7 +154,7 @@ def join_digits(parts: Sequence[Digits]) -> Digits:
     """
     if len(parts) == 1:
         return parts[0]
-    if not all(torch.equal(part.exponent_K, parts[0].exponent_K) for part in parts):
+    if not all(torch.equal(part.power_K, parts[0].power_K) for part in parts):
         raise ValueError("linears that read the same input must have the same exponents")
     return replace(
         parts[0],

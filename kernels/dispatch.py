@@ -115,7 +115,7 @@ def decode(
     with torch.cuda.device_of(x_TK):
         linears, rows, inputs = len(weight.out_features), weight.starts[-1], weight.in_features
         prepared = triton_prepare.prepare(
-            x_TK, weight.exponent_K, widths, linears, weight.group_size, max_bits, tally
+            x_TK, weight.power_K, widths, linears, weight.group_size, max_bits, tally
         )
         bits = widths if isinstance(widths, int) else None
         kind = kind_of(prepared.mixed, bits)

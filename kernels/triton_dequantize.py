@@ -3,7 +3,7 @@
 One program makes the weights of a few rows and 256 inputs: it reads a word per row, slice and 32
 inputs, puts digits together to the first bits of each code, and writes
 
-    gain * s * (((code >> (8 - bits)) + 1/2) * 2^(2 - bits) - z) * 2^exponent
+    gain * s * (((code >> (8 - bits)) + 1/2) * 2^(2 - bits) - z) * power
 
 as `ElasticLinear.weight` does, in float32. What it writes is used at once and thrown away: memory
 is for codes.
@@ -27,7 +27,7 @@ _WARPS = 4
 
 @triton.jit
 def _dequantize_kernel(
-    digits_ptr, exponent_ptr, scale_zero_ptr, gain_bias_ptr, out_ptr,
+    digits_ptr, power_ptr, scale_zero_ptr, gain_bias_ptr, out_ptr,
     out_features, in_features, plane_stride, block_stride, group_stride, gain_stride,
     BITS: tl.constexpr, SLICES: tl.constexpr, GAIN_ROW: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
     ROWS: tl.constexpr, ASM: tl.constexpr,
@@ -59,9 +59,8 @@ def _dequantize_kernel(
         unit = s * gain * (4.0 / (1 << BITS))
         start = s * gain * (2.0 / (1 << BITS) - z)
         k = block * 256 + c * 32 + j
-        exponent = tl.load(exponent_ptr + k, mask=k < in_features, other=0).to(tl.int32)
-        column = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
-        weight = (code.to(tl.float32) * unit[:, None] + start[:, None]) * column[None, :]
+        power = tl.load(power_ptr + k)
+        weight = (code.to(tl.float32) * unit[:, None] + start[:, None]) * power[None, :]
         tl.store(
             out_ptr + n[:, None].to(tl.int64) * in_features + k[None, :],
             weight.to(out_ptr.dtype.element_ty),
@@ -80,7 +79,7 @@ def dequantize_digits(weight: Digits, bits: int, dtype: torch.dtype) -> Tensor:
     out_features = weight.out_features[0]
     out = weight.digits_SHBN16.new_empty(out_features, weight.in_features, dtype=dtype)
     _dequantize_kernel[(blocks, rows // _ROWS)](
-        weight.digits_SHBN16, weight.exponent_K, weight.scale_zero_GN, weight.gain_bias_WN, out,
+        weight.digits_SHBN16, weight.power_K, weight.scale_zero_GN, weight.gain_bias_WN, out,
         out_features, weight.in_features, *weight.digits_SHBN16.stride()[1:3],
         weight.scale_zero_GN.stride(0), weight.gain_bias_WN.stride(0),
         BITS=bits, SLICES=slices_of(bits), GAIN_ROW=WIDTHS.index(bits),

@@ -13,8 +13,8 @@ steps each linear takes through its slices. Widths are the same for all tokens, 
 here by the router of the input (`router.py`; judged by `reference.route`), so that the host learns
 nothing of them: a launch captured in a graph follows whatever its thresholds are set to later.
 
-One program prepares one token. It asks for exponents and for what its router reads before it waits
-for anything: memory takes longer to answer than the rest takes. Where tokens may differ the last
+One program prepares one token. It asks for powers and for what its router reads before it waits for
+anything: memory takes longer to answer than the rest takes. Where tokens may differ the last
 program to finish counts the steps.
 
 From Hopper on a launch may begin before the one before it has ended, and waits for that before it
@@ -152,7 +152,7 @@ def _group_sums(x16, CHUNKS: tl.constexpr, GROUP_CHUNKS: tl.constexpr):
     ]
 )
 def _prepare_kernel(
-    x_ptr, exponent_ptr, given_ptr, trunk_ptr, offset_ptr, head_ptr, threshold_ptr,
+    x_ptr, power_ptr, given_ptr, trunk_ptr, offset_ptr, head_ptr, threshold_ptr,
     x16_ptr, sum_ptr, bias_sum_ptr, unscale_ptr, bits_ptr, steps_ptr, arrived_ptr, tally_ptr,
     uniform, x_stride, given_linear_stride, given_token_stride,
     in_features, padded_inputs, groups, padded_tokens,
@@ -172,8 +172,8 @@ def _prepare_kernel(
         rows = ()
         for h in tl.static_range(AHEAD):
             rows += (_trunk_row(h, at, trunk_ptr, in_features),)  # type: ignore[assignment]
-    # Exponents, too: no launch writes them.
-    exponent = tl.load(exponent_ptr + at, mask=at < in_features, other=0).to(tl.int32)
+    # Powers, too: no launch writes them.
+    power = tl.load(power_ptr + at, mask=at < in_features, other=1.0)
     if PROGRAMMATIC:
         tl.extra.cuda.gdc_wait()
     x = tl.load(x_ptr + token * x_stride + at, mask=at < in_features, other=0.0).to(tl.float32)
@@ -182,7 +182,7 @@ def _prepare_kernel(
         given_at = linear * given_linear_stride + token * given_token_stride
         bits = tl.load(given_ptr + given_at, mask=there, other=2).to(tl.int32)
 
-    scaled = x * ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+    scaled = x * power
     top = tl.max(tl.max(tl.abs(scaled), axis=1), axis=0).to(tl.int32, bitcast=True) >> 23
     top = tl.minimum(tl.maximum(top, 11), 254)
     scale = ((264 - top) << 23).to(tl.float32, bitcast=True)
@@ -224,7 +224,7 @@ def _prepare_kernel(
 
 def prepare(
     x_TK: Tensor,
-    exponent_K: Tensor,
+    power_K: Tensor,
     widths: int | Tensor | Gates,
     linears: int,
     group_size: int,
@@ -234,7 +234,7 @@ def prepare(
     """Prepare tokens [T, K], T of 1 to 64, float16, bfloat16 or float32.
 
     Args:
-        exponent_K: int8, of the columns of the linears' weights.
+        power_K: float32, powers of two that the columns of the linears' weights are without.
         widths: one of WIDTHS for all tokens and linears; or, which the host does not read, int32 or
             int64 [L, T], or [L, 1] for all tokens; or a router.
         linears: L, those that read these tokens: 1 to 3.
@@ -270,7 +270,7 @@ def prepare(
     hidden = 0 if gates is None else len(gates.trunk_HK)
     chunks = _power_of_2(padded_inputs // 32)
     _prepare_kernel[(tokens,)](
-        x_TK, exponent_K, given, *_pointers(gates), made.x_TK, made.sum_GT, made.bias_sum_GT,
+        x_TK, power_K, given, *_pointers(gates), made.x_TK, made.sum_GT, made.bias_sum_GT,
         made.unscale_T, made.bits_LT, made.steps_L2, zeros(x_TK.device, "prepare", 1), tally,
         widths if isinstance(widths, int) else SLICE_BITS, x_TK.stride(0),
         0 if given is None else given.stride(0), 0 if given is None or alike else given.stride(1),

@@ -98,8 +98,8 @@ def test_joined_linears_come_back_one_by_one() -> None:
 
 def test_linears_of_one_input_scale_its_columns_alike() -> None:
     one = _pack(torch.zeros(4, 256, dtype=torch.uint8), 128)
-    other = replace(one, exponent_K=one.exponent_K + 1)
-    assert torch.equal(join_digits([one, one]).exponent_K, one.exponent_K)
+    other = replace(one, power_K=2 * one.power_K)
+    assert torch.equal(join_digits([one, one]).power_K, one.power_K)
     with pytest.raises(ValueError, match="must have the same exponents"):
         join_digits([one, other])
 

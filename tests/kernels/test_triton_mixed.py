@@ -40,7 +40,7 @@ def test_each_token_has_its_own_width(
     weight, weight_WNK, bias_WN = random_weight(130, 512, group_size)
     x = torch.randn(len(widths), 512).bfloat16()
     bits_T = torch.tensor(widths)
-    prepared = prepare(x, weight.exponent_K, bits_T[None], 1, group_size, 8)
+    prepared = prepare(x, weight.power_K, bits_T[None], 1, group_size, 8)
     assert prepared.steps_L2 is not None and prepared.steps_L2.tolist() == [steps]
     (out,) = weight.sides(multiply_mixed(prepared, weight, Tile(128, split, 2, 3), torch.float32))
     assert error(out, routed_linear(x, weight_WNK, bias_WN, bits_T)) < 1e-5
@@ -51,7 +51,7 @@ def test_fewer_stored_bits(max_bits: int, widths: list[int]) -> None:
     weight, weight_WNK, bias_WN = random_weight(64, 256, 128, max_bits=max_bits)
     x = torch.randn(len(widths), 256).half()
     bits_T = torch.tensor(widths, dtype=torch.int32)
-    prepared = prepare(x, weight.exponent_K, bits_T[None], 1, 128, max_bits)
+    prepared = prepare(x, weight.power_K, bits_T[None], 1, 128, max_bits)
     (out,) = weight.sides(multiply_mixed(prepared, weight, Tile(128, 1, 2, 3), torch.float32))
     assert error(out, routed_linear(x, weight_WNK, bias_WN, bits_T)) < 1e-5
 
@@ -65,7 +65,7 @@ def test_linears_of_one_input(bits: list[list[int]], split: int) -> None:
     made = [random_weight(rows, 512, 128) for rows in (100, 64, 200)[: len(bits)]]
     joined = join_digits([weight for weight, *_ in made])
     x = torch.randn(len(bits[0]), 512).half()
-    prepared = prepare(x, joined.exponent_K, torch.tensor(bits), len(bits), 128, 8)
+    prepared = prepare(x, joined.power_K, torch.tensor(bits), len(bits), 128, 8)
     out_TN = multiply_mixed(prepared, joined, Tile(64, split, 2, 3), torch.float32)
     for out, (_, weight_WNK, bias_WN), widths in zip(joined.sides(out_TN), made, bits, strict=True):
         expected = routed_linear(x, weight_WNK, bias_WN, torch.tensor(widths))
@@ -83,7 +83,7 @@ def test_known_weights() -> None:
     x[:, 37] = 1
     expected = torch.tensor([1.5, 1.75, 1.625, 1.71875, 1.7109375])
     tile = Tile(128, 1, 2, 3)
-    prepared = prepare(x, weight.exponent_K, torch.tensor([WIDTHS]), 1, 128, 8)
+    prepared = prepare(x, weight.power_K, torch.tensor([WIDTHS]), 1, 128, 8)
     (out,) = weight.sides(multiply_mixed(prepared, weight, tile, torch.float32))
     assert torch.equal(out, expected[:, None].expand(5, 64))
 
@@ -94,7 +94,7 @@ def test_tokens_of_any_magnitude(magnitude: float) -> None:
     x = (torch.randn(2, 256) * magnitude).bfloat16()
     x[0, 7] = 100 * magnitude
     bits_T = torch.tensor([3, 8])
-    prepared = prepare(x, weight.exponent_K, bits_T[None], 1, 128, 8)
+    prepared = prepare(x, weight.power_K, bits_T[None], 1, 128, 8)
     (out,) = weight.sides(multiply_mixed(prepared, weight, Tile(128, 1, 2, 3), torch.float32))
     assert error(out, routed_linear(x, weight_WNK, bias_WN, bits_T)) < 1e-4
 
@@ -102,7 +102,7 @@ def test_tokens_of_any_magnitude(magnitude: float) -> None:
 def test_a_token_of_zeros_gives_the_bias() -> None:
     weight, _, bias_WN = random_weight(64, 256, 128)
     x, bits_LT = torch.zeros(2, 256).half(), torch.tensor([[4, 2]])
-    prepared = prepare(x, weight.exponent_K, bits_LT, 1, 128, 8)
+    prepared = prepare(x, weight.power_K, bits_LT, 1, 128, 8)
     (out,) = weight.sides(multiply_mixed(prepared, weight, Tile(128, 1, 2, 3), torch.float32))
     assert torch.equal(out, bias_WN[[2, 0]])
 
@@ -111,7 +111,7 @@ def test_strided_tokens() -> None:
     weight, weight_WNK, bias_WN = random_weight(64, 256, 128)
     x = torch.randn(256, 3).half().T
     bits_T = torch.tensor([[3, 8], [2, 8], [3, 8]])[:, 0]
-    prepared = prepare(x, weight.exponent_K, bits_T[None], 1, 128, 8)
+    prepared = prepare(x, weight.power_K, bits_T[None], 1, 128, 8)
     (out,) = weight.sides(multiply_mixed(prepared, weight, Tile(64, 1, 2, 3), torch.float32))
     assert error(out, routed_linear(x, weight_WNK, bias_WN, bits_T)) < 1e-5
 

@@ -36,7 +36,7 @@ def test_equals_the_definition(
     x = torch.randn(tokens, inputs).bfloat16()
     joined = join_digits([weight for weight, *_ in made])
     widths = bits if known else torch.full((2, 1), bits)
-    prepared = prepare(x, joined.exponent_K, widths, 2, group_size, 8)
+    prepared = prepare(x, joined.power_K, widths, 2, group_size, 8)
     out_TN = multiply_narrow(prepared, bits if known else None, joined, tile, torch.float32)
     for out, (_, weight_WNK, bias_WN) in zip(joined.sides(out_TN), made, strict=True):
         expected = routed_linear(x, weight_WNK, bias_WN, torch.full((tokens,), bits))
@@ -54,7 +54,7 @@ def test_tokens_at_widths_of_their_own(
     weight, weight_WNK, bias_WN = random_weight(70, inputs, group_size)
     x = torch.randn(len(widths), inputs).bfloat16()
     bits_T = torch.tensor(widths)
-    prepared = prepare(x, weight.exponent_K, bits_T[None], 1, group_size, 8)
+    prepared = prepare(x, weight.power_K, bits_T[None], 1, group_size, 8)
     (out,) = weight.sides(multiply_narrow(prepared, None, weight, Tile(16, 1, 4, 1), torch.float32))
     assert error(out, routed_linear(x, weight_WNK, bias_WN, bits_T)) < 2e-5
 

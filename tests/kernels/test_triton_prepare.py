@@ -14,6 +14,8 @@ from tests.support.weights import exponents
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
+POWERS = {inputs: powers_of_two(exponents(inputs)) for inputs in (64, 256)}
+
 
 def _gates(width: int, inputs: int, linears: int, max_bits: int, log_threshold: float) -> Gates:
     precision = Precision(max_bits)
@@ -42,7 +44,7 @@ def test_the_router_equals_its_definition(
     torch.manual_seed(tokens)
     gates = _gates(width, inputs, linears, max_bits, log_threshold)
     x = (torch.randn(tokens, inputs) * torch.rand(tokens, 1).exp()).half()
-    prepared = prepare(x, exponents(inputs), gates, linears, 32, max_bits)
+    prepared = prepare(x, powers_of_two(exponents(inputs)), gates, linears, 32, max_bits)
     expected = route(x, gates.trunk_HK.float(), gates.offset_H, gates.head_ELF, gates.threshold_EL)
     assert torch.equal(prepared.bits_LT[:, :tokens].long(), expected)
     most = expected.amax(1)
@@ -57,32 +59,32 @@ def test_the_router_equals_its_definition(
 
 def test_inputs_are_scaled_as_their_columns_are() -> None:
     torch.manual_seed(1)
-    x, exponent_K = torch.randn(8, 384).bfloat16(), exponents(384)
-    found = prepare(x, exponent_K, 8, 1, 128, 8)
-    unscaled_K = torch.zeros_like(exponent_K)
-    expected = prepare(x.float() * powers_of_two(exponent_K), unscaled_K, 8, 1, 128, 8)
+    x, power_K = torch.randn(8, 384).bfloat16(), powers_of_two(exponents(384))
+    found = prepare(x, power_K, 8, 1, 128, 8)
+    ones_K = torch.ones(384)
+    expected = prepare(x.float() * power_K, ones_K, 8, 1, 128, 8)
     for name in ("x_TK", "sum_GT", "bias_sum_GT", "unscale_T"):
         assert torch.equal(getattr(found, name), getattr(expected, name))
-    assert not torch.equal(found.x_TK, prepare(x, unscaled_K, 8, 1, 128, 8).x_TK)
+    assert not torch.equal(found.x_TK, prepare(x, ones_K, 8, 1, 128, 8).x_TK)
 
 
 def test_a_token_of_zeros_is_routed_like_any_other() -> None:
     gates = _gates(4, 64, 2, 8, 0.0)
     x = torch.zeros(2, 64).half()
     expected = route(x, gates.trunk_HK.float(), gates.offset_H, gates.head_ELF, gates.threshold_EL)
-    assert torch.equal(prepare(x, exponents(64), gates, 2, 32, 8).bits_LT[:, :2].long(), expected)
+    assert torch.equal(prepare(x, POWERS[64], gates, 2, 32, 8).bits_LT[:, :2].long(), expected)
 
 
 def test_widths_for_all_tokens_of_each_linear() -> None:
     widths = torch.tensor([[6], [3], [2]], dtype=torch.int32)
-    prepared = prepare(torch.randn(3, 64).half(), exponents(64), widths, 3, 32, 8)
+    prepared = prepare(torch.randn(3, 64).half(), POWERS[64], widths, 3, 32, 8)
     assert not prepared.mixed
     assert prepared.bits_LT[:, :3].tolist() == [[6] * 3, [3] * 3, [2] * 3]
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_one_width_for_all(bits: int) -> None:
-    prepared = prepare(torch.randn(2, 64).half(), exponents(64), bits, 2, 32, 8)
+    prepared = prepare(torch.randn(2, 64).half(), POWERS[64], bits, 2, 32, 8)
     assert prepared.bits_LT[:, :2].tolist() == [[bits] * 2] * 2
     assert not prepared.mixed
 
@@ -91,21 +93,21 @@ def test_tallies_tokens_and_bits() -> None:
     tally = torch.zeros(2, 2, dtype=torch.int64)
     widths = torch.tensor([[2, 8, 3], [4, 4, 6]])
     x = torch.randn(3, 64).half()
-    prepare(x, exponents(64), widths, 2, 32, 8, tally)
-    prepare(x, exponents(64), 3, 2, 32, 8, tally)
-    prepare(x, exponents(64), widths, 2, 32, 8)
+    prepare(x, POWERS[64], widths, 2, 32, 8, tally)
+    prepare(x, POWERS[64], 3, 2, 32, 8, tally)
+    prepare(x, POWERS[64], widths, 2, 32, 8)
     assert tally.tolist() == [[6, 6], [13 + 9, 14 + 9]]
 
 
 def test_tokens_that_cannot_differ_are_not_mixed() -> None:
     x, two = torch.randn(2, 64).half(), torch.tensor([[3, 8]])
-    assert prepare(x, exponents(64), two, 1, 32, 8).mixed
-    assert not prepare(x[:1], exponents(64), two[:, :1], 1, 32, 8).mixed
-    assert not prepare(x, exponents(64), torch.tensor([[2, 2]]), 1, 32, 2).mixed
+    assert prepare(x, POWERS[64], two, 1, 32, 8).mixed
+    assert not prepare(x[:1], POWERS[64], two[:, :1], 1, 32, 8).mixed
+    assert not prepare(x, POWERS[64], torch.tensor([[2, 2]]), 1, 32, 2).mixed
 
 
 def test_no_more_linears_and_tokens_than_it_takes() -> None:
     with pytest.raises(ValueError, match="4 linears: the kernels take 1 to 3"):
-        prepare(torch.zeros(1, 256).half(), exponents(256), 2, 4, 128, 8)
+        prepare(torch.zeros(1, 256).half(), POWERS[256], 2, 4, 128, 8)
     with pytest.raises(ValueError, match="65 tokens: the kernels take 1 to 64"):
-        prepare(torch.zeros(65, 256).half(), exponents(256), 2, 1, 128, 8)
+        prepare(torch.zeros(65, 256).half(), POWERS[256], 2, 1, 128, 8)

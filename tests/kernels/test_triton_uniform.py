@@ -41,7 +41,7 @@ def test_equals_the_definition(
     x = torch.randn(tokens, inputs).bfloat16()
     widths = bits if known else torch.full((2, 1), bits)
     joined = join_digits([weight for weight, *_ in made])
-    prepared = prepare(x, joined.exponent_K, widths, 2, group_size, 8)
+    prepared = prepare(x, joined.power_K, widths, 2, group_size, 8)
     asked = bits if known else None
     out_TN = multiply_uniform(prepared, asked, joined, Tile(64, split, 4, 2), torch.float32)
     for out, (_, weight_WNK, bias_WN) in zip(joined.sides(out_TN), made, strict=True):
@@ -62,7 +62,7 @@ def test_linears_of_one_input_at_widths_the_device_knows(
     joined = join_digits([weight for weight, *_ in made])
     widths = torch.tensor([[3], [2], [max_bits]])
     x = torch.randn(5, 512).half()
-    prepared = prepare(x, joined.exponent_K, widths, 3, 128, max_bits)
+    prepared = prepare(x, joined.power_K, widths, 3, 128, max_bits)
     out_TN = multiply(prepared, None, joined, tile, torch.float32)
     for out, (_, weight_WNK, bias_WN), bits in zip(
         joined.sides(out_TN), made, widths[:, 0], strict=True
@@ -75,7 +75,7 @@ def test_a_tile_does_not_reach_into_the_next_linear(
     multiply: Callable[..., Tensor],
 ) -> None:
     joined = join_digits([random_weight(rows, 256, 128)[0] for rows in (128, 384)])
-    prepared = prepare(torch.randn(1, 256).half(), joined.exponent_K, 2, 2, 128, 8)
+    prepared = prepare(torch.randn(1, 256).half(), joined.power_K, 2, 2, 128, 8)
     with pytest.raises(ValueError, match=r"256 rows do not divide linears of \(0, 128, 512\) rows"):
         multiply(prepared, 2, joined, Tile(256, 1, 4, 3), torch.float16)
 
@@ -90,7 +90,7 @@ def test_known_weights() -> None:
     x = torch.zeros(2, 256).half()
     x[:, 37] = 1
     for bits, value in zip(WIDTHS, (1.5, 1.75, 1.625, 1.71875, 1.7109375), strict=True):
-        prepared = prepare(x, weight.exponent_K, bits, 1, 128, 8)
+        prepared = prepare(x, weight.power_K, bits, 1, 128, 8)
         (out,) = weight.sides(
             multiply_uniform(prepared, bits, weight, Tile(128, 1, 4, 3), torch.float32)
         )
@@ -102,7 +102,7 @@ def test_tokens_of_any_magnitude(magnitude: float) -> None:
     weight, weight_WNK, bias_WN = random_weight(64, 256, 128, bias=0.0)
     x = (torch.randn(2, 256) * magnitude).bfloat16()
     x[0, 7] = 100 * magnitude
-    prepared = prepare(x, weight.exponent_K, 8, 1, 128, 8)
+    prepared = prepare(x, weight.power_K, 8, 1, 128, 8)
     (out,) = weight.sides(multiply_uniform(prepared, 8, weight, Tile(128, 1, 4, 3), torch.float32))
     assert error(out, routed_linear(x, weight_WNK, bias_WN, torch.tensor([8, 8]))) < 1e-4
 
@@ -114,7 +114,7 @@ def test_as_many_slices_as_are_there() -> None:
     x = torch.zeros(20, 256).half()
     x[:, 100] = 2.0
     for bits, value in ((2, 2.5), (3, 2.75), (4, 2.875)):
-        prepared = prepare(x, weight.exponent_K, bits, 1, 128, 4)
+        prepared = prepare(x, weight.power_K, bits, 1, 128, 4)
         (out,) = weight.sides(
             multiply_uniform(prepared, bits, weight, Tile(128, 1, 4, 2), torch.float32)
         )

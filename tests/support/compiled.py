@@ -37,7 +37,6 @@ POINTERS = {
     "out_ptr": "*bf16",
     "trunk_ptr": "*fp16",
     "x16_ptr": "*fp16",
-    "exponent_ptr": "*i8",
     "given_ptr": "*i64",
     "tally_ptr": "*i64",
 }
