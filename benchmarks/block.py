@@ -27,9 +27,10 @@ from mbq.artifacts.spec import Optimisation, Routing
 from mbq.kernels.widths import CODE_BITS, WIDTHS
 from mbq.workers.calibrate import calibrate_block
 from mbq.workers.determinism import attention, hardware_kind, pin
+from mbq.workers.importance import channel_importance
 from mbq.workers.model import Model, open_model
 from mbq.workers.pack import encode_block
-from mbq.workers.route import channel_importance, first_sequences, fit_routers
+from mbq.workers.route import first_sequences, fit_routers
 
 
 @click.command()

@@ -32,7 +32,7 @@ from mbq.kernels import dispatch
 from mbq.kernels.bitplanes import pack_planes, unpack_planes
 from mbq.kernels.digits import Digits, pack_digits, unpack_digits
 from mbq.kernels.precision import Precision
-from mbq.kernels.quantize import dequantize, powers_of_two, unpack_pair
+from mbq.kernels.quantize import reconstruct, unpack_pair
 from mbq.kernels.shared_input import SharedInput
 from mbq.kernels.widths import WIDTHS, WORD_BITS, slices_of, widths_up_to
 
@@ -97,10 +97,9 @@ class ElasticLinear(nn.Module):
 
     def weight(self, bits: int) -> Tensor:
         """Dequantized weight at a width, gain and powers of two included: float32 [N, K]."""
-        scale_NG, zero_NG = unpack_pair(self.get_buffer("scale_zero"))
-        gain_N, _ = unpack_pair(self.get_buffer(f"gain_bias_{bits}"))
-        weight_NK = dequantize(self._code(bits), scale_NG, zero_NG, bits).mul_(gain_N[:, None])
-        return weight_NK.mul_(powers_of_two(self.get_buffer("exponent")))
+        exponent_K, scale_zero_NG = self.get_buffer("exponent"), self.get_buffer("scale_zero")
+        gain_bias_N = self.get_buffer(f"gain_bias_{bits}")
+        return reconstruct(self._code(bits), exponent_K, scale_zero_NG, gain_bias_N, bits)
 
     def forward(self, x: Tensor) -> Tensor:
         if _opaque(x):

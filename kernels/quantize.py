@@ -70,6 +70,15 @@ def dequantize(code_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor, bits: int) ->
     return weight_NK
 
 
+def reconstruct(
+    code_NK: Tensor, exponent_K: Tensor, scale_zero_NG: Tensor, gain_bias_N: Tensor, bits: int
+) -> Tensor:
+    """Weight of an elastic linear at a width, from what is stored of it: float32 [N, K]."""
+    gain_N, _ = unpack_pair(gain_bias_N)
+    weight_NK = dequantize(code_NK, *unpack_pair(scale_zero_NG), bits).mul_(gain_N[:, None])
+    return weight_NK.mul_(powers_of_two(exponent_K))
+
+
 def powers_of_two(exponent_K: Tensor) -> Tensor:
     """2 to integers of -126 to 127, exactly: float32 [K]."""
     return (exponent_K.to(torch.int32) + 127 << 23).view(torch.float32)

@@ -5,9 +5,7 @@ must reproduce, at each trained width, what the full-precision block outputs:
 
     loss_b = MSE(block_b(x_b), block(x)) / (running mean of that MSE) ^ balance
 
-where a token counts as one of ten times the usual energy at most (`token_weights`): large
-models give the first token, and few others, values of thousands (massive activations, arXiv
-2402.17762), and their errors would be all that is trained.
+where tokens of massive values count less (`observe.py`).
 
 Each step descends on the lowest width and on one of the others, drawn, one after the other, so that
 only one graph is alive. Trained are, per linear (`trainable.py`): the weight, the ends of every
@@ -15,18 +13,7 @@ group's range, and a gain and a bias per output channel at every trained width.
 
 Training starts from codes that compensate for each other's errors at all trained widths
 (`gptq.py`): gradients then have less to find, and what they find for one width harms others less.
-Low widths weigh more in that loss than high ones, because high ones can be mended afterwards at no
-cost to them. For every further trained width, the bits of the width before it and all ranges are
-kept, the bits below are chosen anew, compensating for what the kept ones cost, and that width is
-trained together with the next one, or alone if it is the last. The bits below the last trained
-width are only chosen.
-
-Whenever bits are chosen, biases of those widths are set to what they lose of the mean input, and
-those of other widths at the end: where inputs have a large constant part, training alone does not
-get that far.
-
-Method `joint` is that. Method `clip` is MoBiQuant's recipe (arXiv 2602.20191, algorithm 1): weights
-frozen, no gains, ranges trained first for 2 bits alone, then for all widths together.
+Widths are trained in stages (`stages.py`).
 
 Legend: N out_features, K in_features, G groups, B sequences, T tokens, H hidden_size.
 """
@@ -43,10 +30,12 @@ from torch import Tensor, nn
 from mbq.artifacts.errors import NumericError
 from mbq.artifacts.spec import Optimisation
 from mbq.kernels.quantize import powers_of_two
-from mbq.kernels.widths import CODE_BITS, SLICE_BITS, WIDTHS
+from mbq.kernels.widths import SLICE_BITS, WIDTHS
 from mbq.workers.balance import column_exponents
 from mbq.workers.gptq import factor, gram_matrices
-from mbq.workers.model import BlockRunner, hooked, linears
+from mbq.workers.model import BlockRunner, linears
+from mbq.workers.observe import Passed, Target, observe
+from mbq.workers.stages import Stage, stages_of
 from mbq.workers.trainable import CalibratedLinear, TrainableLinear
 
 # By width, then by the linear's name.
@@ -56,48 +45,11 @@ _FINAL_RATE = 0.05
 _RUNNING_MEAN_DECAY = 0.9
 # A block that outputs zeros is reproduced exactly; nothing is divided by its loss.
 _SMALLEST_LOSS = 1e-30
-# Energy of a token, in medians, above which its errors count less.
-_MOST_ENERGY = 10.0
 # Of Adam: far below any gradient. Those of a large block are 1e-9 and less, and steps must not
 # depend on that.
 _EPSILON = 1e-20
 # Errors before and after are a report, not a decision: a few sequences are enough.
 _SHOWN_SEQUENCES = 16
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """A part of training.
-
-    Attributes:
-        kept_bits: bits that do not change any more, and with them the ranges; 0 for none.
-        chosen: widths for which the bits below those are chosen anew before training.
-        corrected: widths whose biases then are set to what they lose of the mean input.
-        trained: widths drawn.
-        passes: over the sequences.
-    """
-
-    kept_bits: int
-    chosen: tuple[int, ...]
-    corrected: tuple[int, ...]
-    trained: tuple[int, ...]
-    passes: int
-
-
-@dataclass(frozen=True)
-class _Target:
-    """What a block is to output, and how much the error of each token counts (`token_weights`)."""
-
-    out_BTH: Tensor
-    weight_BT1: Tensor
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """Mean of what enters a linear, and root mean square of what it outputs."""
-
-    input_mean_K: Tensor
-    output_rms: float
 
 
 @dataclass(frozen=True)
@@ -139,14 +91,13 @@ def calibrate_block(
     Raises:
         NumericError: a loss, or what enters a linear, is not finite.
     """
-    target, seen = _observe(block, target_inputs_BTH)
-    stages = _stages(settings)
+    target, passed = observe(block, target_inputs_BTH)
+    stages = stages_of(settings)
     exponents = _exponents(block.module, readers)
     factors = _factors(block, inputs, target_inputs_BTH, stages, exponents)
-    trainables = _replace_linears(block.module, group_size, seen, exponents)
+    trainables = _replace_linears(block.module, group_size, passed, exponents)
     before = _token_errors(block, trainables, inputs, target.out_BTH)
-    means = {name: one.input_mean_K for name, one in seen.items()}
-    _train(block, trainables, inputs, target, factors, means, settings, stages, seed, report)
+    _train(block, trainables, inputs, target, factors, passed, settings, stages, seed, report)
     finished = {name: linear.finish() for name, linear in trainables.items()}
     after = _token_errors(block, trainables, inputs, target.out_BTH)
     return Calibration(
@@ -157,44 +108,11 @@ def calibrate_block(
     )
 
 
-def _observe(block: BlockRunner, inputs_BTH: Tensor) -> tuple[_Target, dict[str, _Seen]]:
-    """What the full-precision block outputs, and what passes each of its linears."""
-    by_name = linears(block.module)
-    entered: dict[str, list[Tensor]] = {name: [] for name in by_name}
-    squares: dict[str, list[Tensor]] = {name: [] for name in by_name}
-
-    def note(name: str, linear: nn.Module, arguments: tuple[Tensor], out: Tensor) -> None:
-        entered[name].append(arguments[0].flatten(0, -2).sum(0, dtype=torch.float32))
-        squares[name].append(out.float().square().sum())
-
-    hooks = (m.register_forward_hook(partial(note, name)) for name, m in by_name.items())
-    with hooked(hooks):
-        out_BTH = block.forward(inputs_BTH)
-    tokens = out_BTH[..., 0].numel()
-    seen = {}
-    for name, linear in by_name.items():
-        square = torch.stack(squares[name]).sum() / (tokens * linear.out_features)
-        seen[name] = _Seen(torch.stack(entered[name]).sum(0) / tokens, square.sqrt().item())
-    return _Target(out_BTH, token_weights(out_BTH)), seen
-
-
-def token_weights(out_BTH: Tensor) -> Tensor:
-    """How much the squared error of each token counts: float32 [B, T, 1].
-
-    1 up to ten times the median energy (mean square over channels), above it that by energy.
-    """
-    energy_BT = torch.stack([out_TH.float().square().mean(1) for out_TH in out_BTH])
-    most = _MOST_ENERGY * energy_BT.cpu().median().item()
-    if most == 0:
-        return torch.ones_like(energy_BT)[..., None]
-    return (most / energy_BT).clamp(max=1.0)[..., None]
-
-
 def _factors(
     block: BlockRunner,
     inputs: Mapping[int, Tensor],
     target_inputs_BTH: Tensor,
-    stages: Sequence[_Stage],
+    stages: Sequence[Stage],
     exponents: Mapping[str, Tensor],
 ) -> Factors:
     """`gptq.factor` of what enters each linear, for the widths that bits are chosen for.
@@ -225,19 +143,15 @@ def _train(
     block: BlockRunner,
     trainables: Mapping[str, TrainableLinear],
     inputs: Mapping[int, Tensor],
-    target: _Target,
+    target: Target,
     factors: Factors,
-    means: Mapping[str, Tensor],
+    passed: Mapping[str, Passed],
     settings: Optimisation,
-    stages: Sequence[_Stage],
+    stages: Sequence[Stage],
     seed: int,
     report: Callable[[float], None],
 ) -> None:
-    """Descend on the joint loss, stage by stage. Arguments as `calibrate_block`'s.
-
-    Args:
-        means: of what enters each linear [K].
-    """
+    """Descend on the joint loss, stage by stage. Arguments as `calibrate_block`'s."""
     usual: dict[int, float] = {}
     steps_done = 0
     sequences = len(target.out_BTH)
@@ -248,7 +162,7 @@ def _train(
             if stage.chosen:
                 linear.compensate(stage.kept_bits, {b: factors[b][name] for b in stage.chosen})
             if stage.corrected:
-                linear.correct(means[name], stage.corrected)
+                linear.correct(passed[name].input_mean_K, stage.corrected)
         if not stage.passes:
             continue
         generator = torch.Generator().manual_seed(seed + number)
@@ -271,7 +185,7 @@ def _descend(
     block: BlockRunner,
     bits: int,
     inputs_BTH: Tensor,
-    target: _Target,
+    target: Target,
     batch: Tensor,
     usual: dict[int, float],
     balance: float,
@@ -308,11 +222,11 @@ def _keep(bins: Mapping[TrainableLinear, tuple[Tensor, Tensor]]) -> None:
 def _replace_linears(
     block: nn.Module,
     group_size: int,
-    seen: Mapping[str, _Seen],
+    passed: Mapping[str, Passed],
     exponents: Mapping[str, Tensor],
 ) -> dict[str, TrainableLinear]:
     trainables = {
-        name: TrainableLinear(linear, group_size, seen[name].output_rms, exponents[name])
+        name: TrainableLinear(linear, group_size, passed[name].output_rms, exponents[name])
         for name, linear in linears(block).items()
     }
     for name, trainable in trainables.items():
@@ -329,23 +243,8 @@ def _exponents(block: nn.Module, readers: Iterable[Sequence[str]]) -> dict[str, 
     return found
 
 
-def _stages(settings: Optimisation) -> list[_Stage]:
-    widths, passes = tuple(sorted(settings.widths)), settings.passes
-    if settings.method == "clip":
-        first = passes // 2
-        return [_Stage(0, (), (), (SLICE_BITS,), first), _Stage(0, (), (), widths, passes - first)]
-    # All bits need no refining: the last ones are chosen, not trained.
-    low = tuple(bits for bits in widths if bits < CODE_BITS) or widths
-    refined = [
-        _Stage(low[i - 1], low[i:], low[i:], low[i : i + 2], passes) for i in range(1, len(low))
-    ]
-    above = tuple(bits for bits in WIDTHS if bits > low[-1])
-    untrained = tuple(bits for bits in WIDTHS if bits not in low)
-    return [_Stage(0, low, low, widths, passes), *refined, _Stage(low[-1], above, untrained, (), 0)]
-
-
 def _optimiser(
-    trainables: Mapping[str, TrainableLinear], settings: Optimisation, stage: _Stage
+    trainables: Mapping[str, TrainableLinear], settings: Optimisation, stage: Stage
 ) -> torch.optim.Optimizer:
     modules = list(trainables.values())
     groups: list[dict[str, Any]] = []

@@ -3,7 +3,7 @@
 A block's blob holds, per linear, `<name>.code` U8 [N, K], `.exponent` I8 [K], `.scale_zero` I32
 [N, G] and `.gain_bias` I32 [W, N], and per router `<name>.trunk` I32 [H, K/2] (float16 pairs),
 `.offset` F32 [H], `.head` F32 [E, L, F] and, for every method, `.knots_<method>` F32 [E, L, 2, Q];
-where there are routers, linears have `.importance` F32 [N] (`route.py`), too. A shard of the
+where there are routers, linears have `.importance` F32 [N] (`importance.py`), too. A shard of the
 checkpoint is written tensor by tensor from such blobs and from the source; nothing but the tensor
 at hand is in memory.
 

@@ -59,7 +59,7 @@ class OracleRouter(nn.Module):
 
     Args:
         sources: weights [N, K] of the linears.
-        importance: of their output channels [N] (`route.channel_importance`).
+        importance: of their output channels [N] (`importance.py`).
     """
 
     def __init__(

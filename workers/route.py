@@ -2,7 +2,7 @@
 
 Per linear and extra width, the *benefit* of a token is how much of the linear's squared output
 error the step to that width removes, each output channel counting as much as the block's output
-depends on it (`channel_importance`). Everything is fitted on calibration tokens: the true benefits
+depends on it (`importance.py`). Everything is fitted on calibration tokens: the true benefits
 of 3 tokens in 4 train a router (`kernels/router.py`), the rest, which it has not seen, tell what
 its scores mean: the mean benefit, per bit, of tokens with such a score, made monotone. Three ways
 to score a token are kept for every input, so that they can be compared on the whole model:
@@ -36,11 +36,10 @@ from torch.nn import functional as F
 
 from mbq.artifacts.checkpoint import KNOTS
 from mbq.artifacts.spec import Routing
-from mbq.kernels.quantize import dequantize, powers_of_two, unpack_pair
+from mbq.kernels.quantize import reconstruct, unpack_pair
 from mbq.kernels.router import features, pack_halves, score, unpack_halves
 from mbq.kernels.widths import SLICE_BITS, WIDTHS, steps_up_to, widths_up_to
 from mbq.workers.model import BlockRunner, hooked
-from mbq.workers.sensitivity import output_gradients
 from mbq.workers.trainable import CalibratedLinear
 
 # One token in four is kept for the maps.
@@ -100,7 +99,7 @@ def fit_routers(
         block: the full-precision one.
         inputs: the linears that read each input, by the input's name.
         calibrated: the block's linears as they were quantized.
-        importance: of their output channels (`channel_importance`).
+        importance: of their output channels (`importance.py`).
         hidden_BTH: hidden states of the full-precision model that enter the block, of the first
             sequences that hold enough tokens.
         seed: of everything drawn.
@@ -144,30 +143,6 @@ def fit_input(
     }
     placed = Trunk(learned.trunk_HK.cpu(), learned.offset_H.cpu(), learned.head_ELF.cpu())
     return FittedInput(placed, {name: value.cpu() for name, value in knots.items()})
-
-
-def channel_importance(block: BlockRunner, hidden_BTH: Tensor, seed: int) -> dict[str, Tensor]:
-    """How much a block's output depends on each output channel of its linears: float32 [N], mean 1.
-
-    Mean squared gradients of its product with random signs: the diagonal of J^T J, of the Jacobian
-    J of the output, estimated as Hutchinson does. A channel that is small but multiplied up later,
-    by another linear or a norm, has a large one. All channels of the block's output count alike, so
-    those of what is only added to the residual stream do, too, whatever later blocks make of them.
-
-    Raises:
-        NumericError: a gradient is not finite.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    parts = hidden_BTH.split(block.microbatch)
-    signs = [
-        (torch.randint(0, 2, part.shape, generator=generator, dtype=torch.int8) * 2 - 1).to(part)
-        for part in parts
-    ]
-    squares, _ = output_gradients(block.module, block, parts, signs)
-    return {
-        name: square_N / square_N.mean() if square_N.any() else torch.ones_like(square_N)
-        for name, square_N in squares.items()
-    }
 
 
 def fit_knots(score_ELT: Tensor, benefit_ELT: Tensor, bins: int) -> Tensor:
@@ -255,14 +230,14 @@ def _benefits(
     """Squared output error that the step to each extra width removes, per token: [E, T]."""
     source_NK = linear.weight
     assert isinstance(source_NK, Tensor)
-    scale_NG, zero_NG = unpack_pair(calibrated.scale_zero_NG.to(x_TK.device))
-    gain_WN, bias_WN = unpack_pair(calibrated.gain_bias_WN.to(x_TK.device))
     code_NK = calibrated.code_NK.to(x_TK.device)
-    power_K = powers_of_two(calibrated.exponent_K.to(x_TK.device))
+    exponent_K = calibrated.exponent_K.to(x_TK.device)
+    scale_zero_NG = calibrated.scale_zero_NG.to(x_TK.device)
+    gain_bias_WN = calibrated.gain_bias_WN.to(x_TK.device)
+    _, bias_WN = unpack_pair(gain_bias_WN)
     errors = []
     for row, bits in enumerate(widths_up_to(max_bits)):
-        weight_NK = dequantize(code_NK, scale_NG, zero_NG, bits).mul_(gain_WN[row][:, None])
-        weight_NK.mul_(power_K)
+        weight_NK = reconstruct(code_NK, exponent_K, scale_zero_NG, gain_bias_WN[row], bits)
         off_NK = (weight_NK - source_NK.float()).to(x_TK.dtype)
         off_TN = F.linear(x_TK, off_NK, bias_WN[row].to(x_TK.dtype))
         errors.append(off_TN.float().square() @ importance_N)

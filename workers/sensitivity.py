@@ -6,7 +6,7 @@ where the loss is the summed negative log likelihood (nats) of a few calibration
 full-precision model: the diagonal of the empirical Fisher information. An output error that is
 independent of the gradient, and as large in channels of large gradients as in others, then costs
 `sensitivity / 2 * |error|^2` nats a token; errors are counted so that they are
-(`route.channel_importance`). The numbers differ by a factor of a thousand between linears, which is
+(`importance.py`). The numbers differ by a factor of a thousand between linears, which is
 why bits are shared across all of them.
 
 One pass forward that keeps what enters each block in host memory, one pass backward, both block by

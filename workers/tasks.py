@@ -48,9 +48,10 @@ from mbq.workers.calibrate import calibrate_block
 from mbq.workers.capture import Hidden
 from mbq.workers.determinism import attention, hardware_kind, seed_of
 from mbq.workers.evaluate import sequence_losses, token_bits
+from mbq.workers.importance import channel_importance
 from mbq.workers.opened import Opened, RunRef
 from mbq.workers.pack import encode_block, encode_routing, encode_shard
-from mbq.workers.route import channel_importance, first_sequences, fit_routers
+from mbq.workers.route import first_sequences, fit_routers
 from mbq.workers.sensitivity import measure_sensitivity
 from mbq.workers.settle import RoutedModel
 from mbq.workers.settle import settle as settle_thresholds

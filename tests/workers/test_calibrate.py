@@ -19,12 +19,11 @@ from mbq.kernels.widths import WIDTHS
 from mbq.workers.calibrate import (
     Calibration,
     _factors,
-    _stages,
     calibrate_block,
-    token_weights,
 )
 from mbq.workers.gptq import factor
 from mbq.workers.model import BlockRunner, open_model
+from mbq.workers.stages import stages_of
 from mbq.workers.trainable import TrainableLinear
 
 # Of a LLaMA's block: what reads the same.
@@ -154,17 +153,6 @@ def test_low_digits_make_up_for_what_keeping_the_trained_ones_costs() -> None:
             for code_NK in (linear.code_NK, nearest_NK)
         )
         assert off < 0.8 * nearest
-
-
-def test_a_token_counts_as_ten_usual_ones_at_most() -> None:
-    target = torch.ones(2, 3, 8)
-    target[0, 1] = 3.0
-    target[1, 2, 5] = 2000.0
-    weight = token_weights(target.bfloat16())
-    ones = [1.0, 1.0, 1.0]
-    # A channel of 2000 is an energy of 500,000 (as bfloat16 has it), of which 10 count.
-    assert weight.flatten().tolist() == [*ones, 1.0, 1.0, pytest.approx(2e-5, rel=0.02)]
-    assert torch.equal(token_weights(torch.zeros(2, 3, 8)), torch.ones(2, 3, 1))
 
 
 def test_few_tokens_of_massive_values_do_not_cost_the_others(tiny_model: Path) -> None:
@@ -343,7 +331,7 @@ def test_bits_are_chosen_by_the_inputs_of_their_width() -> None:
     torch.manual_seed(0)
     block = nn.Sequential(nn.Linear(32, 16, bias=False))
     full, two, four = (torch.randn(8, 4, 32) * torch.rand(32) for _ in range(3))
-    stages = _stages(Optimisation(widths=(2, 4)))
+    stages = stages_of(Optimisation(widths=(2, 4)))
     inputs = {2: two, 4: four}
     runner = BlockRunner(block, lambda module, x: module(x), 4)
     exponent_K = torch.randint(-2, 3, (32,), dtype=torch.int8)

@@ -16,9 +16,10 @@ from mbq.workers import tasks
 from mbq.workers.calibrate import calibrate_block
 from mbq.workers.capture import FULL, to_array
 from mbq.workers.determinism import attention, seed_of
+from mbq.workers.importance import channel_importance
 from mbq.workers.opened import Opened, RunRef
 from mbq.workers.pack import encode_block
-from mbq.workers.route import channel_importance, fit_routers
+from mbq.workers.route import fit_routers
 
 Make = Callable[..., dict[str, Any]]
 
