@@ -31,8 +31,8 @@ def warm_up(model: PreTrainedModel, tokens: Iterable[int] = (1, 128)) -> None:
     `model.warm_up(tokens)`.
 
     Args:
-        tokens: of a pass, all sequences together. 128 stand for all numbers above 64; 1, 8, 16, 32
-            and 64 for those up to them.
+        tokens: of a pass, all sequences together. 128 stand for all numbers above 64, powers of two
+            for those down to the next.
 
     Raises:
         InputError: these are no positive whole numbers.

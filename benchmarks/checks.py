@@ -19,6 +19,8 @@ from mbq.kernels.widths import CODE_BITS, MAX_SLICES, WIDTHS
 # Numbers of tokens, and the widths that they are drawn from.
 CHECKS = (
     *((1, (bits,)) for bits in WIDTHS),
+    (3, (8,)),
+    (4, (2,)),
     (8, (3,)),
     *((33, (bits,)) for bits in WIDTHS),
     (3, (2, 8)),

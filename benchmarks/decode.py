@@ -5,10 +5,9 @@
 
 For every shape, width and number of tokens: time of one launch in a captured graph of many, with
 weights that rotate through more memory than the L2 cache holds; median of replays, and the share
-that the middle half of them spreads over. As in a model a launch knows which weights come next, and
-may ask for them. Bounds: bytes (codes, scales, zeros, inputs, outputs) at the measured speed of
-memory, operations at the measured bf16 speed. `empty` is a graph node of an empty kernel. `blocks`
-are all products of a model in turn, each input made ready as in a step.
+that the middle half of them spreads over. Bounds: bytes (codes, scales, zeros, inputs, outputs) at
+the measured speed of memory, operations at the measured bf16 speed. `empty` is a graph node of an
+empty kernel. `blocks` are all products of a model in turn, each input made ready as in a step.
 `peers` are others in the same run (`kernel_peers.py`). `prompts` are many tokens times a weight
 that is dequantized each time, beside cuBLAS with a weight that is there. Data are random; outputs
 are held against float64 first. Needs torch, triton and click only.
@@ -17,7 +16,7 @@ are held against float64 first. Needs torch, triton and click only.
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,6 @@ from weights import (
     BLOCKS,
     GROUP,
     SHAPES,
-    Turn,
     decode_times,
     hungry_tokens,
     model_in_turn,
@@ -56,6 +54,7 @@ from weights import (
     tokens_at,
 )
 
+from mbq.kernels.digits import Digits
 from mbq.kernels.router import Gates
 from mbq.kernels.timing import time_graph
 from mbq.kernels.triton_dequantize import dequantize_digits
@@ -236,17 +235,17 @@ def time_blocks(model: str) -> list[Point]:
 
 
 def step(
-    block: Callable[[], Turn],
+    block: Callable[[], Iterator[Digits]],
     xs: dict[int, Tensor],
     widths: Mapping[int, int | Gates],
     known: int | None,
 ) -> None:
     """The next block: each of its inputs made ready, and multiplied."""
-    for weight, following in block():
+    for weight in block():
         (n,), k = weight.out_features, weight.in_features
         prepared = prepare(xs[k], weight.power_K, widths[k], SHARING, GROUP, CODE_BITS)
         tile = tile_for(n, k, len(xs[k]), known, prepared.mixed)
-        multiply(prepared, known, weight, tile, following)
+        multiply(prepared, known, weight, tile)
 
 
 def time_prompts(n: int, k: int) -> list[Point]:

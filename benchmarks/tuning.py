@@ -1,32 +1,26 @@
-"""The fastest tiles of a model's shapes on this GPU, and how much to ask for ahead:
-`tiles_<architecture>.json`.
+"""The fastest tiles of a model's shapes on this GPU: `tiles_<architecture>.json`.
 
     python benchmarks/tuning.py --out kernels --model llama2-7b
 
 What is timed is a product and the launch before it, which makes its tokens ready, as in a step: a
-product begins while that launch runs. How much of the next weights a product of few tokens asks
-the L2 cache for is timed on all weights of the model in turn. Adds to what the file holds, fewest
-tokens first, so a run that is cut off leaves what it found. One model takes some minutes, most of
-them for the compiler.
+product begins while that launch runs. Adds to what the file holds, fewest tokens first, so a run
+that is cut off leaves what it found. One model takes some minutes, most of them for the compiler.
 """
 
 import itertools
 import json
-import statistics
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 from compiling import Product, compile_products
-from weights import GROUP, SHAPES, Turn, model_in_turn, multiply, rotation
+from weights import GROUP, SHAPES, multiply, rotation
 
 from mbq.kernels import dispatch
 from mbq.kernels.digits import BLOCK_INPUTS
 from mbq.kernels.timing import time_graph
-from mbq.kernels.triton_narrow import multiply_narrow
-from mbq.kernels.triton_prepare import launching, prepare
+from mbq.kernels.triton_prepare import prepare
 from mbq.kernels.triton_tiles import Tile
 from mbq.kernels.widths import CODE_BITS
 
@@ -34,18 +28,13 @@ SPLITS = (1, 2, 4, 8)
 STAGES = (2, 3)
 # Rows and warps.
 CUTS = ((64, 2), (64, 4), (128, 2), (128, 4), (128, 8))
-# Rows, warps and stages for few tokens, where warps share the inputs.
-NARROW = tuple(itertools.product((16, 32), (2, 4, 8, 16), (1, 2)))
-TOKENS = (1, 16, 32, 64)
+# Rows and warps for few tokens, where warps share the inputs.
+NARROW = tuple(itertools.product((16, 32), (2, 4, 8)))
+TOKENS = (1, 2, 4, 8, 16, 32, 64)
 # What each kind of product is timed at, and where the host does not know it.
 BITS = {"2": 2, "4": 4, "8": 8, dispatch.ANY: 4, dispatch.MIXED: 4}
 UNKNOWN = (dispatch.ANY, dispatch.MIXED)
 LAUNCHES, REPLAYS = 48, 5
-# Bytes to ask for ahead, and the widths at which they are timed.
-AHEAD = (0, *(n << 20 for n in (4, 8, 16, 32)))
-AHEAD_BITS = (2, 4, 8)
-# What it must save, as a share: more than times spread.
-WORTHWHILE = 0.02
 
 
 @click.command()
@@ -75,10 +64,6 @@ def main(out: Path, model: str) -> None:
             of_shape[str(dispatch.token_tile(m, kind))] = best
             keep()
             click.echo(f"{kind} {n} x {k}, {m} tokens: {best}")
-        # Older GPUs cannot ask.
-        if dispatch.narrow(m) and launching(torch.device("cuda"))["PROGRAMMATIC"]:
-            found[dispatch.AHEAD] = best_ahead(model, m, found)
-            keep()
 
 
 def tuned(m: int, kind: str) -> bool:
@@ -103,9 +88,9 @@ def candidates(n: int, k: int, m: int) -> list[Tile]:
     """
     if dispatch.narrow(m):
         return [
-            Tile(rows, split=1, warps=warps, stages=stages)
-            for rows, warps, stages in NARROW
-            if 500 <= n // rows * warps <= 5120 and warps <= k // BLOCK_INPUTS
+            Tile(rows, split=1, warps=warps, stages=1)
+            for rows, warps in NARROW
+            if 500 <= n // rows * warps <= 6000 and warps <= k // BLOCK_INPUTS
         ]
     found = []
     for (rows, warps), split, stages in itertools.product(CUTS, SPLITS, STAGES):
@@ -138,44 +123,6 @@ def fastest(n: int, k: int, m: int, kind: str) -> list[int]:
             click.echo(f"left out: {tile}: {error}"[:200])
     tile = min(seconds, key=lambda t: seconds[t])
     return [tile.rows, tile.split, tile.warps, tile.stages]
-
-
-def best_ahead(model: str, m: int, tiles: dict[str, Any]) -> int:
-    """Bytes to ask for ahead: those at which a block of the model takes least, over all widths.
-
-    None if they save less than the times spread.
-    """
-    shapes = SHAPES[model].values()
-    xs = {k: torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for _, k in shapes}
-    seconds: dict[int, list[float]] = {ahead: [] for ahead in AHEAD}
-    for bits in AHEAD_BITS:
-        kind = dispatch.kind_of(False, bits)
-        width = str(dispatch.token_tile(m, kind))
-        cuts = {(n, k): Tile(*tiles[kind][f"{n} x {k}"][width]) for n, k in shapes}
-        turn, blocks = model_in_turn(model, bits)
-        for ahead in AHEAD:
-            block = partial(multiply_all, turn, len(shapes), xs, bits, cuts, ahead)
-            seconds[ahead].append(time_graph(block, 2 * blocks, REPLAYS)[0])
-            us = 1e6 * seconds[ahead][-1]
-            click.echo(f"{ahead >> 20} MiB ahead, a block at {bits} bits: {us:.1f} us")
-    means = {ahead: statistics.geometric_mean(found) for ahead, found in seconds.items()}
-    best = min(means, key=lambda ahead: means[ahead])
-    return best if means[best] < (1 - WORTHWHILE) * means[0] else 0
-
-
-def multiply_all(
-    turn: Turn,
-    count: int,
-    xs: dict[int, torch.Tensor],
-    bits: int,
-    cuts: dict[tuple[int, int], Tile],
-    ahead: int,
-) -> None:
-    """As many products as a block has, each of their inputs made ready."""
-    for weight, following in itertools.islice(turn, count):
-        (n,), k = weight.out_features, weight.in_features
-        prepared = prepare(xs[k], weight.power_K, bits, 1, GROUP, CODE_BITS)
-        multiply_narrow(prepared, bits, weight, cuts[n, k], torch.bfloat16, following, ahead)
 
 
 if __name__ == "__main__":

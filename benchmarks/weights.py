@@ -42,8 +42,6 @@ BLOCKS = {"llama2-7b": 32, "llama2-13b": 40, "llama3-8b": 32}
 GROUP = 128
 # More than any L2 holds, several times.
 ROTATED_BYTES = 240e6
-# A weight, and the one that is read after it.
-Turn = Iterator[tuple[Digits, Digits]]
 
 
 def random_digits(n: int, k: int) -> Digits:
@@ -75,16 +73,11 @@ def rotation(n: int, k: int, bits: int) -> list[Digits]:
     return [random_digits(n, k) for _ in range(math.ceil(ROTATED_BYTES / (n * k * bits / 8)) + 1)]
 
 
-def model_in_turn(model: str, bits: int) -> tuple[Turn, int]:
-    """Weights of a model in the order of its blocks, and how many leave the cache at a width."""
+def model_in_turn(model: str, bits: int) -> tuple[Iterator[Digits], int]:
+    """Weights of a model's blocks, over and over, and of how many: they leave the cache."""
     shapes = list(SHAPES[model].values())
     count = math.ceil(ROTATED_BYTES / (sum(n * k for n, k in shapes) * bits / 8)) + 1
-    return in_turn([random_digits(n, k) for _ in range(count) for n, k in shapes]), count
-
-
-def in_turn(weights: list[Digits]) -> Turn:
-    """Weights, over and over."""
-    return itertools.pairwise(itertools.cycle(weights))
+    return itertools.cycle([random_digits(n, k) for _ in range(count) for n, k in shapes]), count
 
 
 def tile_for(n: int, k: int, m: int, bits: int | None, mixed: bool = False) -> Tile:
@@ -92,29 +85,18 @@ def tile_for(n: int, k: int, m: int, bits: int | None, mixed: bool = False) -> T
     return dispatch.tile(n, k, GROUP, m, torch.device("cuda"), dispatch.kind_of(mixed, bits))
 
 
-def multiply(
-    prepared: Prepared,
-    bits: int | None,
-    weight: Digits,
-    tile: Tile,
-    following: Digits | None = None,
-) -> torch.Tensor:
+def multiply(prepared: Prepared, bits: int | None, weight: Digits, tile: Tile) -> torch.Tensor:
     """Tokens times one weight, by the kernel that serves them."""
-    return dispatch.multiply(prepared, bits, weight, tile, torch.bfloat16, following)
+    return dispatch.multiply(prepared, bits, weight, tile, torch.bfloat16)
 
 
 def decode_times(
     weights: list[Digits], prepared: Prepared, bits: int | None, tile: Tile, replays: int = 15
 ) -> tuple[float, float]:
     """Seconds of one multiplication, weights rotating."""
-    turn = in_turn(weights)
+    turn = itertools.cycle(weights)
     launches = max(len(weights), 24)
-
-    def launch() -> None:
-        weight, following = next(turn)
-        multiply(prepared, bits, weight, tile, following)
-
-    return time_graph(launch, launches, replays)
+    return time_graph(lambda: multiply(prepared, bits, next(turn), tile), launches, replays)
 
 
 def tokens_at(m: int, k: int, bits: int) -> Prepared:

@@ -74,17 +74,6 @@ class Digits:
         """The first row of each linear, and the end of the last."""
         return starts_of(self.out_features)
 
-    def first_blocks(self, planes: int, most_bytes: int) -> tuple[int, int, int]:
-        """As many first blocks of so many planes as there is room for, with their scales.
-
-        Returns bytes: of a plane, and of those blocks, in each plane and of scales.
-        """
-        _, _, blocks, rows, words = self.digits_SHBN16.shape
-        word_bytes = rows * words * self.digits_SHBN16.itemsize
-        scale_bytes = rows * BLOCK_INPUTS // self.group_size * self.scale_zero_GN.itemsize
-        first = min(blocks, most_bytes // (planes * word_bytes + scale_bytes))
-        return blocks * word_bytes, first * word_bytes, first * scale_bytes
-
     def sides(self, out: Tensor) -> tuple[Tensor, ...]:
         """Products [..., N] of each linear, of those that lie side by side: [..., N']."""
         return sides(out, self.starts, self.out_features)

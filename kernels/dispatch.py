@@ -7,9 +7,6 @@ Cuts that were measured ship as `tiles_<architecture>.json`, made by `benchmarks
 where the kind is "mixed", or for tokens of one width the bits of a field (`triton_uniform.py`), or
 "any" where only the device knows it.
 
-"ahead_bytes" there is how much of the weights that come next the L2 cache is asked for by a product
-of few tokens; where that was not measured, nothing.
-
 Other shapes take a rule of thumb: enough programs to fill the device a few times.
 """
 
@@ -27,6 +24,7 @@ from mbq.kernels.widths import CODE_BITS
 
 try:
     from mbq.kernels import (
+        triton_columns,
         triton_dequantize,
         triton_mixed,
         triton_narrow,
@@ -40,15 +38,12 @@ else:
     _TRITON = True
 
 MIXED, ANY = "mixed", "any"
-AHEAD = "ahead_bytes"
-# Kinds that leave the least room in registers.
-_FULL = (str(CODE_BITS), ANY)
 _Tiles = dict[str, dict[str, dict[str, list[int]]]]
 
 # Programs to aim at: three for each of a large GPU's multiprocessors.
 _PROGRAMS = 396
-# Warps to aim at: 8 for each.
-_WARPS = 1024
+# Warps to aim at, of programs of few tokens: 10 for each.
+_WARPS = 1300
 # Tiles were measured for groups of this size; larger ones take no more registers.
 _MEASURED_GROUP = 128
 # A100 and Orin, H100, B200 and B300: the others have 99 KiB of shared memory for a program.
@@ -104,12 +99,10 @@ def decode(
     max_bits: int,
     weight: Digits,
     tally: Tensor | None = None,
-    following: Digits | None = None,
 ) -> Tensor:
-    """Tokens that `decodes` accepts times the weights of linears that share them.
+    """Tokens that `decodes` accepts times the weights of linears that share them: [T, N'].
 
-    Arguments as those of `triton_prepare.prepare`, and the weights that are read next on this
-    device, if that is known. Returns [T, N'], linears side by side (`Digits.sides`).
+    Arguments as those of `triton_prepare.prepare`. Linears lie side by side (`Digits.sides`).
     """
     # Triton launches on the current device, whatever the tensors' is.
     with torch.cuda.device_of(x_TK):
@@ -122,7 +115,7 @@ def decode(
         cut = tile(rows, inputs, weight.group_size, len(x_TK), x_TK.device, kind)
         if any(start % cut.rows for start in weight.starts):
             cut = dataclasses.replace(cut, rows=ROW_MULTIPLE)
-        return multiply(prepared, bits, weight, cut, x_TK.dtype, following)
+        return multiply(prepared, bits, weight, cut, x_TK.dtype)
 
 
 def multiply(
@@ -131,25 +124,22 @@ def multiply(
     weight: Digits,
     cut: "triton_tiles.Tile",
     dtype: torch.dtype,
-    following: Digits | None = None,
 ) -> Tensor:
     """Prepared tokens times the weights of linears, by the kernel that serves them: [T, N'].
 
     Args:
         bits: the width of all tokens, or None if only the device knows it.
-        following: weights that are read next, if that is known.
     """
-    if narrow(len(prepared.x_TK)):
-        ahead = bytes_ahead(prepared.x_TK.device)
-        return triton_narrow.multiply_narrow(prepared, bits, weight, cut, dtype, following, ahead)
+    if narrow(prepared.tokens):
+        return triton_narrow.multiply_narrow(prepared, bits, weight, cut, dtype)
     if prepared.mixed:
         return triton_mixed.multiply_mixed(prepared, weight, cut, dtype)
     return triton_uniform.multiply_uniform(prepared, bits, weight, cut, dtype)
 
 
-def narrow(width: int) -> bool:
+def narrow(tokens: int) -> bool:
     """Whether tokens are few enough to be multiplied by warps on their own."""
-    return width <= triton_narrow.TOKENS
+    return tokens <= triton_columns.COLUMNS
 
 
 def dequantize(weight: Digits, bits: int, dtype: torch.dtype) -> Tensor:
@@ -180,7 +170,7 @@ def tile(
 ) -> "triton_tiles.Tile":
     """How to cut a multiplication on a device."""
     architecture = _architecture(device)
-    known, _ = _measured(architecture)
+    known = _measured(architecture)
     rows = -(-out_features // ROW_MULTIPLE) * ROW_MULTIPLE
     blocks = -(-in_features // BLOCK_INPUTS)
     width = token_tile(tokens, kind)
@@ -195,15 +185,10 @@ def tile(
     return default_tile(rows, blocks, width, kind, small, architecture)
 
 
-@cache
-def bytes_ahead(device: torch.device) -> int:
-    """How many bytes of the weights that come next the L2 cache is asked for on a device."""
-    _, ahead = _measured(_architecture(device))
-    return ahead
-
-
 def token_tile(tokens: int, kind: str) -> int:
     """Tokens of a program."""
+    if narrow(tokens):
+        return triton_narrow.columns(tokens, kind == MIXED)
     padded = triton_prepare.padded_tokens(tokens)
     return min(padded, triton_mixed.MOST_TILE_TOKENS) if kind == MIXED else padded
 
@@ -221,12 +206,11 @@ def default_tile(
     8 or more on each multiprocessor, as in the fastest tiles that were measured on an H200.
     """
     if narrow(width):
-        return _narrow_tile(rows, blocks, kind)
+        return _narrow_tile(rows, blocks, width, kind)
     wide = width > 32
-    # Eight bits fill the registers, and so do sums that are restarted at every group.
-    full = kind in _FULL if width <= 8 else small_groups
-    # There sums lie in tensor memory, which 128 rows of 64 tokens would overfill.
-    full |= wide and architecture[0] == 10
+    # Sums that are restarted at every group fill the registers; and B200's lie in tensor memory,
+    # which 128 rows of 64 tokens would overfill.
+    full = small_groups or (wide and architecture[0] == 10)
     cut = ROW_MULTIPLE // 2 if full else ROW_MULTIPLE
     # Of 64 tokens one program fills a multiprocessor, and parts are as large as codes.
     most = _PROGRAMS // 2 if wide else _PROGRAMS
@@ -237,15 +221,16 @@ def default_tile(
     return triton_tiles.Tile(cut, split, warps=8 if wide else 4, stages=stages)
 
 
-def _narrow_tile(rows: int, blocks: int, kind: str) -> "triton_tiles.Tile":
-    """Of a product that warps share by its inputs: few warps a program, few blocks a warp."""
+def _narrow_tile(rows: int, blocks: int, width: int, kind: str) -> "triton_tiles.Tile":
+    """Of a product that warps share by its inputs: few warps a program, if there are enough."""
     if kind == MIXED:
         # One cut for all shapes: this kernel takes longest to compile.
         return triton_tiles.Tile(16, split=1, warps=4, stages=1)
     # 32 rows make more of each token, 16 leave more for programs to share and less in registers.
-    cut = 32 if rows >= 32 * _PROGRAMS // 2 and kind not in _FULL else 16
+    tall = kind == "2" or (kind == "4" and width == triton_columns.COLUMNS)
+    cut = 32 if tall and rows >= 32 * _PROGRAMS // 2 else 16
     warps = 2
-    while warps < 8 and (rows // cut * warps < _WARPS or blocks > 8 * warps):
+    while warps < 8 and rows // cut * warps < _WARPS and warps < blocks:
         warps *= 2
     return triton_tiles.Tile(cut, split=1, warps=warps, stages=1)
 
@@ -255,11 +240,7 @@ def _architecture(device: torch.device) -> tuple[int, int]:
 
 
 @cache
-def _measured(architecture: tuple[int, int]) -> tuple[_Tiles, int]:
-    """Tiles, and bytes to ask for ahead."""
+def _measured(architecture: tuple[int, int]) -> _Tiles:
     stored = Path(__file__).with_name(f"tiles_sm{architecture[0]}{architecture[1]}.json")
-    if not stored.is_file():
-        return {}, 0
-    found = json.loads(stored.read_text(encoding="utf-8"))
-    ahead: int = found.pop(AHEAD, 0)
-    return found, ahead
+    found: _Tiles = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
+    return found

@@ -7,9 +7,6 @@ asks for its widths and multiplies alone.
 A launch captured in a graph always asks the router on the device, even where all tokens have one
 width: replayed, it follows whatever width was set last.
 
-Passes repeat: whatever came after an input the last time is taken for what comes next, so that its
-weights can be asked for early. Only speed depends on it.
-
 For `torch.compile` all linears of an input are one operator, which decides when it is called: a
 width that is set later compiles nothing anew.
 
@@ -35,8 +32,6 @@ if TYPE_CHECKING:
 # By number, which stands for one in what `torch.compile` makes.
 _SHARED: "weakref.WeakValueDictionary[int, SharedInput]" = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
-# Whose product was made last, by device.
-_LATEST: "dict[torch.device, weakref.ref[SharedInput]]" = {}
 
 
 class SharedInput:
@@ -57,8 +52,6 @@ class SharedInput:
         self._waiting: tuple[weakref.ref[Tensor], dict[int, Tensor]] | None = None
         # The same while `torch.compile` traces, which knows no weak references.
         self._traced: tuple[Tensor, dict[int, Tensor]] | None = None
-        # What was multiplied by after this the last time.
-        self._following: weakref.ref[SharedInput] | None = None
 
     @property
     def linears(self) -> tuple["ElasticLinear", ...]:
@@ -158,7 +151,6 @@ class SharedInput:
         served = dispatch.decodes(x, tokens, first.group_size)
         if not served or len(linears) > MOST_LINEARS:
             return None
-        self._note_order(x.device)
         with torch.no_grad():
             out = dispatch.decode(
                 x.reshape(tokens, first.in_features),
@@ -166,7 +158,6 @@ class SharedInput:
                 first.stored_bits,
                 self._packed(),
                 self._tally(x.device),
-                self._next(x.device),
             ).view(*x.shape[:-1], -1)
             biases = [linear.bias for linear in linears]
             if any(bias is not None for bias in biases):
@@ -207,21 +198,6 @@ class SharedInput:
                     torch.cuda.synchronize(self._digits.digits_SHBN16.device)
             return self._digits
 
-    def _note_order(self, device: torch.device) -> None:
-        """Let whoever was multiplied by before on a device know that this came after it."""
-        latest = _LATEST.get(device)
-        before = latest() if latest is not None else None
-        if before is not None and before is not self:
-            before._following = weakref.ref(self)
-        _LATEST[device] = weakref.ref(self)
-
-    def _next(self, device: torch.device) -> Digits | None:
-        """What came after this the last time, if it is packed and on the same device."""
-        following = self._following() if self._following is not None else None
-        digits = following._digits if following is not None else None
-        there = digits is not None and digits.digits_SHBN16.device == device
-        return digits if there else None
-
     def _tally(self, device: torch.device) -> Tensor:
         if self._tally_2L is None or self._tally_2L.device != device:
             with torch.inference_mode(False):
@@ -231,7 +207,7 @@ class SharedInput:
 
     def __getstate__(self) -> dict[str, Any]:
         # Weak references and locks cannot be pickled. A copy begins to count anew.
-        fresh = dict.fromkeys(("_waiting", "_traced", "_tally_2L", "_packing", "_following"))
+        fresh = dict.fromkeys(("_waiting", "_traced", "_tally_2L", "_packing"))
         return self.__dict__ | fresh | {"_linears": self.linears}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

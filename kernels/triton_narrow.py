@@ -7,24 +7,24 @@ matters:
     sums of all warps are added once, at the end. No program waits for another.
   - Words and tokens go from memory to the very registers in which matrix units take them. A thread
     loads 16 bytes in a row: 8 inputs of a row, or of a token. Matrix units take two times 4 inputs
-    from each thread, so inputs change places (`_in_order`), which costs nothing: weights and tokens
-    change alike, and no register moves. Word and token of input i of 32 stand at
+    from each thread, so inputs change places (`triton_columns.py`), which costs nothing: weights
+    and tokens change alike, and no register moves. Word and token of input i of 32 stand at
 
         16 (i // 2 % 2) + 4 (i // 8) + 2 (i // 4 % 2) + i % 2
 
-  - Words and scales, which come from memory, are asked for a turn ahead (`triton_words.py`). From
-    Hopper on those of the first turn are asked for before the launch before has ended; where that
-    launch decides the width, those that every width reads. At the same time the L2 cache can be
-    asked for those of later turns, and for those of the product after this one: memory then works
-    while tokens are made ready, and while whatever lies between two products runs.
+  - All that a turn reads, words and scales, tokens and their sums, is asked for a turn ahead, and
+    nothing within a turn: a thread waits for one of six sets of loads, and the compiler puts what
+    it likes in one set. Whoever asked for a token now would wait for the words of the next turn.
+  - From Hopper on words and scales of the first turn are asked for before the launch before has
+    ended; where that launch decides the width, those that every width reads.
 
 Tokens of one width are multiplied by whole codes, those that differ by what each width adds to the
 one before, digits of 2 bits or of one: as many products as there are widths up to the largest, and
 what a token does not take is multiplied by zero. Where only the device knows the widths it also
 finds out whether tokens differ.
 
-Words are loaded two in an int32 and become int16 when they are used: registers that hold 16 bits
-are copied, and so waited for, wherever a loop ends.
+Whatever a loop carries is kept in an int32, two words or two inputs in one, and taken apart when it
+is used: registers that hold 16 bits are copied, and so waited for, wherever a loop ends.
 
 Legend: N' N padded, B blocks of 256 inputs, T tokens, L linears of one input, W warps.
 """
@@ -35,11 +35,19 @@ import triton.language as tl
 from torch import Tensor
 
 from mbq.kernels.digits import BLOCK_INPUTS, ODD_BITS, Digits
+from mbq.kernels.triton_columns import (
+    COLUMNS,
+    chunk,
+    in_order,
+    load_tokens,
+    of_tokens,
+    plain_digit,
+    token_places,
+)
 from mbq.kernels.triton_prepare import Prepared, launching, position_of
 from mbq.kernels.triton_tiles import (
     INTERPRETED,
     Tile,
-    asked_by_now,
     digit,
     halves,
     next_linears,
@@ -48,58 +56,41 @@ from mbq.kernels.triton_tiles import (
     write,
 )
 from mbq.kernels.triton_uniform import combined, defined, extracted, field_bits, field_one, unit
-from mbq.kernels.triton_words import (
-    load_first,
-    load_rest,
-    prefetch_first,
-    prefetch_next,
-    prefetch_rest,
-)
-from mbq.kernels.widths import SLICE_BITS
+from mbq.kernels.triton_words import load_first, load_rest
 
-# Tokens of a program: as many as the narrowest matrix instruction takes.
-TOKENS = 8
 # High bits of the second slice, in two words.
 _ODD = tl.constexpr(ODD_BITS << 16 | ODD_BITS & 0xFFFF)
-_TOKENS = tl.constexpr(TOKENS)
-
-
-@triton.jit
-def _in_order(loaded, WARPS: tl.constexpr):
-    """[M W 8, 32] as it is loaded to [M, W, 8, 2, 4, 2, 2]: groups, warps, rows, and 32 inputs."""
-    made = tl.reshape(loaded, (loaded.shape[0] // WARPS // 8, WARPS, 8, 4, 2, 2, 2))
-    return tl.permute(made, (0, 1, 2, 5, 3, 4, 6))
+_COLUMNS = tl.constexpr(COLUMNS)
 
 
 @triton.jit
 def _weights_in_order(words, WARPS: tl.constexpr, ROWS: tl.constexpr):
     """[ROWS / 8 W 8, 16] int32 to [W, ROWS, 32] int16."""
     pairs = tl.join(words.to(tl.int16), (words >> 16).to(tl.int16))
-    made = _in_order(tl.reshape(pairs, (words.shape[0], 32)), WARPS)
+    made = in_order(tl.reshape(pairs, (words.shape[0], 32)), WARPS)
     return tl.reshape(tl.permute(made, (1, 0, 2, 3, 4, 5, 6)), (WARPS, ROWS, 32))
 
 
-@triton.jit
-def _tokens_in_order(x, WARPS: tl.constexpr):
-    """[W 8, 32] to [W, 32, 8]."""
-    made = tl.permute(_in_order(x, WARPS), (0, 1, 3, 4, 5, 6, 2))
-    return tl.reshape(made, (WARPS, 32, _TOKENS))
+@triton.constexpr_function
+def _unit_of(p: int, bits: int, plain: bool) -> float:
+    """What a code of 1 at position p becomes."""
+    return 2.0**-24 if plain else field_one(p, bits)
 
 
 @triton.jit
 def _turn(
-    words, pairs, x_ptr, sum_ptr, bias_sum_ptr, block, there, padded_tokens, late,
+    words, pairs, xs, all_sums, there, late,
     ROWS: tl.constexpr, WARPS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
-    ASM: tl.constexpr,
+    T: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Sums over a block for each warp: [W, ROWS, T]. `there` says which warps have one left."""
-    t = tl.arange(0, _TOKENS)
+    """Sums over a block for each warp: [W, ROWS, 8]. `there` says which warps have one left."""
     # Sums are restarted at every group, and where fields begin to lie elsewhere.
     PARTS: tl.constexpr = GROUPS if GROUPS > 1 else 2
     PART_CHUNKS: tl.constexpr = 8 // PARTS
     SLICES: tl.constexpr = (BITS + 1) // 2
     FIELD: tl.constexpr = field_bits(BITS)
     LARGEST: tl.constexpr = field_one(2, BITS)
+    PLAIN: tl.constexpr = SLICES == 1 and T < _COLUMNS
     # Bins of a field in one of 2 bits, and half a bin of this width.
     FINER: tl.constexpr = (1 << FIELD) // 4
     HALF: tl.constexpr = (1 << (FIELD - BITS)) / 2
@@ -114,22 +105,22 @@ def _turn(
         third = _weights_in_order(third, WARPS, ROWS)
         fourth = _weights_in_order(fourth, WARPS, ROWS)
     first = _weights_in_order(first, WARPS, ROWS)
-    total = tl.zeros((WARPS, ROWS, _TOKENS), dtype=tl.float32)
+    total = tl.zeros((WARPS, ROWS, _COLUMNS), dtype=tl.float32)
     for h in tl.static_range(PARTS):
-        group = block * GROUPS + h * GROUPS // PARTS
         s, z = halves(pairs[h * GROUPS // PARTS])
         s = tl.where(there[:, None], s, 0.0)
-        one = field_one(position_of(h * PART_CHUNKS), BITS)
-        acc = tl.zeros((WARPS, ROWS, _TOKENS), dtype=tl.float32)
+        one = _unit_of(position_of(h * PART_CHUNKS), BITS, PLAIN)
+        acc = tl.zeros((WARPS, ROWS, _COLUMNS), dtype=tl.float32)
         if h * GROUPS % PARTS == 0:
-            sums_at = (group * padded_tokens)[:, None] + t[None, :]
-            sums = tl.load(sum_ptr + sums_at)
+            sums, bias_sums = all_sums[h * GROUPS // PARTS]
             acc = (HALF * one - FINER * one * z)[:, :, None] * sums[:, None, :]
-            if SLICES == 1:
-                acc -= tl.load(bias_sum_ptr + sums_at)[:, None, :]
+            if SLICES == 1 and not PLAIN:
+                acc -= bias_sums[:, None, :]
         for c in tl.static_range(PART_CHUNKS):
-            x = _tokens_in_order(tl.load(x_ptr + (h * PART_CHUNKS + c) * 32), WARPS)
-            if SLICES == 1:
+            x = chunk(xs, h * PART_CHUNKS + c, WARPS, T, PLAIN, ASM)
+            if PLAIN:
+                codes = plain_digit(first, position_of(h * PART_CHUNKS + c), ASM)
+            elif SLICES == 1:
                 codes = digit(first, position_of(h * PART_CHUNKS + c), 3, ASM)
             elif ASM:
                 codes = extracted(
@@ -146,12 +137,11 @@ def _turn(
 
 @triton.jit
 def _mixed_turn(
-    words, pairs, x_ptr, sum_ptr, bias_sum_ptr, block, there, padded_tokens, late, bits,
+    words, pairs, xs, all_sums, there, late, bits,
     ROWS: tl.constexpr, WARPS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    """The same for tokens of widths of their own, int32 [T]; the largest is BITS, above 2."""
-    t = tl.arange(0, _TOKENS)
+    """The same for tokens of widths of their own, int32 [8]; the largest is BITS, above 2."""
     GROUP_CHUNKS: tl.constexpr = 8 // GROUPS
     half_bin = 0.5 * tl.exp2((2 - bits).to(tl.float32))
     # Of each width in WIDTHS, what it adds to the one before.
@@ -166,18 +156,17 @@ def _mixed_turn(
     second = _weights_in_order(second, WARPS, ROWS)
     third = _weights_in_order(third, WARPS, ROWS)
     fourth = _weights_in_order(fourth, WARPS, ROWS)
-    total = tl.zeros((WARPS, ROWS, _TOKENS), dtype=tl.float32)
+    total = tl.zeros((WARPS, ROWS, _COLUMNS), dtype=tl.float32)
     for h in tl.static_range(GROUPS):
-        sums_at = ((block * GROUPS + h) * padded_tokens)[:, None] + t[None, :]
         s, z = halves(pairs[h])
         s = tl.where(there[:, None], s, 0.0)
-        sums = tl.load(sum_ptr + sums_at)[:, None, :]
-        none = tl.zeros((WARPS, ROWS, _TOKENS), dtype=tl.float32)
-        none -= tl.load(bias_sum_ptr + sums_at)[:, None, :]
-        two = none + (half_bin[None, None, :] - z[:, :, None]) * sums
+        sums, bias_sums = all_sums[h]
+        none = tl.zeros((WARPS, ROWS, _COLUMNS), dtype=tl.float32)
+        none -= bias_sums[:, None, :]
+        two = none + (half_bin[None, None, :] - z[:, :, None]) * sums[:, None, :]
         three, four, six, eight = none, none, none, none
         for c in tl.static_range(GROUP_CHUNKS):
-            x = _tokens_in_order(tl.load(x_ptr + (h * GROUP_CHUNKS + c) * 32), WARPS)
+            x = chunk(xs, h * GROUP_CHUNKS + c, WARPS, _COLUMNS, False, ASM)
             two = tl.dot(digit(first, position_of(h * GROUP_CHUNKS + c), 3, ASM), x, two)
             three = tl.dot(digit(second, position_of(h * GROUP_CHUNKS + c), 2, ASM), x, three)
             if BITS > 3:
@@ -205,80 +194,76 @@ def _multiplied(
     first, pairs, x_ptr, word_pairs_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr, bias_sum_ptr,
     unscale_ptr, out_ptr, rows, blocks, padded_tokens, tokens, bits, differ,
     ROWS: tl.constexpr, WARPS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
-    MIXED: tl.constexpr, WAITS: tl.constexpr, PREFETCHED: tl.constexpr, ASM: tl.constexpr,
+    T: tl.constexpr, MIXED: tl.constexpr, WAITS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Products of a tile of rows. Tokens have BITS or, if they differ, `bits`, at most BITS.
 
     Pointers to what has rows point at the first; `first` and `pairs` are the first turn's
     (`load_first`). `WAITS` for the launch before, but for weights.
     """
-    warp = tl.arange(0, WARPS)
     late = (tl.arange(0, 16) // 8)[None, :]
-    n = tl.arange(0, ROWS)
+    n, t = tl.arange(0, ROWS), tl.arange(0, T)
     gain_row = (row_of(bits) * rows)[None, :] if MIXED else row_of(BITS) * rows
     gain_bias = tl.load(gain_bias_ptr + gain_row + n[:, None])
     words = load_rest(word_pairs_ptr, first, 0, rows, blocks, ROWS, WARPS, BITS)
-    if PREFETCHED and BITS > 2:
-        prefetch_rest(word_pairs_ptr, rows, blocks, ROWS, WARPS, BITS)
     if WAITS:
         tl.extra.cuda.gdc_wait()
-    of_token = tl.arange(0, WARPS * _TOKENS)
-    # What is padded repeats the last token, and is thrown away.
-    token = tl.minimum(of_token % _TOKENS, tokens - 1)
-    x_at = x_ptr + (token * blocks * 256)[:, None] + tl.arange(0, 32)[None, :]
-    total = tl.zeros((WARPS, ROWS, _TOKENS), dtype=tl.float32)
+    unscale = tl.load(unscale_ptr + t)
+    BIASED: tl.constexpr = MIXED or (BITS == 2 and T == _COLUMNS)
+    x_at = token_places(x_ptr, tokens, blocks, WARPS, T)
+    if not MIXED:
+        xs, sums = load_tokens(
+            x_at, sum_ptr, bias_sum_ptr, 0, blocks, padded_tokens, WARPS, GROUPS, T, BIASED
+        )  # fmt: skip
+    total = tl.zeros((WARPS, ROWS, _COLUMNS), dtype=tl.float32)
     for start in tl.range(0, blocks, WARPS, num_stages=1):
         used, used_pairs = words, pairs
         first, pairs = load_first(
             word_pairs_ptr, scale_zero_ptr, start + WARPS, rows, blocks, ROWS, WARPS, GROUPS
         )
         words = load_rest(word_pairs_ptr, first, start + WARPS, rows, blocks, ROWS, WARPS, BITS)
-        # Of 32 rows the registers do not hold all that is asked for early.
-        if ASM and ROWS == 16:
-            asked_by_now()
-        block = tl.minimum(start + warp, blocks - 1)
-        x_block = tl.minimum(start + of_token // _TOKENS, blocks - 1)
-        x_block_ptr = x_at + (x_block * 256)[:, None]
-        # Nothing is taken of a block that is not this warp's.
-        there = start + warp < blocks
-        if MIXED:  # noqa: SIM102
-            if differ:
-                total += _mixed_turn(
-                    used, used_pairs, x_block_ptr, sum_ptr, bias_sum_ptr, block, there,
-                    padded_tokens, late, bits, ROWS, WARPS, GROUPS, BITS, ASM,
-                )  # fmt: skip
-        if not differ:
-            total += _turn(
-                used, used_pairs, x_block_ptr, sum_ptr, bias_sum_ptr, block, there, padded_tokens,
-                late, ROWS, WARPS, GROUPS, BITS, ASM,
+        if MIXED:
+            # Of all digits the registers do not hold tokens of two turns.
+            used_xs, used_sums = load_tokens(
+                x_at, sum_ptr, bias_sum_ptr, start, blocks, padded_tokens, WARPS, GROUPS, T, BIASED
             )  # fmt: skip
-    summed = tl.sum(total, axis=0)
-    t = tl.arange(0, _TOKENS)
-    write(summed, gain_bias, unscale_ptr, out_ptr, n, t, rows, tokens)
+        else:
+            used_xs, used_sums = xs, sums
+            xs, sums = load_tokens(
+                x_at, sum_ptr, bias_sum_ptr, start + WARPS, blocks, padded_tokens, WARPS, GROUPS, T,
+                BIASED,
+            )  # fmt: skip
+        # Nothing is taken of a block that is not this warp's.
+        there = start + tl.arange(0, WARPS) < blocks
+        # Always so, which the compiler does not know: it would move loads from before a product to
+        # behind it, where fewer registers are taken, but not across a branch.
+        if start + tokens > 0:
+            if MIXED:  # noqa: SIM102
+                if differ:
+                    total += _mixed_turn(
+                        used, used_pairs, used_xs, used_sums, there, late, bits, ROWS, WARPS,
+                        GROUPS, BITS, ASM,
+                    )  # fmt: skip
+            if not differ:
+                total += _turn(
+                    used, used_pairs, used_xs, used_sums, there, late, ROWS, WARPS, GROUPS, BITS, T,
+                    ASM,
+                )  # fmt: skip
+    summed = tl.sum(of_tokens(total, T), axis=0)
+    write(summed, gain_bias, unscale, out_ptr, n, t, rows, tokens)
 
 
 # Fewer variants to compile: these need no alignment.
-@triton.jit(
-    do_not_specialize=[
-        "blocks",
-        "padded_tokens",
-        "tokens",
-        "second",
-        "third",
-        "next_plane_bytes",
-        "next_word_bytes",
-        "next_scale_bytes",
-    ]
-)
+@triton.jit(do_not_specialize=["blocks", "padded_tokens", "tokens", "second", "third"])
 def _narrow_kernel(
     x_ptr, digits_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr, bias_sum_ptr, unscale_ptr,
-    bits_ptr, out_ptr, next_digits_ptr, next_scale_zero_ptr,
-    rows, blocks, padded_tokens, tokens, second, third,
-    next_plane_bytes, next_word_bytes, next_scale_bytes,
+    bits_ptr, out_ptr, rows, blocks, padded_tokens, tokens, second, third,
     ROWS: tl.constexpr, WARPS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
-    MIXED: tl.constexpr, MOST_SLICES: tl.constexpr, PREFETCHES: tl.constexpr,
+    T: tl.constexpr, MIXED: tl.constexpr, MOST_SLICES: tl.constexpr,
     PROGRAMMATIC: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
+    if PROGRAMMATIC:
+        tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0)
     linear = (tile >= second).to(tl.int32) + (tile >= third).to(tl.int32)
     start = tile * ROWS
@@ -287,18 +272,10 @@ def _narrow_kernel(
     gain_bias_ptr += start
     out_ptr += start
     bits_ptr += linear * padded_tokens
-    t = tl.arange(0, _TOKENS)
+    t = tl.arange(0, _COLUMNS)
     first, pairs = load_first(word_pairs_ptr, scale_zero_ptr, 0, rows, blocks, ROWS, WARPS, GROUPS)
-    # What no older GPU can.
-    PREFETCHED: tl.constexpr = PREFETCHES and PROGRAMMATIC
-    if PREFETCHED:
-        prefetch_first(word_pairs_ptr, scale_zero_ptr, rows, blocks, ROWS, WARPS, GROUPS)
     # Widths are what the launch before writes.
     KNOWN: tl.constexpr = BITS > 0 and not MIXED
-    if PROGRAMMATIC and next_word_bytes > 0:
-        PLANES: tl.constexpr = BITS if KNOWN else 2
-        prefetch_next(next_digits_ptr, next_word_bytes, next_plane_bytes, PLANES, WARPS)
-        prefetch_next(next_scale_zero_ptr, next_scale_bytes, 0, 1, WARPS)
     if PROGRAMMATIC and not KNOWN:
         tl.extra.cuda.gdc_wait()
     token_bits = tl.load(bits_ptr + t) if MIXED else t
@@ -316,48 +293,45 @@ def _narrow_kernel(
                     _multiplied(
                         first, pairs, x_ptr, word_pairs_ptr, scale_zero_ptr, gain_bias_ptr,
                         sum_ptr, bias_sum_ptr, unscale_ptr, out_ptr, rows, blocks, padded_tokens,
-                        tokens, token_bits, differ, ROWS, WARPS, GROUPS, width,
-                        MIXED and width > 2, PROGRAMMATIC and KNOWN, PREFETCHED, ASM,
+                        tokens, token_bits, differ, ROWS, WARPS, GROUPS, width, T,
+                        MIXED and width > 2, PROGRAMMATIC and KNOWN, ASM,
                     )  # fmt: skip
 
 
 def multiply_narrow(
-    prepared: Prepared,
-    bits: int | None,
-    weight: Digits,
-    tile: Tile,
-    dtype: torch.dtype,
-    following: Digits | None = None,
-    bytes_ahead: int = 0,
+    prepared: Prepared, bits: int | None, weight: Digits, tile: Tile, dtype: torch.dtype
 ) -> Tensor:
     """Up to 8 tokens times every linear's weight, with gain and bias.
 
     Arguments and result as those of `triton_uniform.multiply_uniform`, but for tokens that may
-    differ in width: `bits` is None then. `tile.split` is 1; `tile.stages` 2 if words and scales of
-    later turns are brought to the L2 cache.
-
-    Args:
-        following: a weight that comes next, whose first blocks the L2 cache is asked for.
-        bytes_ahead: how much of it at most, words and scales.
+    differ in width: `bits` is None then.
 
     Raises:
         ValueError: a tile would reach from one linear into the next.
     """
     slices, _, blocks, rows, _ = weight.digits_SHBN16.shape
     out = prepared.x_TK.new_empty(prepared.tokens, rows, dtype=dtype)
-    ahead = 0, 0, 0
-    if following is not None and bytes_ahead > 0:
-        # Where only the device knows the width, what every width reads.
-        ahead = following.first_blocks(bits or SLICE_BITS, bytes_ahead)
-    then = following or weight
     _narrow_kernel[(rows // tile.rows,)](
         prepared.x_TK, weight.digits_SHBN16, weight.scale_zero_GN,
         weight.gain_bias_WN, prepared.sum_GT, prepared.bias_sum_GT, prepared.unscale_T,
-        prepared.bits_LT, out, then.digits_SHBN16, then.scale_zero_GN, rows, blocks,
-        len(prepared.x_TK), prepared.tokens, *next_linears(weight, tile.rows), *ahead,
+        prepared.bits_LT, out, rows, blocks, len(prepared.x_TK), prepared.tokens,
+        *next_linears(weight, tile.rows),
         ROWS=tile.rows, WARPS=tile.warps, GROUPS=BLOCK_INPUTS // weight.group_size,
-        BITS=bits or 0, MIXED=prepared.mixed, MOST_SLICES=slices,
-        PREFETCHES=tile.stages > 1, ASM=not INTERPRETED, num_warps=tile.warps,
-        **launching(out.device),
+        BITS=bits or 0, T=columns(prepared.tokens, prepared.mixed), MIXED=prepared.mixed,
+        MOST_SLICES=slices, ASM=not INTERPRETED, num_warps=tile.warps,
+        maxnreg=registers(prepared.tokens, tile), **launching(out.device),
     )  # fmt: skip
     return out
+
+
+def columns(tokens: int, mixed: bool) -> int:
+    """How many of so many tokens, 8 at most, are multiplied: a power of two. Mixed ones are 8."""
+    return COLUMNS if mixed else 1 << (tokens - 1).bit_length()
+
+
+def registers(tokens: int, tile: Tile) -> int | None:
+    """Of a thread, at most: so few that two programs of 8 warps share a multiprocessor.
+
+    None, as many as it wants, where that would spill.
+    """
+    return 128 if tokens == 1 and tile.rows == 16 and tile.warps >= 8 else None

@@ -19,8 +19,9 @@ program to finish counts the steps.
 
 From Hopper on a launch may begin before the one before it has ended, and waits for that before it
 reads what others write, or writes at all. This one lets the multiplication after it begin at once,
-as it leaves most of a GPU idle. Multiplications let nothing begin: programs that begin where others
-have left room crowd together.
+as it leaves most of a GPU idle, and so do multiplications of few tokens, whose programs are small.
+Those of more tokens let nothing begin: programs that begin where others have left room crowd
+together.
 
 Legend: N out_features, K in_features, K' padded to a multiple of 256, T tokens, T' padded, G
 groups, L linears of one input, E extra widths, H rows of the trunk, F features (H + 2).

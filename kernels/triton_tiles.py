@@ -42,7 +42,7 @@ _COUNTERS = 4096
 class Tile:
     """How a multiplication is cut: rows a program, programs along K, warps, loads in flight.
 
-    Of up to 8 tokens (`triton_narrow.py`) stages are 2 if the L2 cache is to hold one, else 1.
+    Of up to 8 tokens (`triton_narrow.py`) split and stages are 1.
     """
 
     rows: int
@@ -165,14 +165,6 @@ def halves(pair):
 
 
 @triton.jit
-def asked_by_now():
-    """Keep the compiler from moving loads from before this to after it."""
-    tl.inline_asm_elementwise(
-        "bar.warp.sync 0xffffffff; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
 def finish(
     total, gain_row, unscale_ptr, part_ptr, arrived_ptr, out_ptr,
     rows, padded_tokens, tokens,
@@ -197,14 +189,15 @@ def finish(
                 total += tl.load(parts + p * size, mask=there, other=0.0, cache_modifier=".cg")
             tl.store(counter, 0)
     if finished:
-        write(total, tl.load(gain_row + n[:, None]), unscale_ptr, out_ptr, n, t, rows, tokens)
+        gain_bias = tl.load(gain_row + n[:, None])
+        write(total, gain_bias, tl.load(unscale_ptr + t), out_ptr, n, t, rows, tokens)
 
 
 @triton.jit
-def write(total, gain_bias, unscale_ptr, out_ptr, n, t, rows, tokens):
+def write(total, gain_bias, unscale, out_ptr, n, t, rows, tokens):
     """Write sums [rows, tokens], with gain and bias."""
     gain, bias = halves(gain_bias)
-    y = gain * (total * tl.load(unscale_ptr + t)[None, :]) + bias
+    y = gain * (total * unscale[None, :]) + bias
     at = t[None, :].to(tl.int64) * rows + n[:, None]
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=t[None, :] < tokens)
 

@@ -5,9 +5,7 @@ take at a time are a turn. Of a block, a tile of rows reads one piece of each pl
 and one piece for each group, 4 bytes of scale and zero a row.
 
 What every width reads, words of the first slice and scales, is loaded apart from what only some do:
-it can be asked for before the width is known. Without taking registers the L2 cache can be asked
-for what comes later (Hopper and after): words and scales of later turns, a piece for each lane, and
-the first blocks of the product after this one, shared by all warps of the launch.
+it can be asked for before the width is known.
 
 Legend: W warps.
 """
@@ -87,87 +85,3 @@ def load_rest(
     third = tl.load(block_ptr + 2 * slice_words + wide) if SLICES > 2 else first
     fourth = tl.load(block_ptr + 3 * slice_words + wide) if SLICES > 3 else first
     return first, high, low, third, fourth
-
-
-@triton.jit
-def _later(blocks, TIMES: tl.constexpr, WARPS: tl.constexpr):
-    """Blocks of each warp after its first, each so many times, until it has no lanes left.
-
-    Returns the block, which of its times it is, and whether there is such a block: [32 W] each.
-    """
-    lane, warp = tl.arange(0, 32 * WARPS) % 32, tl.arange(0, 32 * WARPS) // 32
-    block = (1 + lane // TIMES) * WARPS + warp
-    return block, lane % TIMES, block < blocks
-
-
-@triton.jit
-def later_words(rows, blocks, WARPS: tl.constexpr, PLANE: tl.constexpr, PLANES: tl.constexpr):
-    """Where words of later blocks begin, in so many planes from one on, and whether they do."""
-    block, i, there = _later(blocks, PLANES, WARPS)
-    return ((PLANE + i).to(tl.int64) * blocks + block) * rows * 8, there
-
-
-@triton.jit
-def later_scales(rows, blocks, WARPS: tl.constexpr, GROUPS: tl.constexpr):
-    """Where scales of later blocks begin, a group each, and whether they do."""
-    block, i, there = _later(blocks, GROUPS, WARPS)
-    return (block * GROUPS + i) * rows, there
-
-
-# Units of 16 bytes in one request: the instruction counts them in 16 bits.
-_MOST_UNITS = tl.constexpr(0xFFFF)
-# Brings $2 bytes at $1 to the L2 cache, if there are any.
-_PREFETCH = tl.constexpr(
-    "{ .reg .pred some; setp.ne.b32 some, $2, 0; "
-    "@some cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }"
-)
-
-
-@triton.jit
-def _prefetch(at, size):
-    tl.inline_asm_elementwise(
-        _PREFETCH.value, "=r,l,r", [at, size], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def pieces(size, stride, PARTS: tl.constexpr, WARPS: tl.constexpr):
-    """So many bytes, a multiple of 16, of each of some parts that lie a stride apart.
-
-    Every warp of all programs has a piece of each part, none above 1 MiB, and a lane for each.
-    Returns where pieces begin and how long they are, in bytes, 0 for other lanes: [32 W] each.
-    """
-    lane, warp = tl.arange(0, 32 * WARPS) % 32, tl.arange(0, 32 * WARPS) // 32
-    units = tl.minimum(tl.cdiv(size // 16, tl.num_programs(0) * WARPS), _MOST_UNITS)
-    start = (tl.program_id(0) * WARPS + warp) * units * 16
-    there = (lane < PARTS) & (start < size)
-    at = start + lane.to(tl.int64) * stride
-    return at, tl.where(there, tl.minimum(units * 16, size - start), 0)
-
-
-@triton.jit
-def prefetch_next(ptr, size, stride, PARTS: tl.constexpr, WARPS: tl.constexpr):
-    """Bring what another launch reads to the L2 cache; all programs take part (`pieces`)."""
-    at, sizes = pieces(size, stride, PARTS, WARPS)
-    _prefetch(ptr.to(tl.pointer_type(tl.int8), bitcast=True) + at, sizes)
-
-
-@triton.jit
-def prefetch_first(
-    word_pairs_ptr, scale_zero_ptr, rows, blocks,
-    ROWS: tl.constexpr, WARPS: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
-    """Bring what every width reads of later blocks to the L2 cache."""
-    at, exists = later_words(rows, blocks, WARPS, 0, 2)
-    _prefetch(word_pairs_ptr + at, tl.where(exists, 32 * ROWS, 0))
-    at, exists = later_scales(rows, blocks, WARPS, GROUPS)
-    _prefetch(scale_zero_ptr + at, tl.where(exists, 4 * ROWS, 0))
-
-
-@triton.jit
-def prefetch_rest(
-    word_pairs_ptr, rows, blocks, ROWS: tl.constexpr, WARPS: tl.constexpr, BITS: tl.constexpr
-):
-    """The same of what a width above 2 reads beside that."""
-    at, exists = later_words(rows, blocks, WARPS, 2, BITS - 2)
-    _prefetch(word_pairs_ptr + at, tl.where(exists, 32 * ROWS, 0))

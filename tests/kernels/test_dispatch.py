@@ -16,7 +16,7 @@ FOLDER = Path(dispatch.__file__).parent
 
 
 @pytest.mark.parametrize(("rows", "blocks"), [(128, 1), (4096, 16), (11008, 43), (128256, 16)])
-@pytest.mark.parametrize("tokens", [1, 16, 33, 64])
+@pytest.mark.parametrize("tokens", [1, 3, 16, 33, 64])
 @pytest.mark.parametrize("kind", ["mixed", "2", "4", "8", "any"])
 @pytest.mark.parametrize("small", [False, True])
 def test_the_rule_of_thumb_leaves_work_for_every_program(
@@ -34,7 +34,6 @@ def test_shipped_tiles_fit_their_shapes() -> None:
     assert files
     for file in files:
         by_kind = json.loads(file.read_text(encoding="utf-8"))
-        assert by_kind.pop("ahead_bytes", 0) % 16 == 0
         assert set(by_kind) <= {"mixed", "2", "4", "8", "any"}
         for shape, by_width in [item for kind in by_kind.values() for item in kind.items()]:
             rows, inputs = map(int, shape.split(" x "))
@@ -59,27 +58,14 @@ def test_any_width_is_cut_like_the_largest_where_it_was_not_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(dispatch, "capability", lambda device: (9, 0))
-    tiles = {"8": {"128 x 256": {"8": [16, 1, 2, 1]}, "256 x 256": {"8": [16, 1, 2, 1]}}}
-    tiles["any"] = {"256 x 256": {"8": [32, 1, 1, 2]}}
-    monkeypatch.setattr(dispatch, "_measured", lambda architecture: (tiles, 0))
+    tiles = {"8": {"128 x 256": {"1": [16, 1, 2, 1]}, "256 x 256": {"1": [16, 1, 2, 1]}}}
+    tiles["any"] = {"256 x 256": {"1": [32, 1, 1, 1]}}
+    monkeypatch.setattr(dispatch, "_measured", lambda architecture: tiles)
     # Cuts are kept, by device.
     gpu = torch.device("cuda", 6)
     largest, measured = (dispatch.tile(n, 256, 128, 1, gpu, "any") for n in (128, 256))
     assert largest == dispatch.triton_tiles.Tile(16, 1, 2, 1)
-    assert measured == dispatch.triton_tiles.Tile(32, 1, 1, 2)
-
-
-def test_how_much_to_ask_for_ahead_is_measured_by_architecture(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(dispatch, "__file__", str(tmp_path / "dispatch.py"))
-    monkeypatch.setattr(dispatch, "capability", lambda device: (9, device.index))
-    tile = {"2": {"128 x 256": {"8": [16, 1, 2, 1]}}}
-    (tmp_path / "tiles_sm98.json").write_text(json.dumps({"ahead_bytes": 4096} | tile))
-    (tmp_path / "tiles_sm97.json").write_text(json.dumps(tile))
-    known, silent, unknown = (torch.device("cuda", index) for index in (8, 7, 6))
-    assert [dispatch.bytes_ahead(gpu) for gpu in (known, silent, unknown)] == [4096, 0, 0]
-    assert dispatch.tile(128, 256, 128, 1, known, "2") == dispatch.triton_tiles.Tile(16, 1, 2, 1)
+    assert measured == dispatch.triton_tiles.Tile(32, 1, 1, 1)
 
 
 def test_on_a_cpu_weights_are_dequantized() -> None:

@@ -222,49 +222,6 @@ def test_packed_linears_are_moved_and_shared_anew(monkeypatch: pytest.MonkeyPatc
 
 
 @torch.no_grad()
-def test_a_product_asks_the_cache_for_what_came_next_the_last_time(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    seen: list[dict[str, Any]] = []
-
-    class Recorded:
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            return lambda *args, **_: seen.append(dict(zip(kernel.arg_names, args, strict=False)))
-
-    kernel = triton_narrow._narrow_kernel
-    monkeypatch.setattr(triton_narrow, "_narrow_kernel", Recorded())
-    first, second = (_linears(8, inputs)[0] for inputs in (96, 800))
-    # Of a block of the second, of four: rows times words in a plane, and scales of eight groups.
-    plane, scales = 512 * 32, 512 * 4 * 8
-
-    def asked(bits: int | None, room: int) -> tuple[dict[str, Any], tuple[int, ...]]:
-        """What the first asks for where the second comes next."""
-        seen.clear()
-        monkeypatch.setattr(dispatch, "bytes_ahead", lambda device: room)
-        for linear in (*first, *second):
-            linear.precision.bits = bits
-            linear(torch.randn(1, linear.in_features).half())
-        names = ("next_plane_bytes", "next_word_bytes", "next_scale_bytes")
-        return seen[0], tuple(seen[0][name] for name in names)
-
-    # Nothing came after it yet.
-    assert asked(8, 1 << 30)[1] == (0, 0, 0)
-    arguments, found = asked(8, 1 << 30)
-    assert found == (4 * plane, 4 * plane, 4 * scales)
-    digits = second[0].shared._digits
-    assert digits is not None
-    assert digits.digits_SHBN16.nbytes == 8 * 4 * plane
-    assert digits.scale_zero_GN.nbytes == 4 * scales
-    assert arguments["next_digits_ptr"] is digits.digits_SHBN16
-    assert arguments["next_scale_zero_ptr"] is digits.scale_zero_GN
-    # Whole blocks of the planes of its own width, of two where it is not known.
-    assert asked(3, 2 * (3 * plane + scales))[1] == (4 * plane, 2 * plane, 2 * scales)
-    assert asked(None, 2 * (2 * plane + scales))[1] == (4 * plane, 2 * plane, 2 * scales)
-    assert asked(3, 3 * plane + scales - 16)[1] == (4 * plane, 0, 0)
-    assert asked(8, 0)[1] == (0, 0, 0)
-
-
-@torch.no_grad()
 def test_what_waits_is_let_go() -> None:
     linears, _ = _linears(8)
     x = torch.randn(2, COLUMNS).half()

@@ -6,6 +6,7 @@ import torch
 
 from mbq.kernels.digits import join_digits
 from mbq.kernels.reference import routed_linear
+from mbq.kernels.triton_columns import MASKING, SHIFTING, plain_bit, two_halves
 from mbq.kernels.triton_narrow import multiply_narrow
 from mbq.kernels.triton_prepare import prepare
 from mbq.kernels.triton_tiles import REJOINING, Tile
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
         (8, 130, 512, 64, Tile(32, 1, 2, 1)),
         (5, 40, 384, 32, Tile(32, 1, 4, 1)),
         (3, 10, 1280, 256, Tile(16, 1, 16, 1)),
+        (2, 130, 800, 32, Tile(32, 1, 4, 1)),
     ],
 )
 def test_equals_the_definition(
@@ -69,3 +71,20 @@ def test_assembly_puts_two_words_of_the_second_slice_together(late: int) -> None
     made = emulate(REJOINING.value, operands)["$0"].view(np.uint16)
     halves = high.view(np.uint16) << np.uint16(late), low.view(np.uint16) >> np.uint16(late)
     assert np.array_equal(made, halves[0] & np.uint16(0xAAAA) | halves[1] & np.uint16(0x5555))
+
+
+@pytest.mark.parametrize("p", range(8))
+def test_assembly_makes_plain_digits(p: int) -> None:
+    """Each of a word's, wherever the other word of a register has ones."""
+    rng = np.random.default_rng(p)
+    words = rng.integers(0, 2**32, 4096, dtype=np.uint32)
+    mask = np.full_like(words, (3 << plain_bit(p)) * 0x10001)
+    assembly = (MASKING if p < 5 else SHIFTING).value
+    made = emulate(assembly, {"$1": words, "$2": mask})["$0"].view(np.float16)
+    digits = words.view(np.uint16) >> np.uint16(2 * p) & np.uint16(3)
+    assert np.array_equal(made.astype(np.float64), digits * 2.0 ** (plain_bit(p) - 24))
+
+
+def test_a_factor_is_two_halves() -> None:
+    for exponent in (0, -2, -8):
+        assert (np.array([two_halves(exponent)], np.uint32).view(np.float16) == 2.0**exponent).all()

@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from mbq.kernels import dispatch
 from mbq.kernels.triton_dequantize import _ROWS, _WARPS, _dequantize_kernel
 from mbq.kernels.triton_mixed import MOST_TILE_TOKENS, _mixed_kernel
-from mbq.kernels.triton_narrow import _narrow_kernel
+from mbq.kernels.triton_narrow import _narrow_kernel, registers
 from mbq.kernels.triton_prepare import _prepare_kernel, rows_ahead, warps_for
 from mbq.kernels.triton_tiles import Tile
 from mbq.kernels.triton_uniform import _uniform_kernel
@@ -33,7 +33,6 @@ POINTERS = {
     "x_ptr": "*fp16",
     "late_ptr": "*i16",
     "digits_ptr": "*i16",
-    "next_digits_ptr": "*i16",
     "out_ptr": "*bf16",
     "trunk_ptr": "*fp16",
     "x16_ptr": "*fp16",
@@ -42,7 +41,6 @@ POINTERS = {
 }
 WHOLE = (
     "scale_zero_ptr",
-    "next_scale_zero_ptr",
     "gain_bias_ptr",
     "bits_ptr",
     "steps_ptr",
@@ -66,8 +64,8 @@ _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(.*?);", re.MULTILINE)
 def main() -> None:
     mixed, uniform, dequantizing, preparing, elsewhere = {}, {}, {}, {}, {}
     for architecture in (80, 90):
-        for tokens in (8, 16, 64):
-            name = f"sm_{architecture}, {tokens} tokens"
+        for tokens in (1, 8, 16, 64):
+            name = f"sm_{architecture}, {_tokens(tokens)}"
             if tokens == 16:
                 mixed[name] = build_mixed(architecture, tokens, 2)
             for bits in (2, 3, 4, 8, 0):
@@ -93,9 +91,6 @@ def main() -> None:
         "differing": {f"sm_90, up to {bits} bits": build_differing(90, bits) for bits in (3, 4, 8)},
         # As it is launched. The compiler's loops lie within each other there.
         "launched": {"sm_90, 8 tokens": build_differing(90, 0)},
-        "prefetching": {
-            f"sm_90, {bits or 'any'} bits": build_prefetching(90, bits) for bits in (2, 8, 0)
-        },
         "mixed": mixed,
         "uniform": uniform,
         "dequantizing": dequantizing,
@@ -103,6 +98,10 @@ def main() -> None:
         "elsewhere": elsewhere,
     }
     print(json.dumps(document))
+
+
+def _tokens(count: int) -> str:
+    return f"{count} tokens" if count > 1 else "1 token"
 
 
 def build_mixed(architecture: int, tokens: int, groups: int) -> dict[str, Any]:
@@ -113,29 +112,25 @@ def build_mixed(architecture: int, tokens: int, groups: int) -> dict[str, Any]:
 
 def build_differing(architecture: int, bits: int) -> dict[str, Any]:
     """Few tokens whose widths may differ; one loop serves them and those that agree."""
-    return _narrow(architecture, dispatch.MIXED, {"BITS": bits, "MIXED": True, "GROUPS": 2})
-
-
-def build_prefetching(architecture: int, bits: int) -> dict[str, Any]:
-    """Few tokens of one width, or of one that only the device knows, and the L2 cache asked."""
-    constants = {"BITS": bits, "MIXED": False, "GROUPS": 2, "PREFETCHES": True}
-    return _narrow(architecture, dispatch.kind_of(False, bits or None), constants)
+    constants = {"BITS": bits, "MIXED": True, "GROUPS": 2}
+    return _narrow(architecture, 8, dispatch.MIXED, constants)
 
 
 def build_uniform(architecture: int, tokens: int, groups: int, bits: int) -> dict[str, Any]:
     """The same at one width; 0 for one that only the device knows, `instructions` per weight."""
     kind = dispatch.kind_of(False, bits or None)
     if dispatch.narrow(tokens):
-        return _narrow(architecture, kind, {"BITS": bits, "MIXED": False, "GROUPS": groups})
+        constants = {"BITS": bits, "MIXED": False, "GROUPS": groups}
+        return _narrow(architecture, tokens, kind, constants)
     tile = _tile(architecture, tokens, kind, groups)
     constants = {"BITS": bits, "MOST_SLICES": 4, "BLOCK_GROUPS": groups}
     return _multiplying(_uniform_kernel, constants, architecture, tokens, tile)
 
 
-def _narrow(architecture: int, kind: str, constants: dict[str, Any]) -> dict[str, Any]:
-    tile = _tile(architecture, 8, kind, constants["GROUPS"])
-    constants = {"WARPS": tile.warps, "MOST_SLICES": 4, "PREFETCHES": False} | constants
-    return _multiplying(_narrow_kernel, constants, architecture, 8, tile, tile.warps)
+def _narrow(architecture: int, tokens: int, kind: str, constants: dict[str, Any]) -> dict[str, Any]:
+    tile = _tile(architecture, tokens, kind, constants["GROUPS"])
+    constants = {"WARPS": tile.warps, "MOST_SLICES": 4, "T": tokens} | constants
+    return _multiplying(_narrow_kernel, constants, architecture, tokens, tile, tile.warps)
 
 
 def _tile(architecture: int, tokens: int, kind: str, groups: int) -> Tile:
@@ -155,7 +150,8 @@ def _multiplying(
     cut = {"ROWS": tile.rows, "TOKENS": tokens, "SPLIT": tile.split, "STAGES": tile.stages}
     constants = constants | {name: cut[name] for name in cut if name in kernel.arg_names}
     constants |= {"ASM": True, "PROGRAMMATIC": architecture >= 90}
-    made = _compile(kernel, constants, architecture, tile.warps)
+    most = registers(tokens, tile) if kernel is _narrow_kernel else None
+    made = _compile(kernel, constants, architecture, tile.warps, most)
     assembly = made.pop("assembly")
     weights = blocks * tile.rows * 256 / (32 * tile.warps)
     loops = _loops(assembly)
@@ -166,12 +162,17 @@ def _multiplying(
         "spills_in_loops": len(spilled),
         # Before it waits for the launch before.
         "early_loads": early.count("LDG.E.128") if waits else 0,
-        "early_prefetches": early.count("UBLKPF") if waits else 0,
         "wide_loads": len(re.findall(r"LDGSTS\.E\.BYPASS\.128|LDG\.E\.128", assembly)),
         "matrix": assembly.count("HMMA") + assembly.count("HGMMA"),
         "moving": len([one for one in largest if re.search(r"\b(LDS|LDSM|STS|SHFL|BAR)\b", one)]),
+        "loads_after_products": _loads_after_products(largest),
         "instructions": len(largest) / weights,
     }
+
+
+def _loads_after_products(loop: list[str]) -> int:
+    first = next((i for i, one in enumerate(loop) if "HMMA" in one or "HGMMA" in one), len(loop))
+    return len([one for one in loop[first:] if re.search(r"\bLDG\b", one)])
 
 
 def build_dequantizing(architecture: int, bits: int) -> dict[str, Any]:
@@ -212,7 +213,11 @@ def build_preparing(architecture: int, inputs: int, alike: bool = False) -> dict
 
 
 def _compile(
-    kernel: Any, constants: dict[str, Any], architecture: int, warps: int
+    kernel: Any,
+    constants: dict[str, Any],
+    architecture: int,
+    warps: int,
+    most_registers: int | None = None,
 ) -> dict[str, Any]:
     """Bytes that it takes, and its assembly."""
     names = kernel.arg_names
@@ -229,7 +234,9 @@ def _compile(
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     compiled = triton.compile(
-        source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps}
+        source,
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": warps, "maxnreg": most_registers},
     )
     with TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
