@@ -138,9 +138,15 @@ class Status(Document):
 
 
 class SensitivityRecord(Document):
-    """Sensitivity of every linear by its name in the model (`workers/sensitivity.py`)."""
+    """Sensitivity of every linear by its name in the model (`workers/sensitivity.py`).
+
+    Attributes:
+        sensitivity: means over output channels.
+        blob: of every channel.
+    """
 
     sensitivity: dict[str, float]
+    blob: Digest
 
 
 class SettledWidth(Document):

@@ -20,7 +20,7 @@ RUNS = "runs"
 BLOBS = "blobs"
 MANIFEST_FILE = "manifest.json"
 SPEC_FILE = "spec.json"
-_NAMES_BLOBS = re.compile(rf"{RUNS}/[^/]+/(spec\.json|blocks/[^/]+/record\.json)")
+_NAMES_BLOBS = re.compile(rf"{RUNS}/[^/]+/(spec\.json|sensitivity\.json|blocks/[^/]+/record\.json)")
 
 
 def spec_key(run: str) -> str:

@@ -27,7 +27,6 @@ from mbq.artifacts.spec import Optimisation, Routing
 from mbq.kernels.widths import CODE_BITS, WIDTHS
 from mbq.workers.calibrate import calibrate_block
 from mbq.workers.determinism import attention, hardware_kind, pin
-from mbq.workers.importance import channel_importance
 from mbq.workers.model import Model, open_model
 from mbq.workers.pack import encode_block
 from mbq.workers.route import first_sequences, fit_routers
@@ -127,15 +126,17 @@ def calibrate(
         )
         _finish(model.device)
         calibrated = time.monotonic()
-        source_block = model.runner(0, options["microbatch"])
-        first = first_sequences(hidden, Routing().tokens)
-        importance = channel_importance(source_block, first, 0)
+        # Of a block on its own the loss is not known: channels count alike.
+        alike = {
+            name: torch.ones(len(linear.code_NK), device=model.device)
+            for name, linear in done.linears.items()
+        }
         routers = fit_routers(
-            source_block,
+            model.runner(0, options["microbatch"]),
             inputs,
             done.linears,
-            importance,
-            first,
+            alike,
+            first_sequences(hidden, Routing().tokens),
             Routing(),
             max_bits=CODE_BITS,
             seed=0,
@@ -148,9 +149,7 @@ def calibrate(
         "peak_gpu_bytes": peak,
         "loss_before": done.loss_before,
         "loss_after": done.loss_after,
-        "sha256": hashlib.sha256(
-            b"".join(encode_block(done.linears, routers, importance))
-        ).hexdigest(),
+        "sha256": hashlib.sha256(b"".join(encode_block(done.linears, routers))).hexdigest(),
     }
 
 

@@ -20,7 +20,7 @@ from mbq.artifacts.documents import (
     ValidationRecord,
     VariantLosses,
 )
-from mbq.artifacts.runs import block_records
+from mbq.artifacts.runs import block_records, is_stored
 from mbq.artifacts.sealed import find_document
 from mbq.artifacts.store import Store
 from mbq.cluster.runner import Call, Handle, Runner, TaskResources
@@ -113,7 +113,8 @@ def begin(store: Store, document: RunDocument, runner: Runner, attempt: int) -> 
 def _adopt_routing(driver: Driver) -> None:
     """Take over sensitivities, and thresholds that were settled on the blocks there are."""
     store, run, plan = driver.store, driver.document.run, driver.plan
-    if find_document(store, keys.sensitivity_key(run), SensitivityRecord) is None:
+    measured = find_document(store, keys.sensitivity_key(run), SensitivityRecord)
+    if measured is None or not is_stored(store, measured.blob):
         return
     driver.done |= {*plan.sensitivities}
     for task in plan.settles:

@@ -2,9 +2,9 @@
 
     capture 0 -> capture 1 -> ... -> capture n-1      the chain of hidden states
         |            |                   |
-    calibrate 0  calibrate 1    ...  calibrate n-1    each needs its capture
+    calibrate 0  calibrate 1    ...  calibrate n-1    each needs its capture, and sensitivity
         \\____________|___________________/    \\
-           pack <file> ...                  settle <method> ...   these need sensitivity, too
+           pack <file> ...                  settle <method> ...
                      |                             |
                      |                           route            the routers of the method chosen
                      \\___________________________/
@@ -51,7 +51,7 @@ Kind = Literal[
 # Evaluations of the source model need nothing and fill whatever is left idle, so they come last.
 _PRIORITY: dict[Kind, int] = {
     "capture": 0,
-    "sensitivity": 1,
+    "sensitivity": 0,
     "calibrate": 1,
     "settle": 2,
     "pack": 3,
@@ -304,7 +304,7 @@ def _is_ready(task: Task, plan: Plan, progress: Progress, workers: int) -> bool:
         calibrated = plan.calibrations[block - 1] in done
         return block - 1 in progress.held and (calibrated or not plan.sequential)
     if task.kind == "calibrate":
-        return task.block in progress.held
+        return task.block in progress.held and done >= {*plan.sensitivities}
     if task.kind == "sensitivity":
         return True
     if task.kind == "settle":

@@ -52,6 +52,7 @@ from mbq.workers.pack import (
     read_linear,
     router_buffers,
 )
+from mbq.workers.sensitivity import importance
 from mbq.workers.tensors import read_tensor
 
 
@@ -107,9 +108,8 @@ class Opened:
         return plan_shards(self.document.source.tensors, self.spec.slices, self.spec.group_size)
 
     @cached_property
-    def sensitivity(self) -> dict[str, float]:
-        key = keys.sensitivity_key(self.document.run)
-        return get_document(self.store, key, SensitivityRecord).sensitivity
+    def sensitivity(self) -> SensitivityRecord:
+        return get_document(self.store, keys.sensitivity_key(self.document.run), SensitivityRecord)
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -163,12 +163,14 @@ class Opened:
     def log_worths(self, block: int, served: Sequence[str]) -> list[float]:
         """What turns log benefits of some linears of a block into log earnings."""
         linears = [self.linear(block, name) for name in served]
-        return [log_worth(self.sensitivity[linear.name], linear.weights) for linear in linears]
+        found = self.sensitivity.sensitivity
+        return [log_worth(found[linear.name], linear.weights) for linear in linears]
 
     def importance(self, block: int, served: Sequence[str]) -> list[Tensor]:
-        """Of the output channels [N] of some linears of a block."""
-        blob = self.blob(block)
-        return [read_tensor(blob, f"{name}.importance").to(self.device) for name in served]
+        """Of the output channels [N] of some linears of a block (`sensitivity.importance`)."""
+        file = self._open_blob(self.sensitivity.blob)
+        found = [read_tensor(file, self.linear(block, name).name) for name in served]
+        return [importance(sensitivity_N).to(self.device) for sensitivity_N in found]
 
     @cached_property
     def router_weights(self) -> dict[str, tuple[int, ...]]:

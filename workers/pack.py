@@ -2,10 +2,9 @@
 
 A block's blob holds, per linear, `<name>.code` U8 [N, K], `.exponent` I8 [K], `.scale_zero` I32
 [N, G] and `.gain_bias` I32 [W, N], and per router `<name>.trunk` I32 [H, K/2] (float16 pairs),
-`.offset` F32 [H], `.head` F32 [E, L, F] and, for every method, `.knots_<method>` F32 [E, L, 2, Q];
-where there are routers, linears have `.importance` F32 [N] (`importance.py`), too. A shard of the
-checkpoint is written tensor by tensor from such blobs and from the source; nothing but the tensor
-at hand is in memory.
+`.offset` F32 [H], `.head` F32 [E, L, F] and, for every method, `.knots_<method>` F32 [E, L, 2, Q].
+The blob of sensitivities holds F32 [N] of every linear. A shard of the checkpoint is written tensor
+by tensor from blobs of blocks and from the source; nothing but the tensor at hand is in memory.
 
 Legend: N out_features, K in_features, G groups, W widths; those of routers are in
 `kernels/router.py`.
@@ -40,9 +39,7 @@ class BlockRouting:
 
 
 def encode_block(
-    block: Mapping[str, CalibratedLinear],
-    routers: Mapping[str, FittedInput],
-    importance: Mapping[str, Tensor],
+    block: Mapping[str, CalibratedLinear], routers: Mapping[str, FittedInput]
 ) -> Iterator[bytes]:
     """A block's blob in chunks; the same block always gives the same bytes."""
     tensors = {}
@@ -58,8 +55,15 @@ def encode_block(
         tensors[f"{name}.head"] = fitted.learned.head_ELF
         for method in sorted(fitted.knots):
             tensors[f"{name}.knots_{method}"] = fitted.knots[method]
-    for name in sorted(importance):
-        tensors[f"{name}.importance"] = importance[name].cpu()
+    return _encode(tensors)
+
+
+def encode_sensitivity(sensitivity: Mapping[str, Tensor]) -> Iterator[bytes]:
+    """Sensitivities of a model's linears in chunks, by name."""
+    return _encode(dict(sorted(sensitivity.items())))
+
+
+def _encode(tensors: Mapping[str, Tensor]) -> Iterator[bytes]:
     entries = [entry_of(name, tensor) for name, tensor in tensors.items()]
     return encode(entries, map(tensor_bytes, tensors.values()))
 

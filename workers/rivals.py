@@ -59,7 +59,7 @@ class OracleRouter(nn.Module):
 
     Args:
         sources: weights [N, K] of the linears.
-        importance: of their output channels [N] (`importance.py`).
+        importance: of their output channels [N] (`sensitivity.importance`).
     """
 
     def __init__(

@@ -1,11 +1,11 @@
 """What a token says about its own error: fit the routers of one calibrated block.
 
 Per linear and extra width, the *benefit* of a token is how much of the linear's squared output
-error the step to that width removes, each output channel counting as much as the block's output
-depends on it (`importance.py`). Everything is fitted on calibration tokens: the true benefits
-of 3 tokens in 4 train a router (`kernels/router.py`), the rest, which it has not seen, tell what
-its scores mean: the mean benefit, per bit, of tokens with such a score, made monotone. Three ways
-to score a token are kept for every input, so that they can be compared on the whole model:
+error the step to that width removes, each output channel counting as much as the loss is sensitive
+to it (`sensitivity.py`). Everything is fitted on calibration tokens: the true benefits of 3 tokens
+in 4 train a router (`kernels/router.py`), the rest, which it has not seen, tell what its scores
+mean: the mean benefit, per bit, of tokens with such a score, made monotone. Three ways to score a
+token are kept for every input, so that they can be compared on the whole model:
 
     linear   every token alike: only linears differ, nothing is computed at run time
     norm     the logarithm of the token's mean square, nothing is stored
@@ -99,7 +99,7 @@ def fit_routers(
         block: the full-precision one.
         inputs: the linears that read each input, by the input's name.
         calibrated: the block's linears as they were quantized.
-        importance: of their output channels (`importance.py`).
+        importance: of their output channels (`sensitivity.importance`).
         hidden_BTH: hidden states of the full-precision model that enter the block, of the first
             sequences that hold enough tokens.
         seed: of everything drawn.

@@ -6,7 +6,7 @@ bytes, records differ at most in times and attempts. The last argument of each i
 with the finished fraction.
 
     capture      hidden states that enter a block      -> hidden states
-    sensitivity  of the loss to errors of each linear  -> its record
+    sensitivity  of the loss to errors of each linear  -> its record, after its blob
     calibrate    one block and its routers             -> its record, after its blob
     pack         one file of the checkpoint            -> its record, after the file is read back
     settle       thresholds of one way to share bits   -> its record
@@ -48,9 +48,8 @@ from mbq.workers.calibrate import calibrate_block
 from mbq.workers.capture import Hidden
 from mbq.workers.determinism import attention, hardware_kind, seed_of
 from mbq.workers.evaluate import sequence_losses, token_bits
-from mbq.workers.importance import channel_importance
 from mbq.workers.opened import Opened, RunRef
-from mbq.workers.pack import encode_block, encode_routing, encode_shard
+from mbq.workers.pack import encode_block, encode_routing, encode_sensitivity, encode_shard
 from mbq.workers.route import first_sequences, fit_routers
 from mbq.workers.sensitivity import measure_sensitivity
 from mbq.workers.settle import RoutedModel
@@ -94,13 +93,16 @@ def capture(ref: RunRef, block: int, before: Hidden | None, report: Report) -> H
 
 
 def sensitivity(ref: RunRef, report: Report) -> SensitivityRecord:
-    """Measure the sensitivity of every linear."""
+    """Measure the sensitivity of every linear, by output channel."""
     opened = Opened(ref)
     samples = opened.spec.routing.sensitivity_samples
     ids = opened.tokens(opened.document.calibration_tokens)[:samples]
     with attention():
         found = measure_sensitivity(opened.model, ids, opened.spec.microbatch, report)
-    record = SensitivityRecord(sensitivity=found)
+    record = SensitivityRecord(
+        sensitivity={name: found_N.mean().item() for name, found_N in found.items()},
+        blob=put_blob(opened.store, encode_sensitivity(found)),
+    )
     put_document(opened.store, keys.sensitivity_key(ref.run), record)
     return record
 
@@ -127,24 +129,22 @@ def calibrate(ref: RunRef, block: int, attempt: int, hidden: Hidden, report: Rep
             seed,
             lambda fraction: report(_TRAINING_SHARE * fraction),
         )
-        routers, importance = {}, {}
+        routers = {}
         if spec.slices > 1:
-            source = model.runner(block, spec.microbatch)
-            first = first_sequences(full, spec.routing.tokens)
-            importance = channel_importance(source, first, seed)
+            names = list(calibration.linears)
             routers = fit_routers(
-                source,
+                model.runner(block, spec.microbatch),
                 opened.routers,
                 calibration.linears,
-                importance,
-                first,
+                dict(zip(names, opened.importance(block, names), strict=True)),
+                first_sequences(full, spec.routing.tokens),
                 spec.routing,
                 spec.max_bits,
                 seed,
             )
     record = BlockRecord(
         block=block,
-        blob=put_blob(opened.store, encode_block(calibration.linears, routers, importance)),
+        blob=put_blob(opened.store, encode_block(calibration.linears, routers)),
         hardware=hardware_kind(opened.device),
         loss_before=calibration.loss_before,
         loss_after=calibration.loss_after,

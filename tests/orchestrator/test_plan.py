@@ -71,9 +71,11 @@ def test_only_the_chain_and_the_source_can_start(tiny_document: Make) -> None:
 def test_a_captured_block_calibrates_while_the_chain_goes_on(tiny_document: Make) -> None:
     plan = _plan(tiny_document)
     progress = _progress(done={plan.captures[0]}, held={0})
-    assert _names(ready(plan, progress, 2))[:3] == ["capture 001", SENSE, "calibrate 000"]
-    busy = replace(progress, busy={plan.captures[1], plan.calibrations[0]})
-    assert _names(ready(plan, busy, 2)) == [SENSE, *SOURCE_EVALUATIONS]
+    assert _names(ready(plan, progress, 2))[:3] == ["capture 001", SENSE, "evaluate full"]
+    sensed = replace(progress, done={plan.captures[0], *plan.sensitivities})
+    assert _names(ready(plan, sensed, 2))[:2] == ["capture 001", "calibrate 000"]
+    busy = replace(sensed, busy={plan.captures[1], plan.calibrations[0]})
+    assert _names(ready(plan, busy, 2)) == SOURCE_EVALUATIONS
 
 
 def test_sequential_waits_for_the_block_before(tiny_document: Make) -> None:
@@ -98,10 +100,10 @@ def test_the_chain_stays_within_its_look_ahead(
 def test_a_resumed_chain_ends_at_the_last_missing_block(tiny_document: Make) -> None:
     plan = _plan(tiny_document)
     assert needed_captures(plan, {plan.calibrations[2]}) == 2
-    done = {plan.calibrations[1], plan.calibrations[2], plan.captures[0]}
+    done = {plan.calibrations[1], plan.calibrations[2], plan.captures[0], *plan.sensitivities}
     assert needed_captures(plan, done) == 1
     names = _names(ready(plan, _progress(done=done, held={0}), 2))
-    assert names[:2] == [SENSE, "calibrate 000"]
+    assert names[0] == "calibrate 000"
     assert needed_captures(plan, set(plan.calibrations)) == 0
 
 

@@ -16,7 +16,6 @@ from mbq.workers import tasks
 from mbq.workers.calibrate import calibrate_block
 from mbq.workers.capture import FULL, to_array
 from mbq.workers.determinism import attention, seed_of
-from mbq.workers.importance import channel_importance
 from mbq.workers.opened import Opened, RunRef
 from mbq.workers.pack import encode_block
 from mbq.workers.route import fit_routers
@@ -49,6 +48,7 @@ def test_widths_learn_from_their_own_hidden_states_what_full_precision_makes_of_
     hidden = {FULL: to_array(full)}
     if spec.streams:
         hidden |= {str(bits): to_array(x) for bits, x in inputs.items()}
+    tasks.sensitivity(ref, _nothing)
     record = tasks.calibrate(ref, 1, 1, hidden, _nothing)
 
     seed = seed_of(spec.calibration.seed, 1)
@@ -63,20 +63,19 @@ def test_widths_learn_from_their_own_hidden_states_what_full_precision_makes_of_
             seed,
             _nothing,
         )
-        source = opened.model.runner(1, spec.microbatch)
-        importance = channel_importance(source, full[:4], seed)
+        names = list(expected.linears)
         routers = fit_routers(
-            source,
+            opened.model.runner(1, spec.microbatch),
             opened.routers,
             expected.linears,
-            importance,
+            dict(zip(names, opened.importance(1, names), strict=True)),
             full[:4],
             spec.routing,
             spec.max_bits,
             seed,
         )
     found = store.read(keys.blob_key(record.blob.sha256))
-    assert found == b"".join(encode_block(expected.linears, routers, importance))
+    assert found == b"".join(encode_block(expected.linears, routers))
     assert record.loss_after == expected.loss_after
 
 
