@@ -8,7 +8,7 @@ import torch
 from weights import GROUP, multiply, random_digits, random_powers, tile_for, tokens_at
 
 from mbq.kernels import dispatch
-from mbq.kernels.digits import join_digits, pack_digits
+from mbq.kernels.digits import Digits, join_digits, pack_digits
 from mbq.kernels.quantize import dequantize, pack_pair, powers_of_two, unpack_pair
 from mbq.kernels.reference import routed_linear
 from mbq.kernels.router import Gates, bits_taken, score
@@ -29,6 +29,9 @@ CHECKS = (
     (33, WIDTHS),
     (64, WIDTHS),
 )
+# Chains of products: tokens, their width or None for a router's, and how many: values grow, and a
+# router squares them.
+CHAINS = ((1, 8, 10), (4, 2, 10), (1, None, 4), (4, None, 4))
 # Linears that share an input, and rows of their router's trunk.
 SHARING, TRUNK = 3, 8
 # Rows of linears that are checked together, and tokens.
@@ -100,30 +103,37 @@ def check_joined(k: int) -> float:
 
 
 def repeatable(n: int, k: int) -> bool:
-    """Whether two runs give the same bits."""
-    weight, prepared = random_digits(n, k), tokens_at(5, k, 6)
-    tile = tile_for(n, k, 5, 6)
-    outs = [multiply(prepared, 6, weight, tile) for _ in range(3)]
-    return all(torch.equal(out, outs[0]) for out in outs)
+    """Whether three runs give the same bits."""
+    weight = random_digits(n, k)
+    same = True
+    for m in (1, 5):
+        prepared, tile = tokens_at(m, k, 6), tile_for(n, k, m, 6)
+        outs = [multiply(prepared, 6, weight, tile) for _ in range(3)]
+        same = same and all(torch.equal(out, outs[0]) for out in outs)
+    return same
 
 
 def in_order(k: int) -> bool:
     """Whether launches that follow each other at once give the bits of launches on their own.
 
-    A chain of products, each the input of the next: every launch begins while the one before it,
-    whose results it needs, is ending.
+    A chain of products, each the input of the next, and nothing else: every launch begins while
+    the one before it, whose results it needs, is running.
     """
-    weight, gates = random_digits(k, k), random_gates(k, 1)
+    weight = random_digits(k, k)
+    return all(_chained(weight, k, *chain) for chain in CHAINS)
+
+
+def _chained(weight: Digits, k: int, tokens: int, bits: int | None, length: int) -> bool:
+    widths = bits or random_gates(k, 1)
 
     def chain(x: torch.Tensor, alone: bool) -> torch.Tensor:
-        for _ in range(12):
-            (out,) = weight.sides(dispatch.decode(x, gates, CODE_BITS, weight))
-            x = out / out.abs().max()
+        for _ in range(length):
+            (x,) = weight.sides(dispatch.decode(x, widths, CODE_BITS, weight))
             if alone:
                 torch.cuda.synchronize()
         return x
 
-    start = torch.randn(1, k, device="cuda", dtype=torch.bfloat16)
+    start = torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16)
     expected = chain(start, alone=True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -133,7 +143,7 @@ def in_order(k: int) -> bool:
         graph.replay()
         if not torch.equal(found, expected):
             return False
-    return True
+    return bool(expected.isfinite().all())
 
 
 def random_gates(k: int, linears: int = SHARING) -> Gates:

@@ -25,6 +25,7 @@ import click
 import torch
 from ceilings import measure_ceilings
 from checks import (
+    CHAINS,
     JOINED_ROWS,
     JOINED_TOKENS,
     SHARING,
@@ -54,11 +55,12 @@ from weights import (
     tokens_at,
 )
 
+from mbq.kernels import dispatch
 from mbq.kernels.digits import Digits
 from mbq.kernels.router import Gates
 from mbq.kernels.timing import time_graph
 from mbq.kernels.triton_dequantize import dequantize_digits
-from mbq.kernels.triton_prepare import padded_tokens, prepare
+from mbq.kernels.triton_prepare import prepare
 from mbq.kernels.widths import CODE_BITS, WIDTHS
 
 TOKENS = (1, 4, 8, 16, 32, 64)
@@ -123,9 +125,15 @@ def products(shapes: list[tuple[int, int]]) -> list[Product]:
         for (n, k), m, (bits, mixed) in itertools.product(shapes, TOKENS, kinds)
     ]
     for k in {k for _, k in shapes}:
-        wanted += [(sum(JOINED_ROWS), k, JOINED_TOKENS, None, True), (k, k, 1, None, False)]
+        wanted.append((sum(JOINED_ROWS), k, JOINED_TOKENS, None, True))
+        wanted += [(k, k, m, bits, bits is None and m > 1) for m, bits, _ in CHAINS]
     return [
-        Product(bits, mixed, padded_tokens(m), tile_for(n, k, m, bits, mixed))
+        Product(
+            bits,
+            mixed,
+            dispatch.token_tile(m, dispatch.kind_of(mixed, bits)),
+            tile_for(n, k, m, bits, mixed),
+        )
         for n, k, m, bits, mixed in wanted
     ]
 

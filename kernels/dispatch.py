@@ -176,9 +176,10 @@ def tile(
     width = token_tile(tokens, kind)
     small = group_size < _MEASURED_GROUP
     shape = f"{rows} x {blocks * BLOCK_INPUTS}"
-    # What any width needs, the largest does.
+    # What any width needs, the largest does; and a few tokens with columns to spare, what one does.
     kinds = (ANY, str(CODE_BITS)) if kind == ANY else (kind,)
-    found = (known.get(one, {}).get(shape, {}).get(str(width)) for one in kinds)
+    widths = (width, 1) if width < triton_columns.COLUMNS else (width,)
+    found = (known.get(one, {}).get(shape, {}).get(str(w)) for one in kinds for w in widths)
     measured = next(filter(None, found), None)
     if measured and not small:
         return triton_tiles.Tile(*measured)
@@ -188,7 +189,7 @@ def tile(
 def token_tile(tokens: int, kind: str) -> int:
     """Tokens of a program."""
     if narrow(tokens):
-        return triton_narrow.columns(tokens, kind == MIXED)
+        return triton_narrow.program_tokens(tokens, kind == MIXED)
     padded = triton_prepare.padded_tokens(tokens)
     return min(padded, triton_mixed.MOST_TILE_TOKENS) if kind == MIXED else padded
 
@@ -203,10 +204,10 @@ def default_tile(
 ) -> "triton_tiles.Tile":
     """The rule of thumb, for shapes that were not measured: many warps, since they wait for loads.
 
-    8 or more on each multiprocessor, as in the fastest tiles that were measured on an H200.
+    8 or 10 and more on each multiprocessor, as in the fastest tiles measured on an H200.
     """
     if narrow(width):
-        return _narrow_tile(rows, blocks, width, kind)
+        return _narrow_tile(rows, blocks, width, kind, small_groups)
     wide = width > 32
     # Sums that are restarted at every group fill the registers; and B200's lie in tensor memory,
     # which 128 rows of 64 tokens would overfill.
@@ -221,16 +222,21 @@ def default_tile(
     return triton_tiles.Tile(cut, split, warps=8 if wide else 4, stages=stages)
 
 
-def _narrow_tile(rows: int, blocks: int, width: int, kind: str) -> "triton_tiles.Tile":
+def _narrow_tile(
+    rows: int, blocks: int, width: int, kind: str, small_groups: bool
+) -> "triton_tiles.Tile":
     """Of a product that warps share by its inputs: few warps a program, if there are enough."""
     if kind == MIXED:
         # One cut for all shapes: this kernel takes longest to compile.
         return triton_tiles.Tile(16, split=1, warps=4, stages=1)
-    # 32 rows make more of each token, 16 leave more for programs to share and less in registers.
-    tall = kind == "2" or (kind == "4" and width == triton_columns.COLUMNS)
+    full = width == triton_columns.COLUMNS
+    # 32 rows make more of each token, 16 leave more for programs to share and less in registers,
+    # which sums of many groups fill, too, and eight tokens of whole codes.
+    tall = not small_groups and (kind == "2" or (kind == "4" and full))
     cut = 32 if tall and rows >= 32 * _PROGRAMS // 2 else 16
+    most = 4 if full and kind not in ("2", "4") else 8
     warps = 2
-    while warps < 8 and rows // cut * warps < _WARPS and warps < blocks:
+    while warps < most and rows // cut * warps < _WARPS and warps < blocks:
         warps *= 2
     return triton_tiles.Tile(cut, split=1, warps=warps, stages=1)
 

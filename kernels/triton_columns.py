@@ -16,7 +16,7 @@ shifted only where an exponent would begin, and inputs are divided by what that 
 
 Words and tokens change places alike (`in_order`), so no register moves.
 
-Legend: W warps, T tokens: 1, 2, 4 or 8.
+Legend: W warps, T tokens of a program: 1, 2, 4 or 8.
 """
 
 import triton
@@ -114,8 +114,8 @@ def load_tokens(
 ):  # fmt: skip
     """Tokens in the blocks from one on, one for each warp: inputs, and sums of their groups.
 
-    T times [W 8, 16] int32; and for each group [W, 8] twice, plain and weighted by biases, zero but
-    in one column of a token. Warps that have no block left take the last one.
+    T times [W 8, 16] int32; and for each group [W, 8] twice, plain and weighted by biases, in the
+    first column of each token, zero in others. Warps that have no block left take the last one.
     """
     block = tl.minimum(start + tl.arange(0, WARPS * _COLUMNS) // _COLUMNS, blocks - 1)
     block_ptr = x_at + (block * 128)[:, None]

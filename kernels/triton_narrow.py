@@ -15,6 +15,7 @@ matters:
   - All that a turn reads, words and scales, tokens and their sums, is asked for a turn ahead, and
     nothing within a turn: a thread waits for one of six sets of loads, and the compiler puts what
     it likes in one set. Whoever asked for a token now would wait for the words of the next turn.
+    Only where tokens may differ do registers not hold them twice.
   - From Hopper on words and scales of the first turn are asked for before the launch before has
     ended; where that launch decides the width, those that every width reads.
 
@@ -26,7 +27,7 @@ finds out whether tokens differ.
 Whatever a loop carries is kept in an int32, two words or two inputs in one, and taken apart when it
 is used: registers that hold 16 bits are copied, and so waited for, wherever a loop ends.
 
-Legend: N' N padded, B blocks of 256 inputs, T tokens, L linears of one input, W warps.
+Legend: N' N padded, B blocks of 256 inputs, T tokens of a program, L linears of one input, W warps.
 """
 
 import torch
@@ -204,8 +205,8 @@ def _multiplied(
     late = (tl.arange(0, 16) // 8)[None, :]
     n, t = tl.arange(0, ROWS), tl.arange(0, T)
     gain_row = (row_of(bits) * rows)[None, :] if MIXED else row_of(BITS) * rows
-    gain_bias = tl.load(gain_bias_ptr + gain_row + n[:, None])
     words = load_rest(word_pairs_ptr, first, 0, rows, blocks, ROWS, WARPS, BITS)
+    gain_bias = tl.load(gain_bias_ptr + gain_row + n[:, None])
     if WAITS:
         tl.extra.cuda.gdc_wait()
     unscale = tl.load(unscale_ptr + t)
@@ -223,7 +224,6 @@ def _multiplied(
         )
         words = load_rest(word_pairs_ptr, first, start + WARPS, rows, blocks, ROWS, WARPS, BITS)
         if MIXED:
-            # Of all digits the registers do not hold tokens of two turns.
             used_xs, used_sums = load_tokens(
                 x_at, sum_ptr, bias_sum_ptr, start, blocks, padded_tokens, WARPS, GROUPS, T, BIASED
             )  # fmt: skip
@@ -317,21 +317,23 @@ def multiply_narrow(
         prepared.bits_LT, out, rows, blocks, len(prepared.x_TK), prepared.tokens,
         *next_linears(weight, tile.rows),
         ROWS=tile.rows, WARPS=tile.warps, GROUPS=BLOCK_INPUTS // weight.group_size,
-        BITS=bits or 0, T=columns(prepared.tokens, prepared.mixed), MIXED=prepared.mixed,
+        BITS=bits or 0, T=program_tokens(prepared.tokens, prepared.mixed), MIXED=prepared.mixed,
         MOST_SLICES=slices, ASM=not INTERPRETED, num_warps=tile.warps,
-        maxnreg=registers(prepared.tokens, tile), **launching(out.device),
+        maxnreg=most_registers(prepared.tokens, tile, weight.group_size), **launching(out.device),
     )  # fmt: skip
     return out
 
 
-def columns(tokens: int, mixed: bool) -> int:
-    """How many of so many tokens, 8 at most, are multiplied: a power of two. Mixed ones are 8."""
+def program_tokens(tokens: int, mixed: bool) -> int:
+    """T for so many tokens, 8 at most: a power of two, or 8 where they may differ."""
     return COLUMNS if mixed else 1 << (tokens - 1).bit_length()
 
 
-def registers(tokens: int, tile: Tile) -> int | None:
-    """Of a thread, at most: so few that two programs of 8 warps share a multiprocessor.
+def most_registers(tokens: int, tile: Tile, group_size: int) -> int | None:
+    """Of a thread; None for as many as it wants.
 
-    None, as many as it wants, where that would spill.
+    So few that two programs of 8 warps share a multiprocessor. Where only the device knows the
+    width some are spilled, and it is faster all the same; with small groups too many would be.
     """
-    return 128 if tokens == 1 and tile.rows == 16 and tile.warps >= 8 else None
+    shared = tokens == 1 and tile.rows == 16 and tile.warps >= 8 and group_size >= 128
+    return 128 if shared else None

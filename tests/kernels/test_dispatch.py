@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mbq.kernels import dispatch
 from mbq.kernels.digits import ROW_MULTIPLE, join_digits
 from mbq.kernels.reference import routed_linear
+from mbq.kernels.triton_columns import COLUMNS
 from tests.support.weights import error, random_weight
 
 FOLDER = Path(dispatch.__file__).parent
@@ -38,7 +39,9 @@ def test_shipped_tiles_fit_their_shapes() -> None:
         for shape, by_width in [item for kind in by_kind.values() for item in kind.items()]:
             rows, inputs = map(int, shape.split(" x "))
             assert rows % ROW_MULTIPLE == 0
-            for tile, split, warps, stages in by_width.values():
+            for tokens, (tile, split, warps, stages) in by_width.items():
+                if int(tokens) <= COLUMNS:
+                    assert (tile in (16, 32), split, stages) == (True, 1, 1)
                 assert rows % tile == 0
                 assert split * 256 <= inputs
                 assert warps in (1, 2, 4, 8, 16)
@@ -65,6 +68,10 @@ def test_any_width_is_cut_like_the_largest_where_it_was_not_measured(
     gpu = torch.device("cuda", 6)
     largest, measured = (dispatch.tile(n, 256, 128, 1, gpu, "any") for n in (128, 256))
     assert largest == dispatch.triton_tiles.Tile(16, 1, 2, 1)
+    # A few tokens like one, but not eight.
+    assert dispatch.tile(256, 256, 128, 3, gpu, "8") == largest
+    rule = dispatch.default_tile(256, 1, 8, "8", False, (9, 0))
+    assert dispatch.tile(256, 256, 128, 7, gpu, "8") == rule
     assert measured == dispatch.triton_tiles.Tile(32, 1, 1, 1)
 
 

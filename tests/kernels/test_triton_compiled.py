@@ -79,14 +79,21 @@ def test_few_tokens_ask_for_weights_before_the_launch_before_has_ended(
         assert kernel["early_loads"] > 0, name
 
 
-def test_few_tokens_wait_for_nothing_within_a_turn(compiled: dict[str, Any]) -> None:
+def test_few_tokens_load_before_they_multiply(compiled: dict[str, Any]) -> None:
     """All loads of a turn come before its first product."""
     for name in (name for name in compiled["uniform"] if name.startswith(FEW)):
         assert compiled["uniform"][name]["loads_after_products"] == 0, name
 
 
+def test_few_tokens_fit_the_registers_however_they_are_cut(compiled: dict[str, Any]) -> None:
+    """Other numbers of tokens, small groups, and so many warps that registers are limited."""
+    for name, kernel in compiled["cuts"].items():
+        assert kernel["spills_in_loops"] == 0, f"{name} spills"
+        assert kernel["moving"] == 0, f"{name} moves codes between threads"
+
+
 def test_three_bits_read_less_than_four(compiled: dict[str, Any]) -> None:
-    found = {n: k for n, k in compiled["uniform"].items() if n.endswith(" tokens, 3 bits")}
+    found = {n: k for n, k in compiled["uniform"].items() if n.endswith(", 3 bits")}
     assert found
     for name, three in found.items():
         four = compiled["uniform"][name.replace("3 bits", "4 bits")]

@@ -6,8 +6,8 @@ import torch
 
 from mbq.kernels.digits import join_digits
 from mbq.kernels.reference import routed_linear
-from mbq.kernels.triton_columns import MASKING, SHIFTING, plain_bit, two_halves
-from mbq.kernels.triton_narrow import multiply_narrow
+from mbq.kernels.triton_columns import MASKING, SCALING, SHIFTING, plain_bit, two_halves
+from mbq.kernels.triton_narrow import most_registers, multiply_narrow, program_tokens
 from mbq.kernels.triton_prepare import prepare
 from mbq.kernels.triton_tiles import REJOINING, Tile
 from mbq.kernels.widths import WIDTHS
@@ -28,6 +28,9 @@ pytestmark = pytest.mark.usefixtures("poisoned")
         (5, 40, 384, 32, Tile(32, 1, 4, 1)),
         (3, 10, 1280, 256, Tile(16, 1, 16, 1)),
         (2, 130, 800, 32, Tile(32, 1, 4, 1)),
+        (4, 40, 768, 128, Tile(32, 1, 2, 1)),
+        (1, 40, 512, 32, Tile(32, 1, 2, 1)),
+        (1, 20, 1024, 256, Tile(16, 1, 8, 1)),
     ],
 )
 def test_equals_the_definition(
@@ -85,6 +88,21 @@ def test_assembly_makes_plain_digits(p: int) -> None:
     assert np.array_equal(made.astype(np.float64), digits * 2.0 ** (plain_bit(p) - 24))
 
 
-def test_a_factor_is_two_halves() -> None:
-    for exponent in (0, -2, -8):
-        assert (np.array([two_halves(exponent)], np.uint32).view(np.float16) == 2.0**exponent).all()
+@pytest.mark.parametrize("exponent", [0, -2, -8])
+def test_assembly_divides_two_inputs(exponent: int) -> None:
+    """Exactly, or as near as halves below the smallest normal one are."""
+    x = np.random.default_rng(0).standard_normal(4096).astype(np.float16) * np.float16(900)
+    factor = np.full(2048, two_halves(exponent), np.uint32)
+    made = emulate(SCALING.value, {"$1": x.view(np.uint32), "$2": factor})["$0"].view(np.float16)
+    assert np.abs(made.astype(np.float64) - x.astype(np.float64) * 2.0**exponent).max() <= 2.0**-25
+
+
+def test_programs_take_powers_of_two() -> None:
+    assert [program_tokens(n, mixed=False) for n in range(1, 9)] == [1, 2, 4, 4, 8, 8, 8, 8]
+    assert program_tokens(2, mixed=True) == 8
+
+
+def test_registers_are_limited_where_two_programs_fit() -> None:
+    cuts = (1, 16, 8, 128), (2, 16, 8, 128), (1, 32, 8, 128), (1, 16, 4, 128), (1, 16, 8, 64)
+    limits = [most_registers(m, Tile(rows, 1, warps, 1), group) for m, rows, warps, group in cuts]
+    assert limits == [128, None, None, None, None]

@@ -22,12 +22,14 @@ from triton.compiler import ASTSource
 from mbq.kernels import dispatch
 from mbq.kernels.triton_dequantize import _ROWS, _WARPS, _dequantize_kernel
 from mbq.kernels.triton_mixed import MOST_TILE_TOKENS, _mixed_kernel
-from mbq.kernels.triton_narrow import _narrow_kernel, registers
+from mbq.kernels.triton_narrow import _narrow_kernel, most_registers
 from mbq.kernels.triton_prepare import _prepare_kernel, rows_ahead, warps_for
 from mbq.kernels.triton_tiles import Tile
 from mbq.kernels.triton_uniform import _uniform_kernel
 from mbq.kernels.widths import WIDTHS, slices_of
 
+# Of LLaMA-2-7B's gate and up.
+ROWS = 22016
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 POINTERS = {
     "x_ptr": "*fp16",
@@ -91,6 +93,13 @@ def main() -> None:
         "differing": {f"sm_90, up to {bits} bits": build_differing(90, bits) for bits in (3, 4, 8)},
         # As it is launched. The compiler's loops lie within each other there.
         "launched": {"sm_90, 8 tokens": build_differing(90, 0)},
+        "cuts": {
+            "1 token, 8 bits, few rows": build_cut(4096, 1, 2, 8),
+            "1 token, 8 bits, few rows, groups of 32": build_cut(4096, 1, 8, 8),
+            "2 tokens, 8 bits": build_cut(22016, 2, 2, 8),
+            "4 tokens, 2 bits": build_cut(22016, 4, 2, 2),
+            "8 tokens, 4 bits, groups of 32": build_cut(22016, 8, 8, 4),
+        },
         "mixed": mixed,
         "uniform": uniform,
         "dequantizing": dequantizing,
@@ -127,15 +136,23 @@ def build_uniform(architecture: int, tokens: int, groups: int, bits: int) -> dic
     return _multiplying(_uniform_kernel, constants, architecture, tokens, tile)
 
 
-def _narrow(architecture: int, tokens: int, kind: str, constants: dict[str, Any]) -> dict[str, Any]:
-    tile = _tile(architecture, tokens, kind, constants["GROUPS"])
+def build_cut(rows: int, tokens: int, groups: int, bits: int) -> dict[str, Any]:
+    """Few tokens of one width times so many rows, as the rule of thumb cuts them."""
+    kind = dispatch.kind_of(False, bits)
+    return _narrow(90, tokens, kind, {"BITS": bits, "MIXED": False, "GROUPS": groups}, rows)
+
+
+def _narrow(
+    architecture: int, tokens: int, kind: str, constants: dict[str, Any], rows: int = ROWS
+) -> dict[str, Any]:
+    tile = _tile(architecture, tokens, kind, constants["GROUPS"], rows)
     constants = {"WARPS": tile.warps, "MOST_SLICES": 4, "T": tokens} | constants
     return _multiplying(_narrow_kernel, constants, architecture, tokens, tile, tile.warps)
 
 
-def _tile(architecture: int, tokens: int, kind: str, groups: int) -> Tile:
+def _tile(architecture: int, tokens: int, kind: str, groups: int, rows: int = ROWS) -> Tile:
     capability = divmod(architecture, 10)
-    return dispatch.default_tile(22016, 16, tokens, kind, groups > 2, capability)
+    return dispatch.default_tile(rows, 16, tokens, kind, groups > 2, capability)
 
 
 def _multiplying(
@@ -150,7 +167,9 @@ def _multiplying(
     cut = {"ROWS": tile.rows, "TOKENS": tokens, "SPLIT": tile.split, "STAGES": tile.stages}
     constants = constants | {name: cut[name] for name in cut if name in kernel.arg_names}
     constants |= {"ASM": True, "PROGRAMMATIC": architecture >= 90}
-    most = registers(tokens, tile) if kernel is _narrow_kernel else None
+    most = None
+    if kernel is _narrow_kernel:
+        most = most_registers(tokens, tile, 256 // constants["GROUPS"])
     made = _compile(kernel, constants, architecture, tile.warps, most)
     assembly = made.pop("assembly")
     weights = blocks * tile.rows * 256 / (32 * tile.warps)
@@ -217,7 +236,7 @@ def _compile(
     constants: dict[str, Any],
     architecture: int,
     warps: int,
-    most_registers: int | None = None,
+    registers: int | None = None,
 ) -> dict[str, Any]:
     """Bytes that it takes, and its assembly."""
     names = kernel.arg_names
@@ -236,7 +255,7 @@ def _compile(
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": warps, "maxnreg": most_registers},
+        options={"num_warps": warps, "maxnreg": registers},
     )
     with TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"

@@ -7,7 +7,7 @@ Register = NDArray[np.uint32]
 
 
 def emulate(body: str, registers: dict[str, Register]) -> dict[str, Register]:
-    """What an assembly string leaves in registers: shl, shr, shf, mov, and, prmt, lop3."""
+    """What an assembly string leaves in registers: shl, shr, shf, mov, and, prmt, lop3, mul."""
     held = dict(registers)
     shape = next(iter(registers.values()))
 
@@ -30,6 +30,9 @@ def emulate(body: str, registers: dict[str, Register]) -> dict[str, Register]:
             held[target] = value(operands[0])
         elif operation == "prmt.b32":
             held[target] = _prmt(*map(value, operands))
+        elif operation == "mul.rn.f16x2":
+            a, b = (value(operand).view(np.float16) for operand in operands)
+            held[target] = (a * b).view(np.uint32)
         elif operation == "and.b32":
             held[target] = value(operands[0]) & value(operands[1])
         else:
