@@ -167,12 +167,14 @@ class RoutingRecord(Document):
 
     Attributes:
         blobs: sha256 of every block's codes, in order.
+        sensitivity: sha256 of the sensitivities that bits were shared by.
         router_bits: what it reads beside the codes, per weight.
         curves: by ceiling in bits.
     """
 
     method: str
     blobs: tuple[str, ...]
+    sensitivity: str
     router_bits: float
     curves: dict[int, StoredCurve]
     settled: tuple[SettledWidth, ...]

@@ -4,7 +4,7 @@ runs/<run>/spec.json                            what was asked and what it resol
 runs/<run>/status.json                          the driver's last word on its progress
 runs/<run>/blocks/<00007>/record.json           a finished block; written after its blob
 runs/<run>/shards/<file>/record.json            a finished file of the checkpoint
-runs/<run>/sensitivity.json                     of the loss to errors of each linear
+runs/<run>/sensitivity.json                     of the loss to errors; written after its blob
 runs/<run>/routing/<method>.json                thresholds of one way to share bits, settled
 runs/<run>/evaluations/<tokens>/<variant>.json  losses of one model variant
 runs/<run>/validations/<N>x<K>.json             a packed linear of that shape, right and timed

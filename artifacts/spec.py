@@ -119,9 +119,9 @@ class Routing(Document):
         width: rows of a learned router's trunk.
         steps: of training a router.
         rate: its learning rate.
-        tokens: of the calibration text that the routers of a block are fitted on, and that say how
-            much its output channels count.
-        sensitivity_samples: sequences that go backward through the full-precision model.
+        tokens: of the calibration text that the routers of a block are fitted on.
+        sensitivity_samples: sequences that go backward through the full-precision model, and say
+            how much linears and their output channels count.
         settle_tokens: of the calibration text that thresholds are corrected on.
         target_bits: average of every linear that `target` trains for.
     """

@@ -2,12 +2,12 @@
 
     python benchmarks/oracle.py NAME RUN
 
-A router expects a token's local error and weighs it with the loss's mean sensitivity to its linear
+A router expects a token's local error, channels weighed by the loss's mean sensitivity to each
 (`workers/sensitivity.py`). Here oracles share the bits of the run's evaluation text, which no
 router could do: `local` knows every token's true error, as the rival of that name, `loss` weighs it
-also with the token's own squared gradient in place of the mean over tokens, `gradient` knows only
-that and the mean error. Thresholds are found on the text itself. Gaps and errors are as
-`quality.py`'s. Writes benchmarks/results/<date>-oracle-NAME.json.
+also with the token's own squared gradient, a mean over channels, relative to that of all tokens,
+`gradient` knows only that and the mean error. Thresholds are found on the text itself. Gaps and
+errors are as `quality.py`'s. Writes benchmarks/results/<date>-oracle-NAME.json.
 
 Legend: B sequences, T tokens, L linears of an input, E extra widths.
 """

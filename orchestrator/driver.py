@@ -114,13 +114,16 @@ def _adopt_routing(driver: Driver) -> None:
     """Take over sensitivities, and thresholds that were settled on the blocks there are."""
     store, run, plan = driver.store, driver.document.run, driver.plan
     measured = find_document(store, keys.sensitivity_key(run), SensitivityRecord)
-    if measured is None or not is_stored(store, measured.blob):
+    if measured is None:
         return
-    driver.done |= {*plan.sensitivities}
+    if is_stored(store, measured.blob):
+        driver.done |= {*plan.sensitivities}
     for task in plan.settles:
         record = find_document(store, keys.routing_key(run, task.target), RoutingRecord)
         blobs = [r.blob.sha256 for _, r in sorted(driver.records.items())]
-        if record is not None and list(record.blobs) == blobs:
+        if record is None or record.sensitivity != measured.blob.sha256:
+            continue
+        if list(record.blobs) == blobs:
             driver.settled[task.target] = record
             driver.done.add(task)
 

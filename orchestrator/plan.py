@@ -50,15 +50,15 @@ Kind = Literal[
 ]
 # Evaluations of the source model need nothing and fill whatever is left idle, so they come last.
 _PRIORITY: dict[Kind, int] = {
-    "capture": 0,
     "sensitivity": 0,
-    "calibrate": 1,
-    "settle": 2,
-    "pack": 3,
-    "route": 3,
-    "validate": 4,
-    "evaluate": 4,
-    "sample": 4,
+    "capture": 1,
+    "calibrate": 2,
+    "settle": 3,
+    "pack": 4,
+    "route": 4,
+    "validate": 5,
+    "evaluate": 5,
+    "sample": 5,
 }
 _LOOK_AHEAD = 2
 # Settling runs its tokens through the model about this often: twice for each of its widths.
@@ -295,7 +295,8 @@ def _is_ready(task: Task, plan: Plan, progress: Progress, workers: int) -> bool:
     if task.kind == "capture":
         block = task.block
         if (
-            block >= needed_captures(plan, progress.over)
+            progress.failed & {*plan.sensitivities}
+            or block >= needed_captures(plan, progress.over)
             or len(progress.held) >= workers + _LOOK_AHEAD
         ):
             return False

@@ -168,9 +168,13 @@ class Opened:
 
     def importance(self, block: int, served: Sequence[str]) -> list[Tensor]:
         """Of the output channels [N] of some linears of a block (`sensitivity.importance`)."""
-        file = self._open_blob(self.sensitivity.blob)
+        file = self._sensitivity_file
         found = [read_tensor(file, self.linear(block, name).name) for name in served]
         return [importance(sensitivity_N).to(self.device) for sensitivity_N in found]
+
+    @cached_property
+    def _sensitivity_file(self) -> TensorFile:
+        return self._open_blob(self.sensitivity.blob)
 
     @cached_property
     def router_weights(self) -> dict[str, tuple[int, ...]]:

@@ -60,7 +60,7 @@ def encode_block(
 
 def encode_sensitivity(sensitivity: Mapping[str, Tensor]) -> Iterator[bytes]:
     """Sensitivities of a model's linears in chunks, by name."""
-    return _encode(dict(sorted(sensitivity.items())))
+    return _encode(sensitivity)
 
 
 def _encode(tensors: Mapping[str, Tensor]) -> Iterator[bytes]:

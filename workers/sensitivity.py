@@ -62,9 +62,8 @@ def measure_sensitivity(
 
 def importance(sensitivity_N: Tensor) -> Tensor:
     """How much an output channel counts among those of a linear: float32 [N], 1 on average."""
-    if not sensitivity_N.any():
-        return torch.ones_like(sensitivity_N)
-    return sensitivity_N / sensitivity_N.mean()
+    mean = sensitivity_N.mean()
+    return sensitivity_N / mean if mean > 0 else torch.ones_like(sensitivity_N)
 
 
 def backward_block(

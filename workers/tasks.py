@@ -118,6 +118,11 @@ def calibrate(ref: RunRef, block: int, attempt: int, hidden: Hidden, report: Rep
     spec, model = opened.spec, opened.model
     full, inputs = capturing.place(hidden, model, spec.streams or widths_up_to(spec.max_bits))
     seed = seed_of(spec.calibration.seed, block)
+    importance = {}
+    if spec.slices > 1:
+        # Before anything is trained: what is lost is lost now.
+        names = [one.local_name for one in opened.linears.values() if one.block == block]
+        importance = dict(zip(names, opened.importance(block, names), strict=True))
     with attention():
         calibration = calibrate_block(
             model.runner(block, spec.microbatch),
@@ -131,12 +136,11 @@ def calibrate(ref: RunRef, block: int, attempt: int, hidden: Hidden, report: Rep
         )
         routers = {}
         if spec.slices > 1:
-            names = list(calibration.linears)
             routers = fit_routers(
                 model.runner(block, spec.microbatch),
                 opened.routers,
                 calibration.linears,
-                dict(zip(names, opened.importance(block, names), strict=True)),
+                importance,
                 first_sequences(full, spec.routing.tokens),
                 spec.routing,
                 spec.max_bits,
@@ -189,6 +193,7 @@ def settle(ref: RunRef, method: str, report: Report) -> RoutingRecord:
     record = RoutingRecord(
         method=method,
         blobs=tuple(opened.record(block).blob.sha256 for block in blocks),
+        sensitivity=opened.sensitivity.blob.sha256,
         router_bits=router_bits([*opened.linears.values()], spec.max_bits, opened.shape(method)),
         curves=curves,
         settled=settled,

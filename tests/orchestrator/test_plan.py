@@ -65,13 +65,24 @@ SETTLES = ["settle linear", "settle norm", "settle token"]
 
 def test_only_the_chain_and_the_source_can_start(tiny_document: Make) -> None:
     plan = _plan(tiny_document)
-    assert _names(ready(plan, _progress(), 2)) == ["capture 000", SENSE, *SOURCE_EVALUATIONS]
+    assert _names(ready(plan, _progress(), 2)) == [SENSE, "capture 000", *SOURCE_EVALUATIONS]
+
+
+def test_nothing_goes_on_without_sensitivities_unless_there_is_one_slice(
+    tiny_document: Make,
+) -> None:
+    plan = _plan(tiny_document)
+    given_up = _progress(failed=set(plan.sensitivities))
+    assert _names(ready(plan, given_up, 2)) == SOURCE_EVALUATIONS
+    whole = _plan(tiny_document, slices=1, optimisation={"widths": [2]})
+    progress = _progress(done={whole.captures[0]}, held={0})
+    assert _names(ready(whole, progress, 2))[:2] == ["capture 001", "calibrate 000"]
 
 
 def test_a_captured_block_calibrates_while_the_chain_goes_on(tiny_document: Make) -> None:
     plan = _plan(tiny_document)
     progress = _progress(done={plan.captures[0]}, held={0})
-    assert _names(ready(plan, progress, 2))[:3] == ["capture 001", SENSE, "evaluate full"]
+    assert _names(ready(plan, progress, 2))[:3] == [SENSE, "capture 001", "evaluate full"]
     sensed = replace(progress, done={plan.captures[0], *plan.sensitivities})
     assert _names(ready(plan, sensed, 2))[:2] == ["capture 001", "calibrate 000"]
     busy = replace(sensed, busy={plan.captures[1], plan.calibrations[0]})

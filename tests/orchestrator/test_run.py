@@ -12,7 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from mbq.artifacts import keys
 from mbq.artifacts.checkpoint import INDEX_FILE
-from mbq.artifacts.documents import Manifest, Results, RoutingRecord, ShardRecord
+from mbq.artifacts.documents import (
+    Manifest,
+    Results,
+    RoutingRecord,
+    SensitivityRecord,
+    ShardRecord,
+)
 from mbq.artifacts.packed import open_checkpoint
 from mbq.artifacts.pull import pull
 from mbq.artifacts.sealed import get_document, put_document
@@ -191,8 +197,12 @@ def test_thresholds_survive_a_crash_and_lost_ones_are_found_again(
     assert record.blobs == manifest.blocks
     stale = record.model_copy(update={"blobs": ("0" * 64, *record.blobs[1:])})
     put_document(store, keys.routing_key(document.run, "norm"), stale)
+    # Sensitivities whose blob is gone are measured again, and nothing that was made of them.
+    measured = get_document(store, keys.sensitivity_key(document.run), SensitivityRecord)
+    store.delete(keys.blob_key(measured.blob.sha256))
     third = FaultyRunner()
     drive(store, document, third, attempt=3)
+    assert third.submitted["sensitivity model"] == 1
     assert third.submitted["settle norm"] == 1
     assert third.submitted["settle linear"] == third.submitted["calibrate 000"] == 0
     assert manifest_digest(store, document.run) == expected

@@ -33,7 +33,7 @@ with attention():
         model.runner(0, 4), dict.fromkeys(WIDTHS, hidden), hidden,
         Optimisation(passes=4, batch_size=4), 32, readers, 0, lambda fraction: None,
     )
-print(hashlib.sha256(b"".join(encode_block(done.linears, {}, {}))).hexdigest())
+print(hashlib.sha256(b"".join(encode_block(done.linears, {}))).hexdigest())
 """
 
 

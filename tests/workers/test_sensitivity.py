@@ -69,3 +69,5 @@ def test_gradients_that_are_not_finite_are_an_error(
 def test_channels_count_by_one_on_average() -> None:
     assert torch.equal(importance(torch.tensor([0.0, 1.0, 3.0])), torch.tensor([0.0, 0.75, 2.25]))
     assert torch.equal(importance(torch.zeros(3)), torch.ones(3))
+    # A mean that is no number any more.
+    assert torch.equal(importance(torch.tensor([1e-45] + 999 * [0.0])), torch.ones(1000))

@@ -23,7 +23,7 @@ def _record(method: str, router_bits: float, divergences: list[float]) -> Routin
         for b, d in zip(widths, divergences, strict=True)
     )
     return RoutingRecord(
-        method=method, blobs=(), router_bits=router_bits, curves={}, settled=settled
+        method=method, blobs=(), sensitivity="", router_bits=router_bits, curves={}, settled=settled
     )
 
 

@@ -9,6 +9,7 @@ import torch
 
 from mbq.artifacts import keys
 from mbq.artifacts.documents import RunDocument
+from mbq.artifacts.errors import CorruptError
 from mbq.artifacts.store import LocalStore, Store, open_store
 from mbq.kernels.widths import widths_up_to
 from mbq.workers import opened as opening
@@ -19,6 +20,7 @@ from mbq.workers.determinism import attention, seed_of
 from mbq.workers.opened import Opened, RunRef
 from mbq.workers.pack import encode_block
 from mbq.workers.route import fit_routers
+from mbq.workers.sensitivity import measure_sensitivity
 
 Make = Callable[..., dict[str, Any]]
 
@@ -48,7 +50,7 @@ def test_widths_learn_from_their_own_hidden_states_what_full_precision_makes_of_
     hidden = {FULL: to_array(full)}
     if spec.streams:
         hidden |= {str(bits): to_array(x) for bits, x in inputs.items()}
-    tasks.sensitivity(ref, _nothing)
+    sensitivity = tasks.sensitivity(ref, _nothing).sensitivity
     record = tasks.calibrate(ref, 1, 1, hidden, _nothing)
 
     seed = seed_of(spec.calibration.seed, 1)
@@ -63,12 +65,18 @@ def test_widths_learn_from_their_own_hidden_states_what_full_precision_makes_of_
             seed,
             _nothing,
         )
-        names = list(expected.linears)
+        ids = opened.tokens(opened.document.calibration_tokens)
+        samples = ids[: spec.routing.sensitivity_samples]
+        by_channel = measure_sensitivity(opened.model, samples, spec.microbatch, _nothing)
+        importance = {}
+        for name in expected.linears:
+            linear = opened.linear(1, name).name
+            importance[name] = by_channel[linear] / sensitivity[linear]
         routers = fit_routers(
             opened.model.runner(1, spec.microbatch),
             opened.routers,
             expected.linears,
-            dict(zip(names, opened.importance(1, names), strict=True)),
+            importance,
             full[:4],
             spec.routing,
             spec.max_bits,
@@ -77,6 +85,23 @@ def test_widths_learn_from_their_own_hidden_states_what_full_precision_makes_of_
     found = store.read(keys.blob_key(record.blob.sha256))
     assert found == b"".join(encode_block(expected.linears, routers))
     assert record.loss_after == expected.loss_after
+
+
+def test_damaged_sensitivities_are_found_before_anything_is_trained(
+    tmp_path: Path,
+    tiny_document: Make,
+    write_run: Callable[[LocalStore, dict[str, Any]], RunDocument],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = LocalStore(tmp_path / "store")
+    ref = RunRef(
+        store.uri, write_run(store, tiny_document(propagation="full_precision")).run, "cpu"
+    )
+    key = keys.blob_key(tasks.sensitivity(ref, _nothing).blob.sha256)
+    store.put(key, [bytes(len(store.read(key)))])
+    monkeypatch.setattr(tasks, "calibrate_block", None)
+    with pytest.raises(CorruptError):
+        tasks.calibrate(ref, 0, 1, {FULL: to_array(torch.randn(6, 16, 64))}, _nothing)
 
 
 def test_work_waits_minutes_for_a_store(finished_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
