@@ -169,7 +169,7 @@ def oracle_block(
         router = InformedRouter(
             [e for e in elastic if isinstance(e, ElasticLinear)],
             weights,
-            opened.importance(index, served),
+            [*opened.importance(index, served).values()],
             worths,
             precision,
         )

@@ -204,7 +204,7 @@ def default_tile(
 ) -> "triton_tiles.Tile":
     """The rule of thumb, for shapes that were not measured: many warps, since they wait for loads.
 
-    8 or 10 and more on each multiprocessor, as in the fastest tiles measured on an H200.
+    At least 8 on each multiprocessor, as in the fastest tiles that were measured on an H200.
     """
     if narrow(width):
         return _narrow_tile(rows, blocks, width, kind, small_groups)

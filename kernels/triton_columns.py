@@ -79,19 +79,21 @@ def plain_digit(word, p: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def in_order(loaded, WARPS: tl.constexpr):
-    """[M W 8, 32] as it is loaded to [M, W, 8, 2, 4, 2, 2]: groups, warps, rows, and 32 inputs."""
-    made = tl.reshape(loaded, (loaded.shape[0] // WARPS // 8, WARPS, 8, 4, 2, 2, 2))
+def in_order(pairs, WARPS: tl.constexpr):
+    """What 32 inputs have, two in an int32 as loaded, [M W 8, 16], apart and in order.
+
+    int16 [M, W, 8, 2, 4, 2, 2]: groups, warps, rows, and inputs.
+    """
+    apart = tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16))
+    made = tl.reshape(apart, (pairs.shape[0] // WARPS // 8, WARPS, 8, 4, 2, 2, 2))
     return tl.permute(made, (0, 1, 2, 5, 3, 4, 6))
 
 
 @triton.jit
 def _in_columns(pairs, WARPS: tl.constexpr):
     """[W 8, 16] int32 to [W, 32, 8] float16."""
-    x = tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16))
-    x = tl.reshape(x, (pairs.shape[0], 32)).to(tl.float16, bitcast=True)
-    made = tl.permute(in_order(x, WARPS), (0, 1, 3, 4, 5, 6, 2))
-    return tl.reshape(made, (WARPS, 32, _COLUMNS))
+    made = tl.permute(in_order(pairs, WARPS), (0, 1, 3, 4, 5, 6, 2))
+    return tl.reshape(made, (WARPS, 32, _COLUMNS)).to(tl.float16, bitcast=True)
 
 
 @triton.jit

@@ -67,9 +67,8 @@ _COLUMNS = tl.constexpr(COLUMNS)
 @triton.jit
 def _weights_in_order(words, WARPS: tl.constexpr, ROWS: tl.constexpr):
     """[ROWS / 8 W 8, 16] int32 to [W, ROWS, 32] int16."""
-    pairs = tl.join(words.to(tl.int16), (words >> 16).to(tl.int16))
-    made = in_order(tl.reshape(pairs, (words.shape[0], 32)), WARPS)
-    return tl.reshape(tl.permute(made, (1, 0, 2, 3, 4, 5, 6)), (WARPS, ROWS, 32))
+    made = tl.permute(in_order(words, WARPS), (1, 0, 2, 3, 4, 5, 6))
+    return tl.reshape(made, (WARPS, ROWS, 32))
 
 
 @triton.constexpr_function

@@ -118,12 +118,11 @@ def _adopt_routing(driver: Driver) -> None:
         return
     if is_stored(store, measured.blob):
         driver.done |= {*plan.sensitivities}
+    blobs = tuple(record.blob.sha256 for _, record in sorted(driver.records.items()))
+    made_of = measured.blob.sha256, blobs
     for task in plan.settles:
         record = find_document(store, keys.routing_key(run, task.target), RoutingRecord)
-        blobs = [r.blob.sha256 for _, r in sorted(driver.records.items())]
-        if record is None or record.sensitivity != measured.blob.sha256:
-            continue
-        if list(record.blobs) == blobs:
+        if record is not None and (record.sensitivity, record.blobs) == made_of:
             driver.settled[task.target] = record
             driver.done.add(task)
 

@@ -142,7 +142,7 @@ def _oracle_block(opened: Opened, index: int, precision: Precision) -> nn.Module
         oracle = OracleRouter(
             [by_name[n] for n in served],
             weights,
-            opened.importance(index, served),
+            [*opened.importance(index, served).values()],
             worths,
             precision,
         )

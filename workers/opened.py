@@ -166,11 +166,10 @@ class Opened:
         found = self.sensitivity.sensitivity
         return [log_worth(found[linear.name], linear.weights) for linear in linears]
 
-    def importance(self, block: int, served: Sequence[str]) -> list[Tensor]:
+    def importance(self, block: int, served: Sequence[str]) -> dict[str, Tensor]:
         """Of the output channels [N] of some linears of a block (`sensitivity.importance`)."""
-        file = self._sensitivity_file
-        found = [read_tensor(file, self.linear(block, name).name) for name in served]
-        return [importance(sensitivity_N).to(self.device) for sensitivity_N in found]
+        found = {n: read_tensor(self._sensitivity_file, self.linear(block, n).name) for n in served}
+        return {n: importance(sensitivity_N).to(self.device) for n, sensitivity_N in found.items()}
 
     @cached_property
     def _sensitivity_file(self) -> TensorFile:

@@ -122,7 +122,7 @@ def calibrate(ref: RunRef, block: int, attempt: int, hidden: Hidden, report: Rep
     if spec.slices > 1:
         # Before anything is trained: what is lost is lost now.
         names = [one.local_name for one in opened.linears.values() if one.block == block]
-        importance = dict(zip(names, opened.importance(block, names), strict=True))
+        importance = opened.importance(block, names)
     with attention():
         calibration = calibrate_block(
             model.runner(block, spec.microbatch),
