@@ -2,7 +2,7 @@
 
     digits int16 [S, 2, B, N', 16], contiguous; slices from the most significant one
     bits 2p+1:2p of element [e, h, b, n, j] hold digit e of input 256 b + 32 c + 16 h + j of row n
-    where p = position(c), (0, 1, 4, 5, 2, 3, 6, 7)[c]
+    where p = position(c), (0, 4, 1, 5, 2, 6, 3, 7)[c]
 
 but that the second slice has its high bits in one plane and its low bits in the other, so that 3
 bits read 3. There, k being 256 b + 32 c + j,
@@ -92,8 +92,13 @@ def sides(out: Tensor, starts: Sequence[int], out_features: Sequence[int]) -> tu
 
 
 def position(chunk: int) -> int:
-    """Where in a word the digits of a chunk of 32 inputs lie; its own inverse."""
-    return chunk & 1 | (chunk & 2) << 1 | (chunk & 4) >> 1
+    """Where in a word the digits of a chunk of 32 inputs lie."""
+    return chunk >> 1 | (chunk & 1) << 2
+
+
+def chunk_at(position: int) -> int:
+    """The chunk whose digits lie there."""
+    return (position & 3) << 1 | position >> 2
 
 
 def pack_digits(

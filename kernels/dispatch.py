@@ -24,7 +24,7 @@ from mbq.kernels.widths import CODE_BITS
 
 try:
     from mbq.kernels import (
-        triton_columns,
+        triton_bytes,
         triton_dequantize,
         triton_mixed,
         triton_narrow,
@@ -130,8 +130,9 @@ def multiply(
     Args:
         bits: the width of all tokens, or None if only the device knows it.
     """
-    if narrow(prepared.tokens):
+    if isinstance(prepared, triton_prepare.PreparedBytes):
         return triton_narrow.multiply_narrow(prepared, bits, weight, cut, dtype)
+    assert isinstance(prepared, triton_prepare.PreparedHalves)
     if prepared.mixed:
         return triton_mixed.multiply_mixed(prepared, weight, cut, dtype)
     return triton_uniform.multiply_uniform(prepared, bits, weight, cut, dtype)
@@ -139,7 +140,7 @@ def multiply(
 
 def narrow(tokens: int) -> bool:
     """Whether tokens are few enough to be multiplied by warps on their own."""
-    return tokens <= triton_columns.COLUMNS
+    return tokens <= triton_bytes.FEW
 
 
 def dequantize(weight: Digits, bits: int, dtype: torch.dtype) -> Tensor:
@@ -178,7 +179,7 @@ def tile(
     shape = f"{rows} x {blocks * BLOCK_INPUTS}"
     # What any width needs, the largest does; and a few tokens with columns to spare, what one does.
     kinds = (ANY, str(CODE_BITS)) if kind == ANY else (kind,)
-    widths = (width, 1) if width < triton_columns.COLUMNS else (width,)
+    widths = (width, 1) if width < triton_bytes.FEW else (width,)
     found = (known.get(one, {}).get(shape, {}).get(str(w)) for one in kinds for w in widths)
     measured = next(filter(None, found), None)
     if measured and not small:
@@ -189,7 +190,7 @@ def tile(
 def token_tile(tokens: int, kind: str) -> int:
     """Tokens of a program."""
     if narrow(tokens):
-        return triton_narrow.program_tokens(tokens, kind == MIXED)
+        return triton_bytes.program_tokens(tokens)
     padded = triton_prepare.padded_tokens(tokens)
     return min(padded, triton_mixed.MOST_TILE_TOKENS) if kind == MIXED else padded
 
@@ -229,12 +230,12 @@ def _narrow_tile(
     if kind == MIXED:
         # One cut for all shapes: this kernel takes longest to compile.
         return triton_tiles.Tile(16, split=1, warps=4, stages=1)
-    full = width == triton_columns.COLUMNS
     # 32 rows make more of each token, 16 leave more for programs to share and less in registers,
-    # which sums of many groups fill, too, and eight tokens of whole codes.
-    tall = not small_groups and (kind == "2" or (kind == "4" and full))
+    # which sums of many groups fill, too.
+    tall = not small_groups and kind == "2"
     cut = 32 if tall and rows >= 32 * _PROGRAMS // 2 else 16
-    most = 4 if full and kind not in ("2", "4") else 8
+    # And two turns of words of 8 bits fill the registers of 16 warps.
+    most = 8 if kind in ("2", "4") else 4
     warps = 2
     while warps < most and rows // cut * warps < _WARPS and warps < blocks:
         warps *= 2

@@ -16,13 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mbq.kernels.digits import BLOCK_INPUTS, Digits
-from mbq.kernels.triton_prepare import position_of
+from mbq.kernels.digits import BLOCK_INPUTS, Digits, chunk_at
 from mbq.kernels.triton_tiles import INTERPRETED, digit_words, halves
 from mbq.kernels.widths import WIDTHS, slices_of
 
 _ROWS = 32
 _WARPS = 4
+
+_chunk_at = triton.constexpr_function(chunk_at)
 
 
 @triton.jit
@@ -40,8 +41,8 @@ def _dequantize_kernel(
     # Loaded before anything is stored: the compiler cannot know that the two do not overlap.
     first, second, third, fourth = digit_words(block_ptr, n, plane_stride, late, BITS, SLICES, ASM)
     gain, _ = halves(tl.load(gain_bias_ptr + GAIN_ROW * gain_stride + n))
-    for c in tl.static_range(8):
-        at = 2 * position_of(c)
+    for p in tl.static_range(8):
+        at = 2 * p
         code = (first >> at) & 3
         if SLICES > 1:
             code = (code << 2) | ((second >> at) & 3)
@@ -50,15 +51,12 @@ def _dequantize_kernel(
         if SLICES > 3:
             code = (code << 2) | ((fourth >> at) & 3)
         code = code >> (2 * SLICES - BITS)
-        s, z = halves(
-            tl.load(
-                scale_zero_ptr + (block * BLOCK_GROUPS + c * BLOCK_GROUPS // 8) * group_stride + n
-            )
-        )
+        group = block * BLOCK_GROUPS + _chunk_at(p) * BLOCK_GROUPS // 8
+        s, z = halves(tl.load(scale_zero_ptr + group * group_stride + n))
         # A multiplication, an addition and another multiplication for each weight.
         unit = s * gain * (4.0 / (1 << BITS))
         start = s * gain * (2.0 / (1 << BITS) - z)
-        k = block * 256 + c * 32 + j
+        k = block * 256 + _chunk_at(p) * 32 + j
         power = tl.load(power_ptr + k)
         weight = (code.to(tl.float32) * unit[:, None] + start[:, None]) * power[None, :]
         tl.store(

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mbq.kernels.digits import Digits
-from mbq.kernels.triton_prepare import Prepared, position_of
+from mbq.kernels.triton_prepare import PreparedHalves, position_of
 from mbq.kernels.triton_tiles import (
     ODD,
     Tile,
@@ -108,7 +108,9 @@ def _mixed_kernel(
     )  # fmt: skip
 
 
-def multiply_mixed(prepared: Prepared, weight: Digits, tile: Tile, dtype: torch.dtype) -> Tensor:
+def multiply_mixed(
+    prepared: PreparedHalves, weight: Digits, tile: Tile, dtype: torch.dtype
+) -> Tensor:
     """Each token times every linear's weight of its own width, with gain and bias.
 
     Returns [T, N'], linears side by side (`Digits.sides`).

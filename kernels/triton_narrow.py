@@ -5,27 +5,23 @@ matters:
 
   - Every warp of a program takes blocks of inputs of its own, for the same 16 or 32 rows, and the
     sums of all warps are added once, at the end. No program waits for another.
-  - Words and tokens go from memory to the very registers in which matrix units take them. A thread
-    loads 16 bytes in a row: 8 inputs of a row, or of a token. Matrix units take two times 4 inputs
-    from each thread, so inputs change places (`triton_columns.py`), which costs nothing: weights
-    and tokens change alike, and no register moves. Word and token of input i of 32 stand at
-
-        16 (i // 2 % 2) + 4 (i // 8) + 2 (i // 4 % 2) + i % 2
-
+  - Codes and tokens are bytes (`triton_bytes.py`), and go from memory to the very registers in
+    which matrix units take them.
   - All that a turn reads, words and scales, tokens and their sums, is asked for a turn ahead, and
-    nothing within a turn: a thread waits for one of six sets of loads, and the compiler puts what
-    it likes in one set. Whoever asked for a token now would wait for the words of the next turn.
-    Only where tokens may differ do registers not hold them twice.
+    nothing within a turn (`triton_words.py`): a thread waits for one of six sets of loads, and the
+    compiler puts what it likes in one set. Whoever asked for a token now would wait for the words
+    of the next turn. Only where tokens may differ do registers not hold them twice.
   - From Hopper on words and scales of the first turn are asked for before the launch before has
     ended; where that launch decides the width, those that every width reads.
 
-Tokens of one width are multiplied by whole codes, those that differ by what each width adds to the
+Tokens of one width are multiplied by whole codes (`triton_uniform.py`), a byte with 128 less than a
+code of 8 bits, as bytes have signs. Those that differ are multiplied by what each width adds to the
 one before, digits of 2 bits or of one: as many products as there are widths up to the largest, and
 what a token does not take is multiplied by zero. Where only the device knows the widths it also
 finds out whether tokens differ.
 
-Whatever a loop carries is kept in an int32, two words or two inputs in one, and taken apart when it
-is used: registers that hold 16 bits are copied, and so waited for, wherever a loop ends.
+Whatever a loop carries is kept in an int32, and taken apart when it is used: registers that hold
+less are copied, and so waited for, wherever a loop ends.
 
 Legend: N' N padded, B blocks of 256 inputs, T tokens of a program, L linears of one input, W warps.
 """
@@ -36,227 +32,318 @@ import triton.language as tl
 from torch import Tensor
 
 from mbq.kernels.digits import BLOCK_INPUTS, ODD_BITS, Digits
-from mbq.kernels.triton_columns import (
-    COLUMNS,
-    chunk,
-    in_order,
-    load_tokens,
-    of_tokens,
-    plain_digit,
-    token_places,
+from mbq.kernels.triton_bytes import (
+    columns,
+    halves_of,
+    multiplied,
+    parts_of,
+    program_tokens,
+    sets_of,
+    unit_product,
 )
-from mbq.kernels.triton_prepare import Prepared, launching, position_of
+from mbq.kernels.triton_prepare import PreparedBytes, launching
 from mbq.kernels.triton_tiles import (
     INTERPRETED,
     Tile,
-    digit,
     halves,
     next_linears,
     row_of,
     second_digits,
     write,
 )
-from mbq.kernels.triton_uniform import combined, defined, extracted, field_bits, field_one, unit
-from mbq.kernels.triton_words import load_first, load_rest
+from mbq.kernels.triton_uniform import combined, field_bits
+from mbq.kernels.triton_words import (
+    column_tokens,
+    load_first,
+    load_next,
+    load_rest,
+    load_tokens,
+    places,
+)
 
-# High bits of the second slice, in two words.
+# High bits of the second slice, in two words, and of all digits.
 _ODD = tl.constexpr(ODD_BITS << 16 | ODD_BITS & 0xFFFF)
-_COLUMNS = tl.constexpr(COLUMNS)
-
-
-@triton.jit
-def _weights_in_order(words, WARPS: tl.constexpr, ROWS: tl.constexpr):
-    """[ROWS / 8 W 8, 16] int32 to [W, ROWS, 32] int16."""
-    made = tl.permute(in_order(words, WARPS), (1, 0, 2, 3, 4, 5, 6))
-    return tl.reshape(made, (WARPS, ROWS, 32))
 
 
 @triton.constexpr_function
-def _unit_of(p: int, bits: int, plain: bool) -> float:
-    """What a code of 1 at position p becomes."""
-    return 2.0**-24 if plain else field_one(p, bits)
+def _group_of(part: int, position: int, half: int, tokens: int, groups: int) -> int:
+    """The group of a half of 64 bytes at a position of a part, counted in both."""
+    chunk = 8 // parts_of(tokens, groups) * part + 2 * position + half
+    return chunk * groups // 8
+
+
+@triton.jit
+def _scale_zero(
+    pairs, part: tl.constexpr, half: tl.constexpr, GROUPS: tl.constexpr, T: tl.constexpr
+):
+    """Scales and zeros of a part, for each row, and column where those are of several groups."""
+    pair = pairs[_group_of(part, 0, half, T, GROUPS)][:, :, None]
+    if T < 4:
+        position = tl.arange(0, 4) // T
+        for i in tl.static_range(1, 4 // parts_of(T, GROUPS)):
+            if _group_of(part, i - 1, half, T, GROUPS) < _group_of(part, i, half, T, GROUPS):
+                later = pairs[_group_of(part, i, half, T, GROUPS)][:, :, None]
+                pair = tl.where((position >= i)[None, None, :], later, pair)
+    return halves(pair)
+
+
+@triton.jit
+def _fields(words, late, BITS: tl.constexpr, ASM: tl.constexpr):
+    """Words of codes in fields of 2, 4 or 8 bits; those of 8 bits hold 128 less than a code."""
+    SLICES: tl.constexpr = (BITS + 1) // 2
+    first, high, low, third, fourth = words
+    if SLICES == 1:
+        return first, first, first, first
+    second = second_digits(high, low, late, tl.full(high.shape, _ODD, tl.int32), ASM)
+    if SLICES > 2:
+        first = first ^ _ODD
+    return combined(first, second, third, fourth, BITS, SLICES, ASM)
+
+
+@triton.constexpr_function
+def _unit(bits: int, tokens: int) -> float:
+    """What the sums of `_turn` are multiplied by."""
+    return 4.0 / (1 << field_bits(bits)) / unit_product(field_bits(bits), tokens)
+
+
+@triton.jit
+def _half_bin(bits, BITS: tl.constexpr, T: tl.constexpr):
+    """Half a bin of a width in the products of `_turn`, whose bytes of 8 bits lack 128."""
+    FIELD: tl.constexpr = field_bits(BITS)
+    half = tl.exp2((FIELD - 1 - bits).to(tl.float32))
+    return unit_product(FIELD, T) * (half + (128.0 if FIELD == 8 else 0.0))
+
+
+@triton.jit
+def _scaled(
+    totals, pair, half_bins, finer: tl.constexpr, products, scale_sums, place: tl.constexpr,
+    T: tl.constexpr,
+):  # fmt: skip
+    """Sums of every set of columns with those of a part, whose scales and sums are at `place`."""
+    s, z = pair
+    made = ()
+    for i in tl.static_range(sets_of(T)):
+        scale, summed = tl.split(scale_sums[place * sets_of(T) + i])
+        offset = (half_bins[i] - finer * z) * summed[:, None, :]
+        total = totals[i] + s * (products[i] * scale[:, None, :] + offset)
+        made += (total,)  # type: ignore[assignment]
+    return made
+
+
+@triton.jit
+def _where_there(start, blocks, totals, before, WARPS: tl.constexpr, T: tl.constexpr):
+    """Sums as they were before where a warp has no block left."""
+    there = (start + tl.arange(0, WARPS) < blocks)[:, None, None]
+    made = ()
+    for i in tl.static_range(sets_of(T)):
+        made += (tl.where(there, totals[i], before[i]),)  # type: ignore[assignment]
+    return made
 
 
 @triton.jit
 def _turn(
-    words, pairs, xs, all_sums, there, late,
+    totals, start, blocks, words, pairs, tokens, scale_sums, late, half_bin,
     ROWS: tl.constexpr, WARPS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
     T: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Sums over a block for each warp: [W, ROWS, 8]. `there` says which warps have one left."""
-    # Sums are restarted at every group, and where fields begin to lie elsewhere.
-    PARTS: tl.constexpr = GROUPS if GROUPS > 1 else 2
-    PART_CHUNKS: tl.constexpr = 8 // PARTS
-    SLICES: tl.constexpr = (BITS + 1) // 2
+    """Sums with those of a block for each warp that has one: float32 [W, ROWS, 4] for each set."""
     FIELD: tl.constexpr = field_bits(BITS)
-    LARGEST: tl.constexpr = field_one(2, BITS)
-    PLAIN: tl.constexpr = SLICES == 1 and T < _COLUMNS
-    # Bins of a field in one of 2 bits, and half a bin of this width.
+    ONE: tl.constexpr = unit_product(FIELD, T)
+    # Bins of a field in one of 2 bits.
     FINER: tl.constexpr = (1 << FIELD) // 4
-    HALF: tl.constexpr = (1 << (FIELD - BITS)) / 2
-    first, high, low, third, fourth = words
-    if SLICES > 1:
-        if BITS == 3:
-            low = tl.zeros_like(high)
-        second = second_digits(high, low, late, tl.full(high.shape, _ODD, tl.int32), ASM)
-        if ASM:
-            first, second, third, fourth = combined(first, second, third, fourth, BITS, SLICES)
-        second = _weights_in_order(second, WARPS, ROWS)
-        third = _weights_in_order(third, WARPS, ROWS)
-        fourth = _weights_in_order(fourth, WARPS, ROWS)
-    first = _weights_in_order(first, WARPS, ROWS)
-    total = tl.zeros((WARPS, ROWS, _COLUMNS), dtype=tl.float32)
-    for h in tl.static_range(PARTS):
-        s, z = halves(pairs[h * GROUPS // PARTS])
-        s = tl.where(there[:, None], s, 0.0)
-        one = _unit_of(position_of(h * PART_CHUNKS), BITS, PLAIN)
-        acc = tl.zeros((WARPS, ROWS, _COLUMNS), dtype=tl.float32)
-        if h * GROUPS % PARTS == 0:
-            sums, bias_sums = all_sums[h * GROUPS // PARTS]
-            acc = (HALF * one - FINER * one * z)[:, :, None] * sums[:, None, :]
-            if SLICES == 1 and not PLAIN:
-                acc -= bias_sums[:, None, :]
-        for c in tl.static_range(PART_CHUNKS):
-            x = chunk(xs, h * PART_CHUNKS + c, WARPS, T, PLAIN, ASM)
-            if PLAIN:
-                codes = plain_digit(first, position_of(h * PART_CHUNKS + c), ASM)
-            elif SLICES == 1:
-                codes = digit(first, position_of(h * PART_CHUNKS + c), 3, ASM)
-            elif ASM:
-                codes = extracted(
-                    first, second, third, fourth, position_of(h * PART_CHUNKS + c), BITS
-                )
-            else:
-                codes = defined(
-                    first, second, third, fourth, position_of(h * PART_CHUNKS + c), BITS, SLICES
-                )
-            acc = tl.dot(codes, x, acc)
-        total += (s * (unit(BITS) * LARGEST / one))[:, :, None] * acc
-    return total
+    fields = _fields(words, late, BITS, ASM)
+    half_bins = (half_bin, half_bin)
+    made = totals
+    for half in tl.static_range(halves_of(GROUPS)):
+        xs = columns(tokens, half, WARPS, GROUPS, T)
+        for part in tl.static_range(parts_of(T, GROUPS)):
+            products = multiplied(fields, xs, part, ROWS, WARPS, GROUPS, T, FIELD, 3, ASM)
+            pair = _scale_zero(pairs, part, half, GROUPS, T)
+            made = _scaled(
+                made, pair, half_bins, FINER * ONE, products, scale_sums,
+                part * halves_of(GROUPS) + half, T,
+            )  # fmt: skip
+    return _where_there(start, blocks, made, totals, WARPS, T)
+
+
+@triton.jit
+def _and_more(products, more, bits, width: tl.constexpr, finer: tl.constexpr, T: tl.constexpr):
+    """Products with what a width adds to those of the one before, for tokens that take it."""
+    made = ()
+    for i in tl.static_range(sets_of(T)):
+        takes = tl.where(bits[i] >= width, 1.0 / finer, 0.0)[None, None, :]
+        made += (products[i] + takes * more[i],)  # type: ignore[assignment]
+    return made
 
 
 @triton.jit
 def _mixed_turn(
-    words, pairs, xs, all_sums, there, late, bits,
+    totals, start, blocks, words, pairs, tokens, scale_sums, late, bits,
     ROWS: tl.constexpr, WARPS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
-    ASM: tl.constexpr,
+    T: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """The same for tokens of widths of their own, int32 [8]; the largest is BITS, above 2."""
-    GROUP_CHUNKS: tl.constexpr = 8 // GROUPS
-    half_bin = 0.5 * tl.exp2((2 - bits).to(tl.float32))
-    # Of each width in WIDTHS, what it adds to the one before.
-    takes = row_of(bits)
-    takes_3, takes_4 = tl.where(takes >= 1, 1 / 4, 0.0), tl.where(takes >= 2, 1 / 4, 0.0)
-    takes_6, takes_8 = tl.where(takes >= 3, 1 / 16, 0.0), tl.where(takes >= 4, 1 / 64, 0.0)
+    """The same for tokens of widths of their own, int32 [4] each set; the largest is BITS."""
+    ONE: tl.constexpr = unit_product(2, T)
     first, high, low, third, fourth = words
-    if BITS == 3:
-        low = tl.zeros_like(high)
     second = second_digits(high, low, late, tl.full(high.shape, _ODD, tl.int32), ASM)
-    first = _weights_in_order(first, WARPS, ROWS)
-    second = _weights_in_order(second, WARPS, ROWS)
-    third = _weights_in_order(third, WARPS, ROWS)
-    fourth = _weights_in_order(fourth, WARPS, ROWS)
-    total = tl.zeros((WARPS, ROWS, _COLUMNS), dtype=tl.float32)
-    for h in tl.static_range(GROUPS):
-        s, z = halves(pairs[h])
-        s = tl.where(there[:, None], s, 0.0)
-        sums, bias_sums = all_sums[h]
-        none = tl.zeros((WARPS, ROWS, _COLUMNS), dtype=tl.float32)
-        none -= bias_sums[:, None, :]
-        two = none + (half_bin[None, None, :] - z[:, :, None]) * sums[:, None, :]
-        three, four, six, eight = none, none, none, none
-        for c in tl.static_range(GROUP_CHUNKS):
-            x = chunk(xs, h * GROUP_CHUNKS + c, WARPS, _COLUMNS, False, ASM)
-            two = tl.dot(digit(first, position_of(h * GROUP_CHUNKS + c), 3, ASM), x, two)
-            three = tl.dot(digit(second, position_of(h * GROUP_CHUNKS + c), 2, ASM), x, three)
+    half_bins = ()
+    for i in tl.static_range(sets_of(T)):
+        half_bin = ONE * 0.5 * tl.exp2((2 - bits[i]).to(tl.float32))
+        half_bins += (half_bin[None, None, :],)  # type: ignore[assignment]
+    made = totals
+    for half in tl.static_range(halves_of(GROUPS)):
+        xs = columns(tokens, half, WARPS, GROUPS, T)
+        for part in tl.static_range(parts_of(T, GROUPS)):
+            products = multiplied((first,), xs, part, ROWS, WARPS, GROUPS, T, 2, 3, ASM)
+            more = multiplied((second,), xs, part, ROWS, WARPS, GROUPS, T, 2, 2, ASM)
+            products = _and_more(products, more, bits, 3, 4, T)
             if BITS > 3:
-                codes = digit(second, position_of(h * GROUP_CHUNKS + c), 1, ASM)
-                four = tl.dot(codes, x, four)
+                more = multiplied((second,), xs, part, ROWS, WARPS, GROUPS, T, 2, 1, ASM)
+                products = _and_more(products, more, bits, 4, 4, T)
             if BITS > 4:
-                codes = digit(third, position_of(h * GROUP_CHUNKS + c), 3, ASM)
-                six = tl.dot(codes, x, six)
+                more = multiplied((third,), xs, part, ROWS, WARPS, GROUPS, T, 2, 3, ASM)
+                products = _and_more(products, more, bits, 6, 16, T)
             if BITS > 6:
-                codes = digit(fourth, position_of(h * GROUP_CHUNKS + c), 3, ASM)
-                eight = tl.dot(codes, x, eight)
-        two += takes_3[None, None, :] * three
-        if BITS > 3:
-            two += takes_4[None, None, :] * four
-        if BITS > 4:
-            two += takes_6[None, None, :] * six
-        if BITS > 6:
-            two += takes_8[None, None, :] * eight
-        total += s[:, :, None] * two
-    return total
+                more = multiplied((fourth,), xs, part, ROWS, WARPS, GROUPS, T, 2, 3, ASM)
+                products = _and_more(products, more, bits, 8, 64, T)
+            pair = _scale_zero(pairs, part, half, GROUPS, T)
+            made = _scaled(
+                made, pair, half_bins, ONE, products, scale_sums, part * halves_of(GROUPS) + half, T
+            )
+    return _where_there(start, blocks, made, totals, WARPS, T)
+
+
+@triton.jit
+def _of_tokens(totals, WARPS: tl.constexpr, ROWS: tl.constexpr, T: tl.constexpr):
+    """Sums of sets of columns [W, ROWS, 4] to those of tokens, of all warps: [ROWS, T]."""
+    if sets_of(T) == 2:
+        both = tl.permute(tl.join(totals[0], totals[1]), (0, 1, 3, 2))
+        total = tl.reshape(both, (WARPS, ROWS, T))
+    elif T < 4:
+        total = tl.sum(tl.reshape(totals[0], (WARPS, ROWS, 4 // T, T)), axis=2)
+    else:
+        total = totals[0]
+    return tl.sum(total, axis=0)
+
+
+@triton.constexpr_function
+def turns(tokens: int, groups: int, mixed: bool) -> int:
+    """Turns in the body of a loop: two, where registers hold all that both read."""
+    return 1 if mixed or (tokens >= 4 and groups > 2) else 2
+
+
+@triton.jit
+def _sums(
+    totals, at, words, pairs, bits, rows, blocks, late,
+    ROWS: tl.constexpr, WARPS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
+    T: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Sums over all blocks, of tokens at one width.
+
+    Two turns in the loop's body, each with registers of its own: none is copied.
+    """
+    half_bin = _half_bin(bits, BITS, T)
+    xs, scale_sums = load_tokens(at, GROUPS, T)
+    next_words, next_pairs, next_xs, next_sums = words, pairs, xs, scale_sums
+    for start in tl.range(0, blocks, 2 * WARPS, num_stages=1):
+        more = start + WARPS < blocks
+        # The compiler moves no load across a branch, to where it would be waited for.
+        if more:
+            at, next_words, next_pairs = load_next(
+                at, start + WARPS, bits, rows, blocks, ROWS, WARPS, GROUPS, BITS, T
+            )
+            next_xs, next_sums = load_tokens(at, GROUPS, T)
+        totals = _turn(
+            totals, start, blocks, words, pairs, xs, scale_sums, late,
+            half_bin, ROWS, WARPS, GROUPS, BITS, T, ASM,
+        )  # fmt: skip
+        if more:
+            if start + 2 * WARPS < blocks:
+                at, words, pairs = load_next(
+                    at, start + 2 * WARPS, bits, rows, blocks, ROWS, WARPS, GROUPS, BITS, T
+                )
+                xs, scale_sums = load_tokens(at, GROUPS, T)
+            totals = _turn(
+                totals, start + WARPS, blocks, next_words, next_pairs, next_xs, next_sums, late,
+                half_bin, ROWS, WARPS, GROUPS, BITS, T, ASM,
+            )  # fmt: skip
+    return totals
+
+
+@triton.jit
+def _crowded_sums(
+    totals, at, words, pairs, bits, rows, blocks, tokens, late, column_bits, differ,
+    ROWS: tl.constexpr, WARPS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
+    T: tl.constexpr, MIXED: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """The same where registers do not hold the tokens of two turns, or tokens may differ."""
+    half_bin = _half_bin(bits, BITS, T)
+    for start in tl.range(0, blocks, WARPS, num_stages=1):
+        used, used_pairs = words, pairs
+        xs, scale_sums = load_tokens(at, GROUPS, T)
+        at, words, pairs = load_next(
+            at, start + WARPS, bits, rows, blocks, ROWS, WARPS, GROUPS, BITS, T
+        )
+        # Always so, which the compiler does not know.
+        if start + tokens > 0:
+            if MIXED:  # noqa: SIM102
+                if differ:
+                    totals = _mixed_turn(
+                        totals, start, blocks, used, used_pairs, xs, scale_sums, late, column_bits,
+                        ROWS, WARPS, GROUPS, BITS, T, ASM,
+                    )  # fmt: skip
+            if not differ:
+                totals = _turn(
+                    totals, start, blocks, used, used_pairs, xs, scale_sums, late, half_bin,
+                    ROWS, WARPS, GROUPS, BITS, T, ASM,
+                )  # fmt: skip
+    return totals
 
 
 @triton.jit
 def _multiplied(
-    first, pairs, x_ptr, word_pairs_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr, bias_sum_ptr,
-    unscale_ptr, out_ptr, rows, blocks, padded_tokens, tokens, bits, differ,
+    at, first, pairs, gain_bias_ptr, bits_ptr, out_ptr, rows, blocks, tokens, bits, token_bits,
+    differ,
     ROWS: tl.constexpr, WARPS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
     T: tl.constexpr, MIXED: tl.constexpr, WAITS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Products of a tile of rows. Tokens have BITS or, if they differ, `bits`, at most BITS.
+    """Products of a tile of rows; the largest width is `bits`, in fields as wide as those of BITS.
 
     Pointers to what has rows point at the first; `first` and `pairs` are the first turn's
     (`load_first`). `WAITS` for the launch before, but for weights.
     """
     late = (tl.arange(0, 16) // 8)[None, :]
     n, t = tl.arange(0, ROWS), tl.arange(0, T)
-    gain_row = (row_of(bits) * rows)[None, :] if MIXED else row_of(BITS) * rows
-    words = load_rest(word_pairs_ptr, first, 0, rows, blocks, ROWS, WARPS, BITS)
+    gain_row = (row_of(token_bits) * rows)[None, :] if MIXED else row_of(bits) * rows
+    words = load_rest(at, first, bits, rows, blocks, ROWS, BITS)
     gain_bias = tl.load(gain_bias_ptr + gain_row + n[:, None])
     if WAITS:
         tl.extra.cuda.gdc_wait()
-    unscale = tl.load(unscale_ptr + t)
-    BIASED: tl.constexpr = MIXED or (BITS == 2 and T == _COLUMNS)
-    x_at = token_places(x_ptr, tokens, blocks, WARPS, T)
-    if not MIXED:
-        xs, sums = load_tokens(
-            x_at, sum_ptr, bias_sum_ptr, 0, blocks, padded_tokens, WARPS, GROUPS, T, BIASED
-        )  # fmt: skip
-    total = tl.zeros((WARPS, ROWS, _COLUMNS), dtype=tl.float32)
-    for start in tl.range(0, blocks, WARPS, num_stages=1):
-        used, used_pairs = words, pairs
-        first, pairs = load_first(
-            word_pairs_ptr, scale_zero_ptr, start + WARPS, rows, blocks, ROWS, WARPS, GROUPS
+    column_bits = ()
+    totals = ()
+    for column_set in tl.static_range(sets_of(T)):
+        token = tl.arange(0, 4) % column_tokens(T) + 4 * column_set
+        of_columns = tl.load(bits_ptr + token, mask=token < tokens, other=2) if MIXED else token
+        column_bits += (of_columns,)  # type: ignore[assignment]
+        totals += (tl.zeros((WARPS, ROWS, 4), dtype=tl.float32),)  # type: ignore[assignment]
+    if turns(T, GROUPS, MIXED) == 2:
+        totals = _sums(
+            totals, at, words, pairs, bits, rows, blocks, late, ROWS, WARPS, GROUPS, BITS, T, ASM
         )
-        words = load_rest(word_pairs_ptr, first, start + WARPS, rows, blocks, ROWS, WARPS, BITS)
-        if MIXED:
-            used_xs, used_sums = load_tokens(
-                x_at, sum_ptr, bias_sum_ptr, start, blocks, padded_tokens, WARPS, GROUPS, T, BIASED
-            )  # fmt: skip
-        else:
-            used_xs, used_sums = xs, sums
-            xs, sums = load_tokens(
-                x_at, sum_ptr, bias_sum_ptr, start + WARPS, blocks, padded_tokens, WARPS, GROUPS, T,
-                BIASED,
-            )  # fmt: skip
-        # Nothing is taken of a block that is not this warp's.
-        there = start + tl.arange(0, WARPS) < blocks
-        # Always so, which the compiler does not know: it would move loads from before a product to
-        # behind it, where fewer registers are taken, but not across a branch.
-        if start + tokens > 0:
-            if MIXED:  # noqa: SIM102
-                if differ:
-                    total += _mixed_turn(
-                        used, used_pairs, used_xs, used_sums, there, late, bits, ROWS, WARPS,
-                        GROUPS, BITS, ASM,
-                    )  # fmt: skip
-            if not differ:
-                total += _turn(
-                    used, used_pairs, used_xs, used_sums, there, late, ROWS, WARPS, GROUPS, BITS, T,
-                    ASM,
-                )  # fmt: skip
-    summed = tl.sum(of_tokens(total, T), axis=0)
-    write(summed, gain_bias, unscale, out_ptr, n, t, rows, tokens)
+    else:
+        totals = _crowded_sums(
+            totals, at, words, pairs, bits, rows, blocks, tokens, late, column_bits, differ,
+            ROWS, WARPS, GROUPS, BITS, T, MIXED, ASM,
+        )  # fmt: skip
+    unit = tl.where(differ, 1.0 / unit_product(2, T), _unit(BITS, T))
+    write(_of_tokens(totals, WARPS, ROWS, T) * unit, gain_bias, out_ptr, n, t, rows, tokens)
 
 
 # Fewer variants to compile: these need no alignment.
 @triton.jit(do_not_specialize=["blocks", "padded_tokens", "tokens", "second", "third"])
 def _narrow_kernel(
-    x_ptr, digits_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr, bias_sum_ptr, unscale_ptr,
-    bits_ptr, out_ptr, rows, blocks, padded_tokens, tokens, second, third,
+    x_ptr, scale_sum_ptr, digits_ptr, scale_zero_ptr, gain_bias_ptr, bits_ptr, out_ptr,
+    rows, blocks, padded_tokens, tokens, second, third,
     ROWS: tl.constexpr, WARPS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
     T: tl.constexpr, MIXED: tl.constexpr, MOST_SLICES: tl.constexpr,
     PROGRAMMATIC: tl.constexpr, ASM: tl.constexpr,
@@ -266,39 +353,41 @@ def _narrow_kernel(
     tile = tl.program_id(0)
     linear = (tile >= second).to(tl.int32) + (tile >= third).to(tl.int32)
     start = tile * ROWS
-    word_pairs_ptr = digits_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + start * 8
-    scale_zero_ptr += start
     gain_bias_ptr += start
     out_ptr += start
     bits_ptr += linear * padded_tokens
-    t = tl.arange(0, _COLUMNS)
-    first, pairs = load_first(word_pairs_ptr, scale_zero_ptr, 0, rows, blocks, ROWS, WARPS, GROUPS)
+    t = tl.arange(0, T)
+    at = places(
+        digits_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + start * 8, scale_zero_ptr + start,
+        x_ptr, scale_sum_ptr, rows, blocks, WARPS, GROUPS, T,
+    )  # fmt: skip
+    first, pairs = load_first(at, rows, ROWS, WARPS, GROUPS)
     # Widths are what the launch before writes.
     KNOWN: tl.constexpr = BITS > 0 and not MIXED
     if PROGRAMMATIC and not KNOWN:
         tl.extra.cuda.gdc_wait()
-    token_bits = tl.load(bits_ptr + t) if MIXED else t
+    token_bits = tl.load(bits_ptr + t, mask=t < tokens, other=2) if MIXED else t
     largest = tl.max(token_bits, axis=0) if MIXED else tl.load(bits_ptr)
     bits = BITS if BITS > 0 else largest
     # Tokens that agree are multiplied by whole codes, whatever the host expected of them.
     differ = False
     if MIXED:
         differ = tl.min(tl.where(t < tokens, token_bits, largest), axis=0) < largest
-    for width in tl.static_range(2, 2 * MOST_SLICES + 1):
-        # In steps: only the last one is left to the device.
-        if (width <= 4) or (width % 2 == 0):  # noqa: SIM102
-            if (BITS == 0) or (width == BITS):  # noqa: SIM102
-                if bits == width:
+    # A loop for each width of fields, unless the host knows which it is.
+    for power in tl.static_range(1, 4):
+        if (1 << power) // 2 < 2 * MOST_SLICES:  # noqa: SIM102
+            if (BITS == 0) or (field_bits(BITS) == 1 << power):  # noqa: SIM102
+                if (bits > (1 << power) // 2) & (bits <= 1 << power):
                     _multiplied(
-                        first, pairs, x_ptr, word_pairs_ptr, scale_zero_ptr, gain_bias_ptr,
-                        sum_ptr, bias_sum_ptr, unscale_ptr, out_ptr, rows, blocks, padded_tokens,
-                        tokens, token_bits, differ, ROWS, WARPS, GROUPS, width, T,
-                        MIXED and width > 2, PROGRAMMATIC and KNOWN, ASM,
+                        at, first, pairs, gain_bias_ptr, bits_ptr, out_ptr, rows, blocks, tokens,
+                        bits, token_bits, differ, ROWS, WARPS, GROUPS,
+                        BITS if BITS > 0 else min(1 << power, 2 * MOST_SLICES), T,
+                        MIXED and power > 1, PROGRAMMATIC and KNOWN, ASM,
                     )  # fmt: skip
 
 
 def multiply_narrow(
-    prepared: Prepared, bits: int | None, weight: Digits, tile: Tile, dtype: torch.dtype
+    prepared: PreparedBytes, bits: int | None, weight: Digits, tile: Tile, dtype: torch.dtype
 ) -> Tensor:
     """Up to 8 tokens times every linear's weight, with gain and bias.
 
@@ -309,30 +398,25 @@ def multiply_narrow(
         ValueError: a tile would reach from one linear into the next.
     """
     slices, _, blocks, rows, _ = weight.digits_SHBN16.shape
-    out = prepared.x_TK.new_empty(prepared.tokens, rows, dtype=dtype)
+    out = prepared.x_BT864.new_empty(prepared.tokens, rows, dtype=dtype)
     _narrow_kernel[(rows // tile.rows,)](
-        prepared.x_TK, weight.digits_SHBN16, weight.scale_zero_GN,
-        weight.gain_bias_WN, prepared.sum_GT, prepared.bias_sum_GT, prepared.unscale_T,
-        prepared.bits_LT, out, rows, blocks, len(prepared.x_TK), prepared.tokens,
-        *next_linears(weight, tile.rows),
+        prepared.x_BT864, prepared.scale_sum_B8T2, weight.digits_SHBN16, weight.scale_zero_GN,
+        weight.gain_bias_WN, prepared.bits_LT, out, rows, blocks, prepared.bits_LT.shape[1],
+        prepared.tokens, *next_linears(weight, tile.rows),
         ROWS=tile.rows, WARPS=tile.warps, GROUPS=BLOCK_INPUTS // weight.group_size,
-        BITS=bits or 0, T=program_tokens(prepared.tokens, prepared.mixed), MIXED=prepared.mixed,
+        BITS=bits or 0, T=program_tokens(prepared.tokens), MIXED=prepared.mixed,
         MOST_SLICES=slices, ASM=not INTERPRETED, num_warps=tile.warps,
         maxnreg=most_registers(prepared.tokens, tile, weight.group_size), **launching(out.device),
     )  # fmt: skip
     return out
 
 
-def program_tokens(tokens: int, mixed: bool) -> int:
-    """T for so many tokens, 8 at most: a power of two, or 8 where they may differ."""
-    return COLUMNS if mixed else 1 << (tokens - 1).bit_length()
-
-
 def most_registers(tokens: int, tile: Tile, group_size: int) -> int | None:
     """Of a thread; None for as many as it wants.
 
-    So few that two programs of 8 warps share a multiprocessor. Where only the device knows the
-    width some are spilled, and it is faster all the same; with small groups too many would be.
+    One token waits more than it computes: so few that 12 warps share a multiprocessor, or 16 where
+    a program has 8 of them. Small groups would spill.
     """
-    shared = tokens == 1 and tile.rows == 16 and tile.warps >= 8 and group_size >= 128
-    return 128 if shared else None
+    if tokens > 1 or group_size < 128:
+        return None
+    return 128 if tile.warps >= 8 else 168

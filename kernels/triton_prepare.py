@@ -1,20 +1,20 @@
 """Few tokens made ready for products with codes: one launch for all linears that share an input.
 
-What the multiplying kernels (`triton_narrow.py`, `triton_uniform.py`, `triton_mixed.py`) read of
-the tokens:
+Every input is multiplied by the power of two that its column of the weight is without. Up to 8
+tokens become bytes (`triton_bytes.py`); of more the multiplying kernels (`triton_uniform.py`,
+`triton_mixed.py`) read
 
-    x16   float16, every input times the power of two that its column of the weight is without, and
-          each token scaled by another one so that its largest value is near 2^10
+    x16   float16, each token scaled by a power of two so that its largest value is near 2^10
     sums  per group of inputs: sum of x16, and sum weighted by the bias of each digit
           (`triton_tiles.py`)
 
-and of their widths: the bits of each token in each linear and, where tokens may differ, how many
+They also read the bits of each token in each linear and, where many tokens may differ, how many
 steps each linear takes through its slices. Widths are the same for all tokens, or given, or decided
 here by the router of the input (`router.py`; judged by `reference.route`), so that the host learns
 nothing of them: a launch captured in a graph follows whatever its thresholds are set to later.
 
 One program prepares one token. It asks for powers and for what its router reads before it waits for
-anything: memory takes longer to answer than the rest takes. Where tokens may differ the last
+anything: memory takes longer to answer than the rest takes. Where many tokens may differ the last
 program to finish counts the steps.
 
 From Hopper on a launch may begin before the one before it has ended, and waits for that before it
@@ -24,7 +24,8 @@ Those of more tokens let nothing begin: programs that begin where others have le
 together.
 
 Legend: N out_features, K in_features, K' padded to a multiple of 256, T tokens, T' padded, G
-groups, L linears of one input, E extra widths, H rows of the trunk, F features (H + 2).
+groups, L linears of one input, E extra widths, H rows of the trunk, F features (H + 2), B blocks of
+256 inputs.
 """
 
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from torch import Tensor
 
 from mbq.kernels.digits import BLOCK_INPUTS, MOST_LINEARS, position
 from mbq.kernels.router import Gates
+from mbq.kernels.triton_bytes import FEW, program_tokens, store_tokens
 from mbq.kernels.widths import SLICE_BITS
 
 MAX_TOKENS = 64
@@ -61,11 +63,37 @@ class Prepared:
     """Tokens as the multiplying kernels read them, for all linears that share an input.
 
     Attributes:
+        bits_LT: int32 [L, T'].
+        mixed: whether tokens may differ in width.
+    """
+
+    bits_LT: Tensor
+    tokens: int
+    mixed: bool
+
+
+@dataclass(frozen=True)
+class PreparedBytes(Prepared):
+    """Up to 8 tokens, as `triton_bytes.store_tokens` writes them.
+
+    Attributes:
+        x_BT864: int8 [B, T, 8, 64].
+        scale_sum_B8T2: float32 [B, 8, T, 2].
+    """
+
+    x_BT864: Tensor
+    scale_sum_B8T2: Tensor
+
+
+@dataclass(frozen=True)
+class PreparedHalves(Prepared):
+    """More tokens, in float16.
+
+    Attributes:
         x_TK: float16 [T', K'].
         sum_GT: float32 [G', T'].
         bias_sum_GT: float32 [G', T'].
         unscale_T: float32 [T'].
-        bits_LT: int32 [L, T'].
         steps_L2: int32 [L, 2], steps through the slices, and 1 if the second slice is halved; None
             where tokens cannot differ in width.
     """
@@ -74,14 +102,7 @@ class Prepared:
     sum_GT: Tensor
     bias_sum_GT: Tensor
     unscale_T: Tensor
-    bits_LT: Tensor
     steps_L2: Tensor | None
-    tokens: int
-
-    @property
-    def mixed(self) -> bool:
-        """Whether tokens may differ in width."""
-        return self.steps_L2 is not None
 
 
 @triton.jit
@@ -154,12 +175,13 @@ def _group_sums(x16, CHUNKS: tl.constexpr, GROUP_CHUNKS: tl.constexpr):
 )
 def _prepare_kernel(
     x_ptr, power_ptr, given_ptr, trunk_ptr, offset_ptr, head_ptr, threshold_ptr,
-    x16_ptr, sum_ptr, bias_sum_ptr, unscale_ptr, bits_ptr, steps_ptr, arrived_ptr, tally_ptr,
+    bytes_ptr, scale_sum_ptr, x16_ptr, sum_ptr, bias_sum_ptr, unscale_ptr, bits_ptr, steps_ptr,
+    arrived_ptr, tally_ptr,
     uniform, x_stride, given_linear_stride, given_token_stride,
     in_features, padded_inputs, groups, padded_tokens,
     CHUNKS: tl.constexpr, GROUP_CHUNKS: tl.constexpr, LINEARS: tl.constexpr, GIVEN: tl.constexpr,
     EXTRA: tl.constexpr, HIDDEN: tl.constexpr, FEATURES: tl.constexpr, AHEAD: tl.constexpr,
-    TALLIED: tl.constexpr, MIXED: tl.constexpr, PROGRAMMATIC: tl.constexpr,
+    TALLIED: tl.constexpr, T: tl.constexpr, STEPS: tl.constexpr, PROGRAMMATIC: tl.constexpr,
 ):  # fmt: skip
     if PROGRAMMATIC:
         tl.extra.cuda.gdc_launch_dependents()
@@ -178,17 +200,27 @@ def _prepare_kernel(
     if PROGRAMMATIC:
         tl.extra.cuda.gdc_wait()
     x = tl.load(x_ptr + token * x_stride + at, mask=at < in_features, other=0.0).to(tl.float32)
+    scaled = x * power
+    if T > 0:
+        store_tokens(
+            scaled, token, bytes_ptr, scale_sum_ptr, padded_inputs // 256, CHUNKS, GROUP_CHUNKS, T
+        )  # fmt: skip
+    else:
+        top = tl.max(tl.max(tl.abs(scaled), axis=1), axis=0).to(tl.int32, bitcast=True) >> 23
+        top = tl.minimum(tl.maximum(top, 11), 254)
+        scale = ((264 - top) << 23).to(tl.float32, bitcast=True)
+        tl.store(unscale_ptr + token, ((top - 10) << 23).to(tl.float32, bitcast=True))
+        x16 = (scaled * scale).to(tl.float16)
+        tl.store(x16_ptr + token * padded_inputs + at, x16, mask=at < padded_inputs)
+        group = tl.arange(0, CHUNKS // GROUP_CHUNKS)
+        sums, bias_sums = _group_sums(x16, CHUNKS, GROUP_CHUNKS)
+        tl.store(sum_ptr + group * padded_tokens + token, sums, mask=group < groups)
+        tl.store(bias_sum_ptr + group * padded_tokens + token, bias_sums, mask=group < groups)
+
     bits = tl.full((_LANES,), 0, tl.int32) + uniform
     if GIVEN:
         given_at = linear * given_linear_stride + token * given_token_stride
         bits = tl.load(given_ptr + given_at, mask=there, other=2).to(tl.int32)
-
-    scaled = x * power
-    top = tl.max(tl.max(tl.abs(scaled), axis=1), axis=0).to(tl.int32, bitcast=True) >> 23
-    top = tl.minimum(tl.maximum(top, 11), 254)
-    scale = ((264 - top) << 23).to(tl.float32, bitcast=True)
-    unscale = ((top - 10) << 23).to(tl.float32, bitcast=True)
-    x16 = (scaled * scale).to(tl.float16)
 
     if EXTRA > 0:
         bits = _scored_bits(
@@ -200,14 +232,7 @@ def _prepare_kernel(
         tl.atomic_add(tally_ptr + linear, 1, mask=there, sem="relaxed")
         tl.atomic_add(tally_ptr + LINEARS + linear, bits.to(tl.int64), mask=there, sem="relaxed")
 
-    tl.store(unscale_ptr + token, unscale)
-    tl.store(x16_ptr + token * padded_inputs + at, x16, mask=at < padded_inputs)
-    group = tl.arange(0, CHUNKS // GROUP_CHUNKS)
-    sums, bias_sums = _group_sums(x16, CHUNKS, GROUP_CHUNKS)
-    tl.store(sum_ptr + group * padded_tokens + token, sums, mask=group < groups)
-    tl.store(bias_sum_ptr + group * padded_tokens + token, bias_sums, mask=group < groups)
-
-    if MIXED:
+    if STEPS:
         tl.debug_barrier()
         finished = tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1
         if finished:
@@ -259,27 +284,45 @@ def prepare(
     gates = widths if isinstance(widths, Gates) else None
     alike = isinstance(widths, int) or (given is not None and given.shape[1] == 1)
     mixed = tokens > 1 and max_bits > SLICE_BITS and not alike
-    made = Prepared(
-        x_TK.new_empty(padded, padded_inputs, dtype=torch.float16),
-        x_TK.new_empty(groups, padded, dtype=torch.float32),
-        x_TK.new_empty(groups, padded, dtype=torch.float32),
-        x_TK.new_empty(padded, dtype=torch.float32),
-        x_TK.new_empty(linears, padded, dtype=torch.int32),
-        x_TK.new_empty(linears, 2, dtype=torch.int32) if mixed else None,
-        tokens,
-    )
+    bits_LT = x_TK.new_empty(linears, padded, dtype=torch.int32)
+    made: Prepared
+    written: tuple[Tensor | None, ...]
+    if tokens <= FEW:
+        few = program_tokens(tokens)
+        x_BT864 = x_TK.new_empty(padded_inputs // BLOCK_INPUTS, few, 8, 64, dtype=torch.int8)
+        scale_sum_B8T2 = x_TK.new_empty(len(x_BT864), 8, few, 2, dtype=torch.float32)
+        made = PreparedBytes(bits_LT, tokens, mixed, x_BT864, scale_sum_B8T2)
+        written = x_BT864, scale_sum_B8T2, None, None, None, None, bits_LT, None
+    else:
+        few = 0
+        halves = PreparedHalves(
+            bits_LT,
+            tokens,
+            mixed,
+            x_TK.new_empty(padded, padded_inputs, dtype=torch.float16),
+            x_TK.new_empty(groups, padded, dtype=torch.float32),
+            x_TK.new_empty(groups, padded, dtype=torch.float32),
+            x_TK.new_empty(padded, dtype=torch.float32),
+            x_TK.new_empty(linears, 2, dtype=torch.int32) if mixed else None,
+        )
+        written = (
+            None, None, halves.x_TK, halves.sum_GT, halves.bias_sum_GT, halves.unscale_T, bits_LT,
+            halves.steps_L2,
+        )  # fmt: skip
+        made = halves
     hidden = 0 if gates is None else len(gates.trunk_HK)
     chunks = _power_of_2(padded_inputs // 32)
     _prepare_kernel[(tokens,)](
-        x_TK, power_K, given, *_pointers(gates), made.x_TK, made.sum_GT, made.bias_sum_GT,
-        made.unscale_T, made.bits_LT, made.steps_L2, zeros(x_TK.device, "prepare", 1), tally,
+        x_TK, power_K, given, *_pointers(gates), *written,
+        zeros(x_TK.device, "prepare", 1), tally,
         widths if isinstance(widths, int) else SLICE_BITS, x_TK.stride(0),
         0 if given is None else given.stride(0), 0 if given is None or alike else given.stride(1),
         inputs, padded_inputs, groups, padded,
         CHUNKS=chunks, GROUP_CHUNKS=group_size // 32, LINEARS=linears, GIVEN=given is not None,
         EXTRA=0 if gates is None else len(gates.threshold_EL), HIDDEN=hidden,
         FEATURES=_power_of_2(max(hidden, 1)), AHEAD=min(hidden, rows_ahead(padded_inputs)),
-        TALLIED=tally is not None, MIXED=mixed, num_warps=warps_for(padded_inputs),
+        TALLIED=tally is not None, T=few, STEPS=mixed and few == 0,
+        num_warps=warps_for(padded_inputs),
         **launching(x_TK.device),
     )  # fmt: skip
     return made

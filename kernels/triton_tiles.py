@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mbq.kernels.digits import BLOCK_INPUTS, ODD_BITS, Digits
-from mbq.kernels.triton_prepare import Prepared, digit_bit, launching, zeros
+from mbq.kernels.triton_prepare import PreparedHalves, digit_bit, launching, zeros
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # So that the counters seldom grow.
@@ -190,21 +190,22 @@ def finish(
             tl.store(counter, 0)
     if finished:
         gain_bias = tl.load(gain_row + n[:, None])
-        write(total, gain_bias, tl.load(unscale_ptr + t), out_ptr, n, t, rows, tokens)
+        total *= tl.load(unscale_ptr + t)[None, :]
+        write(total, gain_bias, out_ptr, n, t, rows, tokens)
 
 
 @triton.jit
-def write(total, gain_bias, unscale, out_ptr, n, t, rows, tokens):
+def write(total, gain_bias, out_ptr, n, t, rows, tokens):
     """Write sums [rows, tokens], with gain and bias."""
     gain, bias = halves(gain_bias)
-    y = gain * (total * unscale[None, :]) + bias
+    y = gain * total + bias
     at = t[None, :].to(tl.int64) * rows + n[:, None]
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=t[None, :] < tokens)
 
 
 def launch(
     kernel: Any,
-    prepared: Prepared,
+    prepared: PreparedHalves,
     pointers: tuple[Tensor, ...],
     weight: Digits,
     tile: Tile,

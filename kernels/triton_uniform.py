@@ -19,13 +19,15 @@ depend on the code is multiplied by sums of the tokens, per group.
 Legend: N' N padded, B blocks of 256 inputs, G groups, T tokens, L linears of one input.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mbq.kernels.digits import Digits
-from mbq.kernels.triton_prepare import Prepared, position_of
+from mbq.kernels.triton_prepare import PreparedHalves, position_of
 from mbq.kernels.triton_tiles import (
     Tile,
     digit,
@@ -101,14 +103,38 @@ def extracting(p: int, bits: int) -> str:
     return "{ .reg .b32 t; shr.u32 t, $1, 8; and.b32 $0, t, " + mask + "; }"
 
 
+@triton.constexpr_function
+def high_fields(width: int, dtype: Any) -> int:
+    """The mask of every other field, as an int16 or an int32."""
+    mask = 0xCCCCCCCC if width == 2 else 0xF0F0F0F0
+    return int(mask >> 16) - (1 << 16) if dtype.primitive_bitwidth == 16 else mask - (1 << 32)
+
+
 @triton.jit
-def combined(first, second, third, fourth, BITS: tl.constexpr, SLICES: tl.constexpr):
+def _paired(high, low, WIDTH: tl.constexpr):
+    """What `paired` makes; in the interpreter."""
+    mask: tl.constexpr = high_fields(WIDTH, high.dtype)
+    return (high << WIDTH) & mask | low & ~mask, high & mask | (low >> WIDTH) & ~mask
+
+
+@triton.jit
+def combined(
+    first, second, third, fourth, BITS: tl.constexpr, SLICES: tl.constexpr, ASM: tl.constexpr
+):
     """Words of fields, int16 or int32 as the words are: as many as a field has slices.
 
     Some are written before all of what they are made of is read, hence `&`.
     """
     body: tl.constexpr = combining(BITS)
     pack: tl.constexpr = words_in_register(first.dtype)
+    if not ASM:
+        even, odd = _paired(first, second, 2)
+        if SLICES == 2:
+            return even, odd, even, odd
+        low_even, low_odd = _paired(third, fourth if SLICES > 3 else tl.zeros_like(third), 2)
+        zeroth, second = _paired(even, low_even, 4)
+        first, third = _paired(odd, low_odd, 4)
+        return zeroth, first, second, third
     if SLICES == 2:
         even, odd = tl.inline_asm_elementwise(
             body, "=&r,=&r,r,r", [first, second],
@@ -127,7 +153,7 @@ def combined(first, second, third, fourth, BITS: tl.constexpr, SLICES: tl.conste
 
 
 @triton.jit
-def extracted(zeroth, first, second, third, p: tl.constexpr, BITS: tl.constexpr):
+def extracted(zeroth, first, second, third, p: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
     """The fields at position p, as float16."""
     word = zeroth
     if p % 4 == 1:
@@ -136,23 +162,14 @@ def extracted(zeroth, first, second, third, p: tl.constexpr, BITS: tl.constexpr)
         word = second
     if p % 4 == 3:
         word = third
-    return tl.inline_asm_elementwise(
-        extracting(p, BITS), "=r,r", [word], dtype=tl.float16, is_pure=True, pack=2
-    )
-
-
-@triton.jit
-def defined(
-    first, second, third, fourth, p: tl.constexpr, BITS: tl.constexpr, SLICES: tl.constexpr
-):
-    """What both together give; in the interpreter."""
-    code = ((first >> (2 * p)) & 3) << 2 | ((second >> (2 * p)) & 3)
-    if SLICES > 2:
-        code = (code << 2) | ((third >> (2 * p)) & 3)
-    if SLICES > 3:
-        code = (code << 2) | ((fourth >> (2 * p)) & 3)
-    field = code >> (2 * SLICES - BITS) << (field_bits(BITS) - BITS)
-    return (field << field_bit(p, BITS)).to(tl.int16).to(tl.float16, bitcast=True)
+    if ASM:
+        made = tl.inline_asm_elementwise(
+            extracting(p, BITS), "=r,r", [word], dtype=tl.float16, is_pure=True, pack=2
+        )
+    else:
+        mask: tl.constexpr = (0xFF if BITS > 4 else 0x0F) << field_bit(p, BITS)
+        made = ((word if p < 4 else word >> 8) & mask).to(tl.int16).to(tl.float16, bitcast=True)
+    return made
 
 
 @triton.jit
@@ -185,8 +202,8 @@ def _summed(
         first, second, third, fourth = digit_words(
             block_ptr, n, plane_words, late, BITS, SLICES, ASM
         )
-        if ASM and SLICES > 1:
-            w0, w1, w2, w3 = combined(first, second, third, fourth, BITS, SLICES)
+        if SLICES > 1:
+            w0, w1, w2, w3 = combined(first, second, third, fourth, BITS, SLICES, ASM)
         # What is padded repeats the last token, and is thrown away.
         x_at = x_ptr + tl.minimum(t, tokens - 1)[None, :] * inputs + block * 256 + j[:, None]
         for h in tl.static_range(PARTS):
@@ -203,12 +220,8 @@ def _summed(
                 x = tl.load(x_at + (h * PART_CHUNKS + c) * 32)
                 if SLICES == 1:
                     codes = digit(first, position_of(h * PART_CHUNKS + c), 3, ASM)
-                elif ASM:
-                    codes = extracted(w0, w1, w2, w3, position_of(h * PART_CHUNKS + c), BITS)
                 else:
-                    codes = defined(
-                        first, second, third, fourth, position_of(h * PART_CHUNKS + c), BITS, SLICES
-                    )
+                    codes = extracted(w0, w1, w2, w3, position_of(h * PART_CHUNKS + c), BITS, ASM)
                 acc = tl.dot(codes, x, acc)
             total += (s * (LARGEST / one))[:, None] * acc
     return total * unit(BITS)
@@ -248,7 +261,7 @@ def _uniform_kernel(
 
 
 def multiply_uniform(
-    prepared: Prepared, bits: int | None, weight: Digits, tile: Tile, dtype: torch.dtype
+    prepared: PreparedHalves, bits: int | None, weight: Digits, tile: Tile, dtype: torch.dtype
 ) -> Tensor:
     """Each token times every linear's weight, with gain and bias.
 

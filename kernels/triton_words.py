@@ -1,87 +1,154 @@
-"""Words and scales for products of few tokens: where they lie, and when they are asked for.
+"""Words, scales and tokens for products of few tokens: where they lie, and when they are asked for.
 
 Warps take blocks of inputs in turn, all of the same rows (`triton_narrow.py`); the blocks that they
 take at a time are a turn. Of a block, a tile of rows reads one piece of each plane, 32 bytes a row,
-and one piece for each group, 4 bytes of scale and zero a row.
+and one piece for each group, 4 bytes of scale and zero a row; of tokens, 512 bytes each, and 8
+scales and sums (`triton_bytes.py`). Where each warp's lie is computed once, and moves by as much
+every turn; a warp that has no block left stays at its last one.
 
 What every width reads, words of the first slice and scales, is loaded apart from what only some do:
 it can be asked for before the width is known.
 
-Legend: W warps.
+Legend: W warps, T tokens of a program.
 """
 
 import triton
 import triton.language as tl
 
+from mbq.kernels.triton_bytes import halves_of, parts_of, sets_of
+
 
 @triton.jit
-def _scale_pairs(
-    scale_zero_ptr, block, rows, WARPS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr
-):
-    """Scales and zeros of a block for each warp, by group: int32 [W, ROWS] each.
+def places(
+    word_pairs_ptr, scale_zero_ptr, x_ptr, scale_sum_ptr, rows, blocks,
+    WARPS: tl.constexpr, GROUPS: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Where each warp's first block begins, as pointers.
 
-    16 rows at a time: the compiler loads what has fewer elements than threads to where it is used.
+    To pairs of words, of the 8 rows that a matrix instruction takes at once, [W 8, 16]: in the two
+    planes of the first slice, and in the first of the second, where each serves twice. To scales
+    and zeros of 16 rows, [W, 16]. To tokens in their columns, [W 8, 16], and to their scales and
+    sums, [W].
     """
+    row, word, warp = tl.arange(0, WARPS * 8), tl.arange(0, 16), tl.arange(0, WARPS)
+    block, of_warp = tl.minimum(row // 8, blocks - 1), tl.minimum(warp, blocks - 1)
+    plane_words = (blocks * rows).to(tl.int64) * 8
+    row_at = word_pairs_ptr + (block.to(tl.int64) * rows * 8 + row % 8 * 8)[:, None]
+    wide_at = row_at + (word // 8 * plane_words + word % 8)[None, :]
+    narrow_at = row_at + (2 * plane_words + word % 8)[None, :]
+    scales_at = scale_zero_ptr + (of_warp * (GROUPS * rows))[:, None] + word[None, :]
+    x_at = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    x_at += (block * (128 * T) + row % 8 * 16)[:, None] + word[None, :]
+    return wide_at, narrow_at, scales_at, x_at, scale_sum_ptr + of_warp * (16 * T)
+
+
+@triton.jit
+def _next_places(
+    at, start, rows, blocks, WARPS: tl.constexpr, GROUPS: tl.constexpr, T: tl.constexpr
+):
+    """The same for the turn from a block on."""
+    wide_at, narrow_at, scales_at, x_at, scale_sum_at = at
+    there = (start + tl.arange(0, WARPS * 8) // 8 < blocks)[:, None]
+    warp_there = start + tl.arange(0, WARPS) < blocks
+    words, scales = rows * (8 * WARPS), rows * (GROUPS * WARPS)
+    wide_at += tl.where(there, words, 0)
+    narrow_at += tl.where(there, words, 0)
+    scales_at += tl.where(warp_there, scales, 0)[:, None]
+    x_at += tl.where(there, 128 * WARPS * T, 0)
+    scale_sum_at += tl.where(warp_there, 16 * WARPS * T, 0)
+    return wide_at, narrow_at, scales_at, x_at, scale_sum_at
+
+
+@triton.jit
+def _words(at, there, ROWS: tl.constexpr):
+    """Words of all rows, 8 at a time, so that one address serves them: [ROWS / 8 W 8, 16]."""
+    first, second = tl.load(at, mask=there, other=0), tl.load(at + 64, mask=there, other=0)
+    if ROWS == 16:
+        made = tl.permute(tl.join(first, second), (2, 0, 1))
+    else:
+        third, fourth = (
+            tl.load(at + 128, mask=there, other=0),
+            tl.load(at + 192, mask=there, other=0),
+        )
+        made = tl.permute(tl.join(tl.join(first, third), tl.join(second, fourth)), (2, 3, 0, 1))
+    return tl.reshape(made, (ROWS // 8 * at.shape[0], 16))
+
+
+@triton.jit
+def load_first(at, rows, ROWS: tl.constexpr, WARPS: tl.constexpr, GROUPS: tl.constexpr):
+    """What every width reads of a turn: words of the first slice, and scales.
+
+    Words [ROWS / 8 W 8, 16], and for each group scales and zeros int32 [W, ROWS].
+    """
+    wide_at, _, scales_at, _, _ = at
     pairs = ()
-    at = scale_zero_ptr + tl.arange(0, 16)[None, :]
+    # 16 rows at a time: the compiler loads what has fewer elements than threads to where it is
+    # used.
     for group in tl.static_range(GROUPS):
-        group_ptr = at + ((block * GROUPS + group) * rows)[:, None]
-        pair = tl.load(group_ptr)
+        pair = tl.load(scales_at + group * rows)
         if ROWS == 32:
-            both = tl.join(pair, tl.load(group_ptr + 16))
+            both = tl.join(pair, tl.load(scales_at + group * rows + 16))
             pair = tl.reshape(tl.permute(both, (0, 2, 1)), (WARPS, ROWS))
         pairs += (pair,)  # type: ignore[assignment]
-    return pairs
+    return _words(wide_at, True, ROWS), pairs
 
 
 @triton.jit
-def _places(rows, blocks, ROWS: tl.constexpr, WARPS: tl.constexpr):
-    """Of what is loaded of words at once: the warp of each row, and where in a block words lie.
-
-    In the two planes of a slice, and in one, where each word serves twice.
-    """
-    of_row = tl.arange(0, ROWS * WARPS)
-    word = tl.arange(0, 16)
-    row = of_row // (8 * WARPS) * 8 + of_row % 8
-    narrow = row[:, None] * 8 + (word % 8)[None, :]
-    wide = narrow + (word // 8 * (blocks * rows * 8))[None, :]
-    return of_row // 8 % WARPS, wide, narrow
-
-
-@triton.jit
-def load_first(
-    word_pairs_ptr, scale_zero_ptr, start, rows, blocks,
-    ROWS: tl.constexpr, WARPS: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
-    """What every width reads of the turn from a block on: words of the first slice, and scales.
-
-    Warps that have no block left take the last one.
-    """
-    row_warp, wide, _ = _places(rows, blocks, ROWS, WARPS)
-    block = tl.minimum(start + row_warp, blocks - 1)
-    first = tl.load(word_pairs_ptr + (block.to(tl.int64) * rows * 8)[:, None] + wide)
-    block = tl.minimum(start + tl.arange(0, WARPS), blocks - 1)
-    return first, _scale_pairs(scale_zero_ptr, block, rows, WARPS, ROWS, GROUPS)
-
-
-@triton.jit
-def load_rest(
-    word_pairs_ptr, first, start, rows, blocks,
-    ROWS: tl.constexpr, WARPS: tl.constexpr, BITS: tl.constexpr,
-):  # fmt: skip
-    """All words that a width reads of a turn, given those of the first slice.
+def load_rest(at, first, bits, rows, blocks, ROWS: tl.constexpr, BITS: tl.constexpr):
+    """All words that a width, BITS at most, reads of a turn, given those of the first slice.
 
     Those of the first slice, the high and the low bits of the second, the third slice, the fourth;
-    what the width does not read repeats the first.
+    what the width does not read is zero, or repeats the first.
     """
     SLICES: tl.constexpr = (BITS + 1) // 2
-    row_warp, wide, narrow = _places(rows, blocks, ROWS, WARPS)
-    block = tl.minimum(start + row_warp, blocks - 1)
-    block_ptr = word_pairs_ptr + (block.to(tl.int64) * rows * 8)[:, None]
-    plane_words = blocks * rows * 8
-    slice_words = 2 * plane_words.to(tl.int64)
-    high = tl.load(block_ptr + slice_words + narrow) if SLICES > 1 else first
-    low = tl.load(block_ptr + slice_words + plane_words + narrow) if BITS > 3 else first
-    third = tl.load(block_ptr + 2 * slice_words + wide) if SLICES > 2 else first
-    fourth = tl.load(block_ptr + 3 * slice_words + wide) if SLICES > 3 else first
+    wide_at, narrow_at, _, _, _ = at
+    plane_words = (blocks * rows).to(tl.int64) * 8
+    high = _words(narrow_at, True, ROWS) if SLICES > 1 else first
+    low = tl.zeros_like(first)
+    if BITS > 3:
+        low = _words(narrow_at + plane_words, bits > 3, ROWS)
+    third = _words(wide_at + 4 * plane_words, True, ROWS) if SLICES > 2 else first
+    fourth = _words(wide_at + 6 * plane_words, bits > 6, ROWS) if SLICES > 3 else first
     return first, high, low, third, fourth
+
+
+@triton.jit
+def load_next(
+    at, start, bits, rows, blocks, ROWS: tl.constexpr, WARPS: tl.constexpr, GROUPS: tl.constexpr,
+    BITS: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Places of the turn from a block on, and all that a width reads of weights there."""
+    at = _next_places(at, start, rows, blocks, WARPS, GROUPS, T)
+    first, pairs = load_first(at, rows, ROWS, WARPS, GROUPS)
+    return at, load_rest(at, first, bits, rows, blocks, ROWS, BITS), pairs
+
+
+@triton.constexpr_function
+def column_tokens(tokens: int) -> int:
+    """Of the four tokens that columns hold at a time, how many differ."""
+    return min(tokens, 4)
+
+
+@triton.jit
+def load_tokens(at, GROUPS: tl.constexpr, T: tl.constexpr):
+    """Tokens of a turn: T times int32 [W 8, 16], and scales and sums.
+
+    Of these, for each part of a block, each half of 32 inputs that has a group of its own and each
+    set of columns, float32 [W, 4, 2].
+    """
+    _, _, _, x_at, scale_sum_at = at
+    xs = ()
+    for i in tl.static_range(T):
+        xs += (tl.load(x_at + 128 * i),)  # type: ignore[assignment]
+    column = tl.arange(0, 4)
+    position, token = column // T, column % column_tokens(T)
+    scale_sums = ()
+    for part in tl.static_range(parts_of(T, GROUPS)):
+        for half in tl.static_range(halves_of(GROUPS)):
+            for column_set in tl.static_range(sets_of(T)):
+                chunk = 8 // parts_of(T, GROUPS) * part + 2 * position + half
+                place = (chunk * T + token + 4 * column_set) * 2
+                place = place[:, None] + tl.arange(0, 2)[None, :]
+                loaded = tl.load(scale_sum_at[:, None, None] + place[None, :, :])
+                scale_sums += (loaded,)  # type: ignore[assignment]
+    return xs, scale_sums

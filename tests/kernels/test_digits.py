@@ -22,14 +22,14 @@ def _pack(code_NK: torch.Tensor, group_size: int, slices: int = 4) -> Digits:
 def test_words_of_known_codes() -> None:
     code = torch.zeros(2, 256, dtype=torch.uint8)
     code[0, 0] = 0b11_00_00_00  # input 0: position 0 of word 0
-    code[1, 37] = 0b00_00_00_01  # input 32 + 5: position 1 of word 5
-    code[1, 70] = 0b01_00_00_00  # input 64 + 6: position 4 of word 6
+    code[1, 37] = 0b00_00_00_01  # input 32 + 5: position 4 of word 5
+    code[1, 70] = 0b01_00_00_00  # input 64 + 6: position 1 of word 6
     code[1, 255] = 0b10_00_00_00  # input 224 + 16 + 15: position 7 of word 15, in the sign
     digits = _pack(code, 128).digits_SHBN16
     assert digits.shape == (4, 2, 1, 128, 16)
     assert digits[0, 0, 0, 0, 0] == 3
-    assert digits[3, 0, 0, 1, 5] == 1 << 2
-    assert digits[0, 0, 0, 1, 6] == 1 << 8
+    assert digits[3, 0, 0, 1, 5] == 1 << 8
+    assert digits[0, 0, 0, 1, 6] == 1 << 2
     assert digits[0, 1, 0, 1, 15] == -(2**15)
     assert digits.count_nonzero() == 4
 

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mbq.kernels import dispatch
 from mbq.kernels.digits import ROW_MULTIPLE, join_digits
 from mbq.kernels.reference import routed_linear
-from mbq.kernels.triton_columns import COLUMNS
+from mbq.kernels.triton_bytes import FEW
 from tests.support.weights import error, random_weight
 
 FOLDER = Path(dispatch.__file__).parent
@@ -40,7 +40,7 @@ def test_shipped_tiles_fit_their_shapes() -> None:
             rows, inputs = map(int, shape.split(" x "))
             assert rows % ROW_MULTIPLE == 0
             for tokens, (tile, split, warps, stages) in by_width.items():
-                if int(tokens) <= COLUMNS:
+                if int(tokens) <= FEW:
                     assert (tile in (16, 32), split, stages) == (True, 1, 1)
                 assert rows % tile == 0
                 assert split * 256 <= inputs

@@ -145,7 +145,7 @@ def test_a_captured_step_follows_the_width(
     width: int | None, launches: list[Callable[[], None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     linears, router = _linears(width)
-    x = torch.randn(5, COLUMNS).half()
+    x = torch.randn(3, COLUMNS).half()
     precision = linears[0].precision
     settings = {
         3.0: [partial(precision.set_average_bits, bits, CURVE) for bits in (2.5, 8.0)],

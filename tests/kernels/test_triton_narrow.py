@@ -5,36 +5,52 @@ import pytest
 import torch
 
 from mbq.kernels.digits import join_digits
+from mbq.kernels.dispatch import multiply
+from mbq.kernels.quantize import powers_of_two
 from mbq.kernels.reference import routed_linear
-from mbq.kernels.triton_columns import MASKING, SCALING, SHIFTING, plain_bit, two_halves
-from mbq.kernels.triton_narrow import most_registers, multiply_narrow, program_tokens
-from mbq.kernels.triton_prepare import prepare
+from mbq.kernels.triton_bytes import place, program_tokens, taking
+from mbq.kernels.triton_narrow import most_registers
+from mbq.kernels.triton_prepare import PreparedBytes, prepare
 from mbq.kernels.triton_tiles import REJOINING, Tile
 from mbq.kernels.widths import WIDTHS
 from tests.support.ptx import emulate
-from tests.support.weights import error, random_weight
+from tests.support.weights import error, exponents, random_weight
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 # Blocks left over for some warps, for none, and fewer of them than warps.
-@pytest.mark.parametrize("known", [True, False])
+CASES = [
+    (1, 70, 768, 128, Tile(16, 1, 2, 1)),
+    (8, 130, 512, 64, Tile(32, 1, 2, 1)),
+    (5, 40, 384, 32, Tile(32, 1, 4, 1)),
+    (3, 10, 1280, 256, Tile(16, 1, 16, 1)),
+    (2, 130, 800, 32, Tile(32, 1, 4, 1)),
+    (4, 40, 768, 128, Tile(32, 1, 2, 1)),
+    (1, 40, 512, 32, Tile(32, 1, 2, 1)),
+    (1, 20, 1024, 256, Tile(16, 1, 8, 1)),
+    (2, 20, 1024, 64, Tile(16, 1, 2, 1)),
+]
+
+
 @pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize(
-    ("tokens", "rows", "inputs", "group_size", "tile"),
-    [
-        (1, 70, 768, 128, Tile(16, 1, 2, 1)),
-        (8, 130, 512, 64, Tile(32, 1, 2, 1)),
-        (5, 40, 384, 32, Tile(32, 1, 4, 1)),
-        (3, 10, 1280, 256, Tile(16, 1, 16, 1)),
-        (2, 130, 800, 32, Tile(32, 1, 4, 1)),
-        (4, 40, 768, 128, Tile(32, 1, 2, 1)),
-        (1, 40, 512, 32, Tile(32, 1, 2, 1)),
-        (1, 20, 1024, 256, Tile(16, 1, 8, 1)),
-    ],
-)
+@pytest.mark.parametrize(("tokens", "rows", "inputs", "group_size", "tile"), CASES)
 def test_equals_the_definition(
-    known: bool, bits: int, tokens: int, rows: int, inputs: int, group_size: int, tile: Tile
+    bits: int, tokens: int, rows: int, inputs: int, group_size: int, tile: Tile
+) -> None:
+    _equals_the_definition(bits, True, tokens, rows, inputs, group_size, tile)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize(("tokens", "rows", "inputs", "group_size", "tile"), CASES[:3])
+def test_equals_the_definition_where_only_the_device_knows_the_width(
+    bits: int, tokens: int, rows: int, inputs: int, group_size: int, tile: Tile
+) -> None:
+    _equals_the_definition(bits, False, tokens, rows, inputs, group_size, tile)
+
+
+def _equals_the_definition(
+    bits: int, known: bool, tokens: int, rows: int, inputs: int, group_size: int, tile: Tile
 ) -> None:
     torch.manual_seed(bits)
     made = [random_weight(rows + more, inputs, group_size) for more in (0, 90)]
@@ -42,11 +58,11 @@ def test_equals_the_definition(
     joined = join_digits([weight for weight, *_ in made])
     widths = bits if known else torch.full((2, 1), bits)
     prepared = prepare(x, joined.power_K, widths, 2, group_size, 8)
-    out_TN = multiply_narrow(prepared, bits if known else None, joined, tile, torch.float32)
+    out_TN = multiply(prepared, bits if known else None, joined, tile, torch.float32)
     for out, (_, weight_WNK, bias_WN) in zip(joined.sides(out_TN), made, strict=True):
         expected = routed_linear(x, weight_WNK, bias_WN, torch.full((tokens,), bits))
         assert out.shape == expected.shape
-        assert error(out, expected) < 1e-5
+        assert error(out, expected) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -60,8 +76,8 @@ def test_tokens_at_widths_of_their_own(
     x = torch.randn(len(widths), inputs).bfloat16()
     bits_T = torch.tensor(widths)
     prepared = prepare(x, weight.power_K, bits_T[None], 1, group_size, 8)
-    (out,) = weight.sides(multiply_narrow(prepared, None, weight, Tile(16, 1, 4, 1), torch.float32))
-    assert error(out, routed_linear(x, weight_WNK, bias_WN, bits_T)) < 2e-5
+    (out,) = weight.sides(multiply(prepared, None, weight, Tile(16, 1, 4, 1), torch.float32))
+    assert error(out, routed_linear(x, weight_WNK, bias_WN, bits_T)) < 1e-4
 
 
 @pytest.mark.parametrize("late", [0, 1])
@@ -76,33 +92,68 @@ def test_assembly_puts_two_words_of_the_second_slice_together(late: int) -> None
     assert np.array_equal(made, halves[0] & np.uint16(0xAAAA) | halves[1] & np.uint16(0x5555))
 
 
-@pytest.mark.parametrize("p", range(8))
-def test_assembly_makes_plain_digits(p: int) -> None:
-    """Each of a word's, wherever the other word of a register has ones."""
-    rng = np.random.default_rng(p)
-    words = rng.integers(0, 2**32, 4096, dtype=np.uint32)
-    mask = np.full_like(words, (3 << plain_bit(p)) * 0x10001)
-    assembly = (MASKING if p < 5 else SHIFTING).value
-    made = emulate(assembly, {"$1": words, "$2": mask})["$0"].view(np.float16)
-    digits = words.view(np.uint16) >> np.uint16(2 * p) & np.uint16(3)
-    assert np.array_equal(made.astype(np.float64), digits * 2.0 ** (plain_bit(p) - 24))
+@pytest.mark.parametrize(
+    ("field", "selector", "j"),
+    [(2, selector, j) for selector in (1, 2, 3) for j in range(4)] + [(4, 3, j) for j in range(4)],
+)
+def test_assembly_takes_codes_as_bytes(field: int, selector: int, j: int) -> None:
+    """At positions j and j + 4 of two words, whatever is beside them; never a sign."""
+    rng = np.random.default_rng(j)
+    register = rng.integers(0, 2**32, 4096, dtype=np.uint32)
+    made = emulate(taking(j, field, selector), {"$1": register})["$0"].view(np.int8)
+    # Fields of 4 bits are those of even or of odd positions.
+    at = 4 * (j // 2) if field == 4 else 2 * j
+    codes = register.view(np.uint8) >> np.uint8(at) & np.uint8(15 if field == 4 else selector)
+    assert np.array_equal(made.astype(np.int64), codes.astype(np.int64) << 2 * place(j, field))
 
 
-@pytest.mark.parametrize("exponent", [0, -2, -8])
-def test_assembly_divides_two_inputs(exponent: int) -> None:
-    """Exactly, or as near as halves below the smallest normal one are."""
-    x = np.random.default_rng(0).standard_normal(4096).astype(np.float16) * np.float16(900)
-    factor = np.full(2048, two_halves(exponent), np.uint32)
-    made = emulate(SCALING.value, {"$1": x.view(np.uint32), "$2": factor})["$0"].view(np.float16)
-    assert np.abs(made.astype(np.float64) - x.astype(np.float64) * 2.0**exponent).max() <= 2.0**-25
+@pytest.mark.parametrize("size", [1.0, 1e-12, 1e6])
+def test_tokens_are_whole_numbers_of_16_bits(size: int) -> None:
+    """To half of one, in every group; a group of zeros stays zero."""
+    x, power_K = size * torch.randn(3, 512), powers_of_two(exponents(512))
+    x[0, 5], x[1, 128:256] = 300 * size, 0.0
+    # The largest mantissas.
+    x[2, 130], x[2, 300] = 127.999 * size, -127.4 * size
+    found = prepare(x, power_K, 8, 1, 128, 8)
+    assert isinstance(found, PreparedBytes)
+    # Columns: positions, of which each has high and low bytes of every token.
+    bytes_B4T264 = found.x_BT864.reshape(2, 4, 4, 2, 64).double()
+    number_BT4X = (256 * bytes_B4T264[:, :, :, 0] + bytes_B4T264[:, :, :, 1]).transpose(1, 2)
+    # Bytes of two chunks take turns.
+    number_TBC = number_BT4X.unflatten(-1, (32, 2)).transpose(-1, -2).reshape(2, 4, 8, 32)
+    number_TC = number_TBC.transpose(0, 1).reshape(4, 16, 32)[:3]
+    scale_TC, sum_TC = found.scale_sum_B8T2.double().flatten(0, 1)[:, :3].unbind(-1)
+    scale_TC, sum_TC = scale_TC.T, sum_TC.T
+    expected_TC = (x.double() * power_K).reshape(3, 16, 32)
+    tops_TC = expected_TC.abs().reshape(3, 4, 128).amax(2).repeat_interleave(4, 1)
+    assert number_TC.abs().max() <= 32639
+    assert (scale_TC.log2() % 1 == 0).all()
+    # As many bits as there are.
+    assert ((scale_TC * 16000 <= tops_TC) | (tops_TC == 0)).all()
+    off_TC = (number_TC * scale_TC[:, :, None] - expected_TC).abs().amax(2)
+    assert (off_TC <= 0.5 * scale_TC).all()
+    assert off_TC[1, 4:8].sum() == 0
+    summed_TG = (number_TC * scale_TC[:, :, None]).reshape(3, 4, 128).sum(2)
+    assert torch.allclose(sum_TC[:, ::4], summed_TG, rtol=1e-5, atol=1e-5 * size)
+    assert (sum_TC.reshape(3, 4, 4)[:, :, 1:] == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_what_is_not_finite_stays_so() -> None:
+    weight, *_ = random_weight(16, 256, 128)
+    x = torch.randn(3, 256).half()
+    x[0, 3], x[1, 200] = float("nan"), float("inf")
+    prepared = prepare(x, weight.power_K, 4, 1, 128, 8)
+    out = multiply(prepared, 4, weight, Tile(16, 1, 2, 1), torch.float32)
+    assert not out[:2, :16].isfinite().any()
+    assert out[2].isfinite().all()
 
 
 def test_programs_take_powers_of_two() -> None:
-    assert [program_tokens(n, mixed=False) for n in range(1, 9)] == [1, 2, 4, 4, 8, 8, 8, 8]
-    assert program_tokens(2, mixed=True) == 8
+    assert [program_tokens(n) for n in range(1, 9)] == [1, 2, 4, 4, 8, 8, 8, 8]
 
 
-def test_registers_are_limited_where_two_programs_fit() -> None:
-    cuts = (1, 16, 8, 128), (2, 16, 8, 128), (1, 32, 8, 128), (1, 16, 4, 128), (1, 16, 8, 64)
-    limits = [most_registers(m, Tile(rows, 1, warps, 1), group) for m, rows, warps, group in cuts]
-    assert limits == [128, None, None, None, None]
+def test_registers_of_one_token_leave_room_for_other_programs() -> None:
+    cuts = (1, 8, 128), (1, 4, 256), (2, 8, 128), (1, 8, 64)
+    limits = [most_registers(m, Tile(16, 1, warps, 1), group) for m, warps, group in cuts]
+    assert limits == [128, 168, None, None]

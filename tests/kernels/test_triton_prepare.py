@@ -7,7 +7,7 @@ from mbq.kernels.precision import Precision
 from mbq.kernels.quantize import powers_of_two
 from mbq.kernels.reference import route
 from mbq.kernels.router import Gates
-from mbq.kernels.triton_prepare import prepare
+from mbq.kernels.triton_prepare import PreparedHalves, prepare
 from mbq.kernels.widths import WIDTHS
 from tests.support.routers import random_router
 from tests.support.weights import exponents
@@ -47,25 +47,36 @@ def test_the_router_equals_its_definition(
     prepared = prepare(x, powers_of_two(exponents(inputs)), gates, linears, 32, max_bits)
     expected = route(x, gates.trunk_HK.float(), gates.offset_H, gates.head_ELF, gates.threshold_EL)
     assert torch.equal(prepared.bits_LT[:, :tokens].long(), expected)
-    most = expected.amax(1)
-    halved = (expected == 3).any(1)
-    steps = torch.stack([most // 2 + halved, halved], dim=1)
     assert prepared.mixed == (tokens > 1)
-    if prepared.steps_L2 is not None:
+    if isinstance(prepared, PreparedHalves):
+        most = expected.amax(1)
+        halved = (expected == 3).any(1)
+        assert prepared.steps_L2 is not None
+        assert torch.equal(
+            prepared.steps_L2.long(), torch.stack([most // 2 + halved, halved], dim=1)
+        )
         # What is padded asks for nothing.
         assert (prepared.bits_LT[:, tokens:] == 2).all()
-        assert torch.equal(prepared.steps_L2.long(), steps)
 
 
-def test_inputs_are_scaled_as_their_columns_are() -> None:
+@pytest.mark.parametrize(
+    ("tokens", "names"),
+    [
+        (8, ("x_BT864", "scale_sum_B8T2")),
+        (16, ("x_TK", "sum_GT", "bias_sum_GT", "unscale_T")),
+    ],
+)
+def test_inputs_are_scaled_as_their_columns_are(tokens: int, names: tuple[str, ...]) -> None:
     torch.manual_seed(1)
-    x, power_K = torch.randn(8, 384).bfloat16(), powers_of_two(exponents(384))
-    found = prepare(x, power_K, 8, 1, 128, 8)
+    x, power_K = torch.randn(tokens, 384).bfloat16(), powers_of_two(exponents(384))
     ones_K = torch.ones(384)
-    expected = prepare(x.float() * power_K, ones_K, 8, 1, 128, 8)
-    for name in ("x_TK", "sum_GT", "bias_sum_GT", "unscale_T"):
+    found, expected, unscaled = (
+        prepare(tokens_TK, powers_K, 8, 1, 128, 8)
+        for tokens_TK, powers_K in ((x, power_K), (x.float() * power_K, ones_K), (x, ones_K))
+    )
+    for name in names:
         assert torch.equal(getattr(found, name), getattr(expected, name))
-    assert not torch.equal(found.x_TK, prepare(x, ones_K, 8, 1, 128, 8).x_TK)
+    assert not torch.equal(getattr(found, names[0]), getattr(unscaled, names[0]))
 
 
 def test_a_token_of_zeros_is_routed_like_any_other() -> None:

@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from mbq.kernels import dispatch
 from mbq.kernels.triton_dequantize import _ROWS, _WARPS, _dequantize_kernel
 from mbq.kernels.triton_mixed import MOST_TILE_TOKENS, _mixed_kernel
-from mbq.kernels.triton_narrow import _narrow_kernel, most_registers
+from mbq.kernels.triton_narrow import _narrow_kernel, most_registers, turns
 from mbq.kernels.triton_prepare import _prepare_kernel, rows_ahead, warps_for
 from mbq.kernels.triton_tiles import Tile
 from mbq.kernels.triton_uniform import _uniform_kernel
@@ -38,6 +38,7 @@ POINTERS = {
     "out_ptr": "*bf16",
     "trunk_ptr": "*fp16",
     "x16_ptr": "*fp16",
+    "bytes_ptr": "*i8",
     "given_ptr": "*i64",
     "tally_ptr": "*i64",
 }
@@ -60,6 +61,8 @@ ALIGNED = (
     "group_stride",
     "gain_stride",
 )
+# Matrix instructions.
+MATRIX = r"\b(HMMA|HGMMA|IMMA)\b"
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(.*?);", re.MULTILINE)
 
 
@@ -98,7 +101,10 @@ def main() -> None:
             "1 token, 8 bits, few rows, groups of 32": build_cut(4096, 1, 8, 8),
             "2 tokens, 8 bits": build_cut(22016, 2, 2, 8),
             "4 tokens, 2 bits": build_cut(22016, 4, 2, 2),
+            "2 tokens, 8 bits, groups of 32": build_cut(22016, 2, 8, 8),
+            "4 tokens, 8 bits, groups of 64": build_cut(22016, 4, 4, 8),
             "8 tokens, 4 bits, groups of 32": build_cut(22016, 8, 8, 4),
+            "8 tokens, 8 bits, groups of 256": build_cut(22016, 8, 1, 8),
         },
         "mixed": mixed,
         "uniform": uniform,
@@ -147,7 +153,8 @@ def _narrow(
 ) -> dict[str, Any]:
     tile = _tile(architecture, tokens, kind, constants["GROUPS"], rows)
     constants = {"WARPS": tile.warps, "MOST_SLICES": 4, "T": tokens} | constants
-    return _multiplying(_narrow_kernel, constants, architecture, tokens, tile, tile.warps)
+    blocks = tile.warps * turns(tokens, constants["GROUPS"], constants["MIXED"])
+    return _multiplying(_narrow_kernel, constants, architecture, tokens, tile, blocks)
 
 
 def _tile(architecture: int, tokens: int, kind: str, groups: int, rows: int = ROWS) -> Tile:
@@ -182,16 +189,19 @@ def _multiplying(
         # Before it waits for the launch before.
         "early_loads": early.count("LDG.E.128") if waits else 0,
         "wide_loads": len(re.findall(r"LDGSTS\.E\.BYPASS\.128|LDG\.E\.128", assembly)),
-        "matrix": assembly.count("HMMA") + assembly.count("HGMMA"),
+        "matrix": len(re.findall(MATRIX, assembly)),
         "moving": len([one for one in largest if re.search(r"\b(LDS|LDSM|STS|SHFL|BAR)\b", one)]),
-        "loads_after_products": _loads_after_products(largest),
+        "returns_to_loads": _returns_to_loads(largest),
         "instructions": len(largest) / weights,
     }
 
 
-def _loads_after_products(loop: list[str]) -> int:
-    first = next((i for i, one in enumerate(loop) if "HMMA" in one or "HGMMA" in one), len(loop))
-    return len([one for one in loop[first:] if re.search(r"\bLDG\b", one)])
+def _returns_to_loads(loop: list[str]) -> int:
+    """How often products are followed by loads."""
+    loads = [
+        bool(re.search(r"\bLDG\b", one)) for one in loop if re.search(rf"\bLDG\b|{MATRIX}", one)
+    ]
+    return sum(not before and after for before, after in itertools.pairwise(loads))
 
 
 def build_dequantizing(architecture: int, bits: int) -> dict[str, Any]:
@@ -212,7 +222,8 @@ def build_dequantizing(architecture: int, bits: int) -> dict[str, Any]:
 def build_preparing(architecture: int, inputs: int, alike: bool = False) -> dict[str, Any]:
     """A router of 8 rows that decides for three linears; or one width for a single token."""
     rows = 0 if alike else 8
-    absent = ("given", "trunk", "offset", "head", "threshold", "steps", "tally") if alike else ()
+    absent = ["x16", "sum", "bias_sum", "unscale", "steps"]
+    absent += ["given", "trunk", "offset", "head", "threshold", "tally"] if alike else []
     constants: dict[str, Any] = {f"{name}_ptr": None for name in absent} | {
         "CHUNKS": triton.next_power_of_2(inputs // 32),
         "GROUP_CHUNKS": 4,
@@ -223,7 +234,8 @@ def build_preparing(architecture: int, inputs: int, alike: bool = False) -> dict
         "FEATURES": max(rows, 1),
         "AHEAD": min(rows, rows_ahead(inputs)),
         "TALLIED": not alike,
-        "MIXED": not alike,
+        "T": 1 if alike else 8,
+        "STEPS": False,
         "PROGRAMMATIC": architecture >= 90,
     }
     made = _compile(_prepare_kernel, constants, architecture, warps_for(inputs))
