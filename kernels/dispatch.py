@@ -177,7 +177,7 @@ def tile(
     width = token_tile(tokens, kind)
     small = group_size < _MEASURED_GROUP
     shape = f"{rows} x {blocks * BLOCK_INPUTS}"
-    # What any width needs, the largest does; and a few tokens with columns to spare, what one does.
+    # What any width needs, the largest does; and up to four tokens, what one does.
     kinds = (ANY, str(CODE_BITS)) if kind == ANY else (kind,)
     widths = (width, 1) if width < triton_bytes.FEW else (width,)
     found = (known.get(one, {}).get(shape, {}).get(str(w)) for one in kinds for w in widths)
@@ -208,7 +208,7 @@ def default_tile(
     At least 8 on each multiprocessor, as in the fastest tiles that were measured on an H200.
     """
     if narrow(width):
-        return _narrow_tile(rows, blocks, width, kind, small_groups)
+        return _narrow_tile(rows, blocks, kind, small_groups)
     wide = width > 32
     # Sums that are restarted at every group fill the registers; and B200's lie in tensor memory,
     # which 128 rows of 64 tokens would overfill.
@@ -223,19 +223,18 @@ def default_tile(
     return triton_tiles.Tile(cut, split, warps=8 if wide else 4, stages=stages)
 
 
-def _narrow_tile(
-    rows: int, blocks: int, width: int, kind: str, small_groups: bool
-) -> "triton_tiles.Tile":
+def _narrow_tile(rows: int, blocks: int, kind: str, small_groups: bool) -> "triton_tiles.Tile":
     """Of a product that warps share by its inputs: few warps a program, if there are enough."""
     if kind == MIXED:
-        # One cut for all shapes: this kernel takes longest to compile.
+        # One cut for all shapes: this kernel takes long to compile.
         return triton_tiles.Tile(16, split=1, warps=4, stages=1)
     # 32 rows make more of each token, 16 leave more for programs to share and less in registers,
     # which sums of many groups fill, too.
     tall = not small_groups and kind == "2"
     cut = 32 if tall and rows >= 32 * _PROGRAMS // 2 else 16
-    # And two turns of words of 8 bits fill the registers of 16 warps.
-    most = 8 if kind in ("2", "4") else 4
+    # Two programs of 8 warps share a multiprocessor if a thread has 128 registers: not if words
+    # are of 8 bits, nor of 32 rows.
+    most = 8 if kind in ("2", "4") and cut == 16 else 4
     warps = 2
     while warps < most and rows // cut * warps < _WARPS and warps < blocks:
         warps *= 2

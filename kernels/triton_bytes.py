@@ -5,8 +5,8 @@ bytes an input: whole numbers of 16 bits, times a power of two for each group of
 
     x = 2^e (256 high + low)      high, low from -128 to 127
 
-which is x itself for inputs in bfloat16 down to a 128th of the largest of their group, and in
-float16 to a 16th; others are off by 2^-15 of the largest at most. The narrowest matrix
+which is x itself for inputs in bfloat16 down to a 64th of the largest of their group, and in
+float16 to an 8th; others are off by little more than 2^-15 of the largest. The narrowest matrix
 instruction takes 8 columns, the high and the low bytes of four tokens. Of fewer tokens there are
 columns to spare, and a token has several, each at other inputs: one load brings what would else
 take four.
@@ -23,7 +23,7 @@ A thread loads 16 bytes of a row, or of a column, and matrix units take two time
 inputs change places (`_bytes`), which costs nothing: codes and tokens change alike, and no register
 moves.
 
-Legend: B blocks of 256 inputs, C chunks of 32 in a block, T tokens of a program, W warps.
+Legend: B blocks of 256 inputs, C chunks of 32 in all blocks, T tokens of a program, W warps.
 """
 
 import triton
@@ -66,7 +66,7 @@ def place(j: int, field: int) -> int:
 
 
 @triton.constexpr_function
-def shift(j: int, field: int) -> int:
+def _shift(j: int, field: int) -> int:
     """How far codes at position j are shifted, so that they are not the sign of a byte."""
     if field == 4:
         return 4 * (j // 2)
@@ -74,7 +74,7 @@ def shift(j: int, field: int) -> int:
 
 
 @triton.constexpr_function
-def mask(j: int, field: int, selector: int) -> int:
+def _mask(j: int, field: int, selector: int) -> int:
     """Where the codes at positions j and j + 4 lie then, or some of their bits."""
     if field == 8:
         return -1
@@ -84,9 +84,9 @@ def mask(j: int, field: int, selector: int) -> int:
 @triton.constexpr_function
 def taking(j: int, field: int, selector: int) -> str:
     """PTX that takes the codes at positions j and j + 4 of four bytes ($1)."""
-    bits = str(mask(j, field, selector))
-    if shift(j, field):
-        by = str(shift(j, field))
+    bits = str(_mask(j, field, selector))
+    if _shift(j, field):
+        by = str(_shift(j, field))
         return "{ .reg .b32 t; shr.u32 t, $1, " + by + "; and.b32 $0, t, " + bits + "; }"
     return "and.b32 $0, $1, " + bits + ";"
 
@@ -126,7 +126,7 @@ def _codes(
                 taking(j, FIELD, SELECTOR), "=r,r", [made], dtype=tl.int8, is_pure=True, pack=4
             )
         else:
-            made = (made >> shift(j, FIELD) & (mask(j, FIELD, SELECTOR) & 0x7F)).to(tl.int8)
+            made = (made >> _shift(j, FIELD) & (_mask(j, FIELD, SELECTOR) & 0x7F)).to(tl.int8)
     made = tl.permute(made, (1, 0, 2, 3, 4, 5, 6))
     return tl.reshape(made, (WARPS, ROWS, 64))
 
@@ -146,7 +146,7 @@ def columns(xs, half: tl.constexpr, WARPS: tl.constexpr, GROUPS: tl.constexpr, T
 
 @triton.constexpr_function
 def _load_of(j: int, column_set: int, tokens: int) -> int:
-    return (2 * tokens * j + 8 * column_set) // 8
+    return tokens * j // 4 + column_set
 
 
 @triton.constexpr_function
@@ -209,12 +209,13 @@ def store_tokens(
     """A token, float32 [C, 32], as bytes, with the scale of each chunk and the sum of each group.
 
     int8 [B, T, 8, 64], loads and columns; float32 [B, 8, T, 2], a group's sum with its first chunk.
+    Products with inputs above 2^112 may overflow.
     """
     GROUPS: tl.constexpr = CHUNKS // GROUP_CHUNKS
     by_group = tl.reshape(x, (GROUPS, GROUP_CHUNKS * 32))
     # 32639 at most: a little more, and what rounds to a high byte of 128 has an exponent more.
     tops = tl.max(tl.abs(by_group), axis=1) * 1.004
-    exponents = tl.minimum(tl.maximum(tops.to(tl.int32, bitcast=True) >> 23, 15), 254)
+    exponents = tl.maximum(tops.to(tl.int32, bitcast=True) >> 23, 15)
     scales = ((exponents - 14) << 23).to(tl.float32, bitcast=True)
     inverse = ((268 - exponents) << 23).to(tl.float32, bitcast=True)
     # To the nearest whole number, which is then in the low bits.
@@ -223,10 +224,10 @@ def store_tokens(
 
     first = tl.arange(0, GROUP_CHUNKS)[None, :] == 0
     of_chunks = tl.broadcast_to(scales[:, None], (GROUPS, GROUP_CHUNKS))
-    both = tl.join(of_chunks, tl.where(first, sums[:, None], 0.0))
+    scale_sums = tl.join(of_chunks, tl.where(first, sums[:, None], 0.0))
     chunk = tl.arange(0, GROUPS)[:, None] * GROUP_CHUNKS + tl.arange(0, GROUP_CHUNKS)[None, :]
-    at = scale_sum_ptr + ((chunk * T + token) * 2)[:, :, None] + tl.arange(0, 2)[None, None, :]
-    tl.store(at, both, mask=(chunk < 8 * blocks)[:, :, None])
+    scale_sum_at = ((chunk * T + token) * 2)[:, :, None] + tl.arange(0, 2)[None, None, :]
+    tl.store(scale_sum_ptr + scale_sum_at, scale_sums, mask=(chunk < 8 * blocks)[:, :, None])
 
     # Bytes of two chunks take turns, high and low ones lie apart.
     number = tl.reshape(shifted.to(tl.int32, bitcast=True), (CHUNKS // 2, 2, 32))
@@ -234,5 +235,5 @@ def store_tokens(
     both = tl.join(((number + 128) >> 8).to(tl.int8), number.to(tl.int8))
     two = tl.arange(0, CHUNKS // 2)[:, None]
     column = two % 4 * (2 * T) + 2 * token + tl.arange(0, 2)[None, :]
-    at = x_ptr + ((two // 4 * (8 * T) + column) * 64)[:, :, None] + tl.arange(0, 64)[None, None, :]
-    tl.store(at, tl.permute(both, (0, 2, 1)), mask=(two < 4 * blocks)[:, :, None])
+    at = ((two // 4 * (8 * T) + column) * 64)[:, :, None] + tl.arange(0, 64)[None, None, :]
+    tl.store(x_ptr + at, tl.permute(both, (0, 2, 1)), mask=(two < 4 * blocks)[:, :, None])

@@ -10,7 +10,8 @@ matters:
   - All that a turn reads, words and scales, tokens and their sums, is asked for a turn ahead, and
     nothing within a turn (`triton_words.py`): a thread waits for one of six sets of loads, and the
     compiler puts what it likes in one set. Whoever asked for a token now would wait for the words
-    of the next turn. Only where tokens may differ do registers not hold them twice.
+    of the next turn. Only tokens that may differ, or are four and more in groups smaller than 128,
+    are loaded when they are needed: registers do not hold them twice.
   - From Hopper on words and scales of the first turn are asked for before the launch before has
     ended; where that launch decides the width, those that every width reads.
 
@@ -116,14 +117,14 @@ def _half_bin(bits, BITS: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def _scaled(
-    totals, pair, half_bins, finer: tl.constexpr, products, scale_sums, place: tl.constexpr,
+    totals, pair, half_bins, finer: tl.constexpr, products, scale_sums, number: tl.constexpr,
     T: tl.constexpr,
 ):  # fmt: skip
-    """Sums of every set of columns with those of a part, whose scales and sums are at `place`."""
+    """Sums of every set of columns with those of a part, whose scales and sums have a number."""
     s, z = pair
     made = ()
     for i in tl.static_range(sets_of(T)):
-        scale, summed = tl.split(scale_sums[place * sets_of(T) + i])
+        scale, summed = tl.split(scale_sums[number * sets_of(T) + i])
         offset = (half_bins[i] - finer * z) * summed[:, None, :]
         total = totals[i] + s * (products[i] * scale[:, None, :] + offset)
         made += (total,)  # type: ignore[assignment]
@@ -154,9 +155,9 @@ def _turn(
     fields = _fields(words, late, BITS, ASM)
     half_bins = (half_bin, half_bin)
     made = totals
-    for half in tl.static_range(halves_of(GROUPS)):
-        xs = columns(tokens, half, WARPS, GROUPS, T)
-        for part in tl.static_range(parts_of(T, GROUPS)):
+    for part in tl.static_range(parts_of(T, GROUPS)):
+        for half in tl.static_range(halves_of(GROUPS)):
+            xs = columns(tokens, half, WARPS, GROUPS, T)
             products = multiplied(fields, xs, part, ROWS, WARPS, GROUPS, T, FIELD, 3, ASM)
             pair = _scale_zero(pairs, part, half, GROUPS, T)
             made = _scaled(
@@ -191,9 +192,9 @@ def _mixed_turn(
         half_bin = ONE * 0.5 * tl.exp2((2 - bits[i]).to(tl.float32))
         half_bins += (half_bin[None, None, :],)  # type: ignore[assignment]
     made = totals
-    for half in tl.static_range(halves_of(GROUPS)):
-        xs = columns(tokens, half, WARPS, GROUPS, T)
-        for part in tl.static_range(parts_of(T, GROUPS)):
+    for part in tl.static_range(parts_of(T, GROUPS)):
+        for half in tl.static_range(halves_of(GROUPS)):
+            xs = columns(tokens, half, WARPS, GROUPS, T)
             products = multiplied((first,), xs, part, ROWS, WARPS, GROUPS, T, 2, 3, ASM)
             more = multiplied((second,), xs, part, ROWS, WARPS, GROUPS, T, 2, 2, ASM)
             products = _and_more(products, more, bits, 3, 4, T)
@@ -415,8 +416,8 @@ def most_registers(tokens: int, tile: Tile, group_size: int) -> int | None:
     """Of a thread; None for as many as it wants.
 
     One token waits more than it computes: so few that 12 warps share a multiprocessor, or 16 where
-    a program has 8 of them. Small groups would spill.
+    a program has 8 of them. Small groups would spill, and so would 32 rows.
     """
-    if tokens > 1 or group_size < 128:
+    if tokens > 1 or group_size < 128 or tile.rows > 16:
         return None
     return 128 if tile.warps >= 8 else 168

@@ -1,7 +1,5 @@
 """The emulator of PTX: what it computes, and what it must not let by."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -46,12 +44,6 @@ def _run(code: str, count: int = 64, number: int = 7) -> list[int]:
     made = np.zeros(count, np.int32)
     run(TEXT.replace("CODE", code), 1, 64, [made, number], 256)
     return made.tolist()
-
-
-@pytest.fixture(scope="module")
-def compiler() -> Iterator[Compiler]:
-    with Compiler() as compiler:
-        yield compiler
 
 
 @pytest.mark.parametrize(("m", "n", "k", "warps"), [(16, 8, 32, 1), (32, 32, 128, 4)])

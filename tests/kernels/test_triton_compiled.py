@@ -86,8 +86,8 @@ def test_few_tokens_load_before_they_multiply(compiled: dict[str, Any]) -> None:
 
 
 def test_few_tokens_fit_the_registers_however_they_are_cut(compiled: dict[str, Any]) -> None:
-    """Other numbers of tokens, small groups, and so many warps that registers are limited."""
-    for name, kernel in compiled["cuts"].items():
+    """By rule, where registers are limited and in small groups, too; and as shipped."""
+    for name, kernel in (compiled["cuts"] | compiled["shipped"]).items():
         assert kernel["spills_in_loops"] == 0, f"{name} spills"
         assert kernel["moving"] == 0, f"{name} moves codes between threads"
 

@@ -4,31 +4,23 @@ Triton's interpreter runs what kernels say; this, what the compiler makes of it,
 barriers and shared memory among it.
 """
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from mbq.kernels import triton_narrow, triton_prepare
-from mbq.kernels.digits import join_digits
 from mbq.kernels.dispatch import multiply
 from mbq.kernels.precision import Precision
 from mbq.kernels.quantize import powers_of_two
-from mbq.kernels.reference import route, routed_linear
+from mbq.kernels.reference import route
 from mbq.kernels.router import Gates
 from mbq.kernels.triton_prepare import prepare
 from mbq.kernels.triton_tiles import Tile
 from tests.support.emulated import Compiler, Emulated
+from tests.support.few_tokens import error_at_one_width, error_at_widths_of_their_own
 from tests.support.routers import random_router
-from tests.support.weights import error, exponents, random_weight
+from tests.support.weights import exponents, random_weight
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-
-@pytest.fixture(scope="module")
-def compiler() -> Iterator[Compiler]:
-    with Compiler() as compiler:
-        yield compiler
 
 
 @pytest.fixture(autouse=True)
@@ -50,31 +42,19 @@ def _emulated(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
         (3, 6, True, 40, 512, 256, Tile(32, 1, 4, 1)),
         (8, 4, True, 70, 800, 32, Tile(32, 1, 2, 1)),
         (5, 2, True, 40, 768, 64, Tile(16, 1, 2, 1)),
+        (2, 3, False, 70, 768, 128, Tile(16, 1, 2, 1)),
         (4, 6, False, 70, 768, 128, Tile(16, 1, 2, 1)),
     ],
 )
 def test_equals_the_definition(
     tokens: int, bits: int, known: bool, rows: int, inputs: int, group_size: int, tile: Tile
 ) -> None:
-    made = [random_weight(rows + more, inputs, group_size) for more in (0, 10)]
-    x = torch.randn(tokens, inputs).bfloat16()
-    joined = join_digits([weight for weight, *_ in made])
-    widths = bits if known else torch.full((2, 1), bits)
-    prepared = prepare(x, joined.power_K, widths, 2, group_size, 8)
-    out_TN = multiply(prepared, bits if known else None, joined, tile, torch.float32)
-    for out, (_, weight_WNK, bias_WN) in zip(joined.sides(out_TN), made, strict=True):
-        expected = routed_linear(x, weight_WNK, bias_WN, torch.full((tokens,), bits))
-        assert error(out, expected) < 1e-4
+    assert error_at_one_width(tokens, bits, known, rows, inputs, group_size, tile) < 1e-4
 
 
-@pytest.mark.parametrize("widths", [(6, 2, 4, 3, 8), (4, 4, 4)])
+@pytest.mark.parametrize("widths", [(6, 2), (6, 2, 4, 3, 8), (4, 4, 4)])
 def test_tokens_at_widths_of_their_own(widths: tuple[int, ...]) -> None:
-    weight, weight_WNK, bias_WN = random_weight(70, 768, 128)
-    x = torch.randn(len(widths), 768).bfloat16()
-    bits_T = torch.tensor(widths)
-    prepared = prepare(x, weight.power_K, bits_T[None], 1, 128, 8)
-    (out,) = weight.sides(multiply(prepared, None, weight, Tile(16, 1, 4, 1), torch.float32))
-    assert error(out, routed_linear(x, weight_WNK, bias_WN, bits_T)) < 1e-4
+    assert error_at_widths_of_their_own(widths, 768, 128) < 1e-4
 
 
 @pytest.mark.parametrize("tokens", [2, 8])
@@ -89,15 +69,16 @@ def test_writes_bfloat16_as_it_writes_float32(tokens: int) -> None:
     assert torch.equal(narrow, wide.bfloat16())
 
 
+@pytest.mark.parametrize("tokens", [5, 17])
 @pytest.mark.parametrize("log_threshold", [-1.0, 0.3])
-def test_the_router_equals_its_definition(log_threshold: float) -> None:
+def test_the_router_equals_its_definition(tokens: int, log_threshold: float) -> None:
     precision = Precision(8)
     precision.bits, precision.log_threshold = None, log_threshold
     gates = random_router(precision, 384, 2, 5, seed=2).on_device()
     assert isinstance(gates, Gates)
-    x = (torch.randn(5, 384) * torch.rand(5, 1).exp()).half()
+    x = (torch.randn(tokens, 384) * torch.rand(tokens, 1).exp()).half()
     tally = torch.zeros(2, 2, dtype=torch.int64)
     prepared = prepare(x, powers_of_two(exponents(384)), gates, 2, 32, 8, tally)
     expected = route(x, gates.trunk_HK.float(), gates.offset_H, gates.head_ELF, gates.threshold_EL)
-    assert torch.equal(prepared.bits_LT[:, :5].long(), expected)
-    assert tally.tolist() == [[5, 5], expected.sum(1).tolist()]
+    assert torch.equal(prepared.bits_LT[:, :tokens].long(), expected)
+    assert tally.tolist() == [[tokens, tokens], expected.sum(1).tolist()]

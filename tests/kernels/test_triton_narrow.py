@@ -1,20 +1,21 @@
 """Few tokens in Triton's interpreter against float64."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
-from mbq.kernels.digits import join_digits
 from mbq.kernels.dispatch import multiply
 from mbq.kernels.quantize import powers_of_two
-from mbq.kernels.reference import routed_linear
 from mbq.kernels.triton_bytes import place, program_tokens, taking
 from mbq.kernels.triton_narrow import most_registers
 from mbq.kernels.triton_prepare import PreparedBytes, prepare
 from mbq.kernels.triton_tiles import REJOINING, Tile
 from mbq.kernels.widths import WIDTHS
+from tests.support.few_tokens import error_at_one_width, error_at_widths_of_their_own
 from tests.support.ptx import emulate
-from tests.support.weights import error, exponents, random_weight
+from tests.support.weights import exponents, random_weight
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -26,10 +27,10 @@ CASES = [
     (5, 40, 384, 32, Tile(32, 1, 4, 1)),
     (3, 10, 1280, 256, Tile(16, 1, 16, 1)),
     (2, 130, 800, 32, Tile(32, 1, 4, 1)),
-    (4, 40, 768, 128, Tile(32, 1, 2, 1)),
-    (1, 40, 512, 32, Tile(32, 1, 2, 1)),
-    (1, 20, 1024, 256, Tile(16, 1, 8, 1)),
     (2, 20, 1024, 64, Tile(16, 1, 2, 1)),
+    (1, 20, 1024, 256, Tile(16, 1, 8, 1)),
+    (1, 40, 512, 32, Tile(32, 1, 2, 1)),
+    (4, 40, 768, 128, Tile(32, 1, 2, 1)),
 ]
 
 
@@ -38,31 +39,15 @@ CASES = [
 def test_equals_the_definition(
     bits: int, tokens: int, rows: int, inputs: int, group_size: int, tile: Tile
 ) -> None:
-    _equals_the_definition(bits, True, tokens, rows, inputs, group_size, tile)
+    assert error_at_one_width(tokens, bits, True, rows, inputs, group_size, tile) < 1e-4
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize(("tokens", "rows", "inputs", "group_size", "tile"), CASES[:3])
+@pytest.mark.parametrize(("tokens", "rows", "inputs", "group_size", "tile"), CASES[::3])
 def test_equals_the_definition_where_only_the_device_knows_the_width(
     bits: int, tokens: int, rows: int, inputs: int, group_size: int, tile: Tile
 ) -> None:
-    _equals_the_definition(bits, False, tokens, rows, inputs, group_size, tile)
-
-
-def _equals_the_definition(
-    bits: int, known: bool, tokens: int, rows: int, inputs: int, group_size: int, tile: Tile
-) -> None:
-    torch.manual_seed(bits)
-    made = [random_weight(rows + more, inputs, group_size) for more in (0, 90)]
-    x = torch.randn(tokens, inputs).bfloat16()
-    joined = join_digits([weight for weight, *_ in made])
-    widths = bits if known else torch.full((2, 1), bits)
-    prepared = prepare(x, joined.power_K, widths, 2, group_size, 8)
-    out_TN = multiply(prepared, bits if known else None, joined, tile, torch.float32)
-    for out, (_, weight_WNK, bias_WN) in zip(joined.sides(out_TN), made, strict=True):
-        expected = routed_linear(x, weight_WNK, bias_WN, torch.full((tokens,), bits))
-        assert out.shape == expected.shape
-        assert error(out, expected) < 1e-4
+    assert error_at_one_width(tokens, bits, False, rows, inputs, group_size, tile) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -72,12 +57,14 @@ def _equals_the_definition(
 def test_tokens_at_widths_of_their_own(
     widths: tuple[int, ...], inputs: int, group_size: int
 ) -> None:
-    weight, weight_WNK, bias_WN = random_weight(70, inputs, group_size)
-    x = torch.randn(len(widths), inputs).bfloat16()
-    bits_T = torch.tensor(widths)
-    prepared = prepare(x, weight.power_K, bits_T[None], 1, group_size, 8)
-    (out,) = weight.sides(multiply(prepared, None, weight, Tile(16, 1, 4, 1), torch.float32))
-    assert error(out, routed_linear(x, weight_WNK, bias_WN, bits_T)) < 1e-4
+    assert error_at_widths_of_their_own(widths, inputs, group_size) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("max_bits", "widths"), [(4, (3, 4)), (4, (2, 4, 4, 3, 2)), (6, (6, 2, 3, 4))]
+)
+def test_fewer_stored_bits(max_bits: int, widths: tuple[int, ...]) -> None:
+    assert error_at_widths_of_their_own(widths, 512, 128, max_bits) < 1e-4
 
 
 @pytest.mark.parametrize("late", [0, 1])
@@ -139,14 +126,27 @@ def test_tokens_are_whole_numbers_of_16_bits(size: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
-def test_what_is_not_finite_stays_so() -> None:
-    weight, *_ = random_weight(16, 256, 128)
-    x = torch.randn(3, 256).half()
-    x[0, 3], x[1, 200] = float("nan"), float("inf")
-    prepared = prepare(x, weight.power_K, 4, 1, 128, 8)
-    out = multiply(prepared, 4, weight, Tile(16, 1, 2, 1), torch.float32)
-    assert not out[:2, :16].isfinite().any()
-    assert out[2].isfinite().all()
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("bits", [4, None])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_stays_so(tokens: int, bits: int | None, value: float) -> None:
+    weight, *_ = random_weight(16, 512, 128)
+    x = torch.randn(tokens, 512).half()
+    x[0, 200] = value
+    widths = bits or torch.tensor([[8, 2, 4][:tokens]])
+    prepared = prepare(x, weight.power_K, widths, 1, 128, 8)
+    out = multiply(prepared, bits, weight, Tile(16, 1, 2, 1), torch.float32)
+    assert not out[0, :16].isfinite().any()
+    assert out[1:].isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_the_largest_inputs_keep_their_sign() -> None:
+    x = torch.full((1, 256), torch.finfo(torch.bfloat16).max, dtype=torch.bfloat16)
+    prepared = prepare(x, torch.ones(256), 8, 1, 128, 8)
+    assert isinstance(prepared, PreparedBytes)
+    # High bytes of a position, then low ones.
+    assert (prepared.x_BT864.reshape(4, 2, 64)[:, 0] == 64).all()
 
 
 def test_programs_take_powers_of_two() -> None:

@@ -52,6 +52,8 @@ def test_equals_the_definition(
 TILES = pytest.mark.parametrize(
     ("tokens", "tile"), [(5, Tile(32, 1, 2, 1)), (12, Tile(64, 2, 4, 2))]
 )
+# Inputs in 16 bits are exact in float16, not quite as whole numbers of their group.
+TOLERANCES = {5: 1e-4, 12: 1e-5}
 
 
 @TILES
@@ -68,7 +70,10 @@ def test_linears_of_one_input_at_widths_the_device_knows(
     for out, (_, weight_WNK, bias_WN), bits in zip(
         joined.sides(out_TN), made, widths[:, 0], strict=True
     ):
-        assert error(out, routed_linear(x, weight_WNK, bias_WN, bits.expand(tokens))) < 1e-4
+        assert (
+            error(out, routed_linear(x, weight_WNK, bias_WN, bits.expand(tokens)))
+            < TOLERANCES[tokens]
+        )
 
 
 @TILES

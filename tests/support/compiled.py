@@ -97,7 +97,8 @@ def main() -> None:
         # As it is launched. The compiler's loops lie within each other there.
         "launched": {"sm_90, 8 tokens": build_differing(90, 0)},
         "cuts": {
-            "1 token, 8 bits, few rows": build_cut(4096, 1, 2, 8),
+            "1 token, 4 bits, few rows": build_cut(4096, 1, 2, 4),
+            "1 token, 4 bits, few rows, groups of 256": build_cut(4096, 1, 1, 4),
             "1 token, 8 bits, few rows, groups of 32": build_cut(4096, 1, 8, 8),
             "2 tokens, 8 bits": build_cut(22016, 2, 2, 8),
             "4 tokens, 2 bits": build_cut(22016, 4, 2, 2),
@@ -106,6 +107,7 @@ def main() -> None:
             "8 tokens, 4 bits, groups of 32": build_cut(22016, 8, 8, 4),
             "8 tokens, 8 bits, groups of 256": build_cut(22016, 8, 1, 8),
         },
+        "shipped": shipped(),
         "mixed": mixed,
         "uniform": uniform,
         "dequantizing": dequantizing,
@@ -148,10 +150,30 @@ def build_cut(rows: int, tokens: int, groups: int, bits: int) -> dict[str, Any]:
     return _narrow(90, tokens, kind, {"BITS": bits, "MIXED": False, "GROUPS": groups}, rows)
 
 
+def shipped() -> dict[str, Any]:
+    """Few tokens as the tiles cut them that ship with the package, each cut once."""
+    file = Path(dispatch.__file__).with_name("tiles_sm90.json")
+    made = {}
+    for kind, shapes in json.loads(file.read_text(encoding="utf-8")).items():
+        for tokens, cut in [item for by_tokens in shapes.values() for item in by_tokens.items()]:
+            bits = 0 if kind == dispatch.ANY else kind
+            if kind == dispatch.MIXED or not dispatch.narrow(int(tokens)):
+                continue
+            constants = {"BITS": int(bits), "MIXED": False, "GROUPS": 2}
+            name = f"{tokens} tokens, {kind} bits, {cut}"
+            if name not in made:
+                made[name] = _cut(90, int(tokens), Tile(*cut), constants)
+    return made
+
+
 def _narrow(
     architecture: int, tokens: int, kind: str, constants: dict[str, Any], rows: int = ROWS
 ) -> dict[str, Any]:
     tile = _tile(architecture, tokens, kind, constants["GROUPS"], rows)
+    return _cut(architecture, tokens, tile, constants)
+
+
+def _cut(architecture: int, tokens: int, tile: Tile, constants: dict[str, Any]) -> dict[str, Any]:
     constants = {"WARPS": tile.warps, "MOST_SLICES": 4, "T": tokens} | constants
     blocks = tile.warps * turns(tokens, constants["GROUPS"], constants["MIXED"])
     return _multiplying(_narrow_kernel, constants, architecture, tokens, tile, blocks)

@@ -420,7 +420,7 @@ def _wait(lanes: _Lanes, instruction: Instruction, at: int) -> None:
 
 
 _CONTROL: dict[str, Callable[[_Lanes, Instruction, int], None]] = {
-    "bra": _branch, "bra.uni": _branch, "ret": _leave, "exit": _leave, "bar.sync": _wait,
+    "bra": _branch, "bra.uni": _branch, "ret": _leave, "bar.sync": _wait,
 }  # fmt: skip
 
 
@@ -498,9 +498,6 @@ def _vector(
 def _atomic(
     change: Callable[..., Any], kind: str, lanes: _Lanes, target: Operand, *rest: Operand
 ) -> None:
-    """Also without a result."""
-    if isinstance(target, Address):
-        target, rest = None, (target, *rest)
     address, *sources = rest
     addresses = lanes.addresses(address, "global")
     values = [lanes.full(source, kind) for source in sources]
@@ -533,6 +530,15 @@ def _shuffle(
     value, there = target if isinstance(target, tuple) else (target, None)
     lanes.write(value, "b32", made)
     lanes.write(there, "pred", inside.reshape(-1))
+
+
+def _reduce(
+    function: Any, kind: str, lanes: _Lanes, target: Operand, source: Operand, mask: Operand
+) -> None:
+    _full_mask(lanes, mask)
+    values = lanes.by_warp(source, kind)
+    reduced = function.reduce(values, axis=1, dtype=values.dtype)
+    lanes.write(target, kind, np.repeat(reduced, _LANES))
 
 
 def _multiply_matrices(
@@ -588,8 +594,7 @@ def _counted(operand: Operand, count: int) -> tuple[Register | Immediate | None,
 
 def _handlers() -> dict[str, Callable[..., None]]:
     made: dict[str, Callable[..., None]] = dict.fromkeys(
-        ("griddepcontrol.wait", "griddepcontrol.launch_dependents", "bar.warp.sync", "membar.gl",
-         "membar.cta", "membar", "fence", "fence.sc"), _nothing,
+        ("griddepcontrol.wait", "griddepcontrol.launch_dependents"), _nothing,
     )  # fmt: skip
     for kind in TYPES:
         made[f"mov.{kind}"] = partial(_move, kind)
@@ -610,10 +615,12 @@ def _handlers() -> dict[str, Callable[..., None]]:
         "add": "u32 s32 u64 f32", "min": "u32 s32 u64 s64", "max": "u32 s32 u64 s64",
         "and": "b32 b64", "or": "b32 b64", "xor": "b32 b64", "exch": "b32 b64", "cas": "b32 b64",
     }.items():  # fmt: skip
-        for instruction, kind in product(("atom", "red"), kinds.split()):
-            made[f"{instruction}.global.{name}.{kind}"] = partial(_atomic, changes[name], kind)
+        for kind in kinds.split():
+            made[f"atom.global.{name}.{kind}"] = partial(_atomic, changes[name], kind)
     for mode in ("up", "down", "bfly", "idx"):
         made[f"shfl.sync.{mode}.b32"] = partial(_shuffle, mode)
+    for name, kind in product(("add", "min", "max"), ("u32", "s32")):
+        made[f"redux.sync.{name}.{kind}"] = partial(_reduce, changes[name], kind)
     mma = "mma.sync.aligned.m16n8"
     made[f"{mma}k16.row.col.f32.f16.f16.f32"] = partial(_multiply_matrices, "f16x2", "f32", False)
     for saturating in ("", ".satfinite"):

@@ -110,14 +110,6 @@ def _field(a: Array, position: Array, length: Array) -> Array:
     return field
 
 
-def _insert(a: Array, b: Array, position: Array, length: Array) -> Array:
-    at, long = (np.minimum(part & 255, 32).astype(np.uint64) for part in (position, length))
-    one = np.uint64(1)
-    mask = ((((one << long) - one) << at) & np.uint64(0xFFFFFFFF)).astype(np.uint32)
-    made: Array = (a.astype(np.uint64) << at).astype(np.uint32) & mask | b & ~mask
-    return made
-
-
 def _permute(a: Array, b: Array, selector: Array) -> Array:
     together = b.astype(np.uint64) << np.uint64(32) | a
     out = np.zeros(np.broadcast_shapes(together.shape, selector.shape), np.uint32)
@@ -147,16 +139,6 @@ def _funnel(left: bool, clamp: bool) -> Function:
         return made.astype(np.uint32)
 
     return shift
-
-
-def _quotient(a: Array, b: Array) -> Array:
-    made: Array = (a - np.fmod(a, b)) // b
-    return made
-
-
-def _high(a: Array, b: Array) -> Array:
-    wide = np.int64 if a.dtype.kind == "i" else np.uint64
-    return (a.astype(wide) * b.astype(wide) >> wide(32)).astype(a.dtype)
 
 
 def _chosen(a: Array, b: Array, first: Array) -> Array:
@@ -226,7 +208,7 @@ _ROUNDINGS: dict[str, Function] = {"rni": np.rint, "rzi": np.trunc, "rmi": np.fl
 def _integer_operations() -> Iterator[tuple[str, Function, str, tuple[str, ...]]]:
     two: dict[str, Function] = {
         "add": np.add, "sub": np.subtract, "mul.lo": np.multiply, "min": np.minimum,
-        "max": np.maximum, "div": _quotient, "rem": np.fmod,
+        "max": np.maximum,
     }  # fmt: skip
     for kind in _INTEGERS:
         if kind in ("s8", "u8"):
@@ -244,7 +226,6 @@ def _integer_operations() -> Iterator[tuple[str, Function, str, tuple[str, ...]]
         function = lambda a, b, c, t=dtype: a.astype(t) * b.astype(t) + c  # noqa: E731
         yield f"mad.wide.{kind}", function, wide, (kind, kind, wide)
     for kind in ("s32", "u32"):
-        yield f"mul.hi.{kind}", _high, kind, (kind, kind)
         yield f"bfe.{kind}", _field, kind, (kind, "u32", "u32")
     for kind in ("pred", "b16", "b32", "b64"):
         yield f"and.{kind}", np.bitwise_and, kind, (kind, kind)
@@ -254,7 +235,6 @@ def _integer_operations() -> Iterator[tuple[str, Function, str, tuple[str, ...]]
         if kind != "pred":
             yield f"shl.{kind}", _shift_left, kind, (kind, "u32")
             yield f"shr.{kind}", _shift_right, kind, (kind, "u32")
-    yield "bfi.b32", _insert, "b32", ("b32", "b32", "u32", "u32")
     yield "prmt.b32", _permute, "b32", ("b32", "b32", "b32")
     yield "lop3.b32", _logic, "b32", ("b32",) * 4
     for to, end in product(("l", "r"), ("clamp", "wrap")):
@@ -279,8 +259,6 @@ def _float_operations() -> Iterator[tuple[str, Function, str, tuple[str, ...]]]:
         yield name, np.divide, "f32", ("f32", "f32")
     one: dict[str, Function] = {
         "ex2.approx": np.exp2, "lg2.approx": np.log2, "rsqrt.approx": lambda x: 1 / np.sqrt(x),
-        "rcp.approx": np.reciprocal, "rcp.rn": np.reciprocal, "sqrt.approx": np.sqrt,
-        "sqrt.rn": np.sqrt,
     }  # fmt: skip
     for name, function in one.items():
         yield f"{name}.f32", _in_float64(function), "f32", ("f32",)
