@@ -48,7 +48,7 @@ def _run(code: str, count: int = 64, number: int = 7) -> list[int]:
 
 @pytest.mark.parametrize(("m", "n", "k", "warps"), [(16, 8, 32, 1), (32, 32, 128, 4)])
 def test_multiplies_matrices(compiler: Compiler, m: int, n: int, k: int, warps: int) -> None:
-    kernel = Emulated(compiler, "tests.support.products", "product_kernel")
+    kernel = Emulated(compiler, "tests.support.product_kernel", "product_kernel")
     a, b = torch.randint(-128, 128, (m, k)), torch.randint(-128, 128, (k, n))
     c = torch.randint(-999, 999, (m, n))
     whole, halves = c.int(), c.float()

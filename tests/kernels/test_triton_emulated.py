@@ -16,7 +16,7 @@ from mbq.kernels.router import Gates
 from mbq.kernels.triton_prepare import prepare
 from mbq.kernels.triton_tiles import Tile
 from tests.support.emulated import Compiler, Emulated
-from tests.support.few_tokens import error_at_one_width, error_at_widths_of_their_own
+from tests.support.products import error_at_one_width, error_at_widths_of_their_own
 from tests.support.routers import random_router
 from tests.support.weights import exponents, random_weight
 

@@ -13,7 +13,7 @@ from mbq.kernels.triton_narrow import most_registers
 from mbq.kernels.triton_prepare import PreparedBytes, prepare
 from mbq.kernels.triton_tiles import REJOINING, Tile
 from mbq.kernels.widths import WIDTHS
-from tests.support.few_tokens import error_at_one_width, error_at_widths_of_their_own
+from tests.support.products import error_at_one_width, error_at_widths_of_their_own
 from tests.support.ptx import emulate
 from tests.support.weights import exponents, random_weight
 

@@ -19,6 +19,7 @@ from mbq.kernels.triton_uniform import (
     field_one,
 )
 from mbq.kernels.widths import CODE_BITS, WIDTHS, slices_of
+from tests.support.products import error_at_one_width
 from tests.support.ptx import emulate
 from tests.support.weights import UNSCALED_K, error, random_weight
 
@@ -34,18 +35,8 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 def test_equals_the_definition(
     known: bool, bits: int, tokens: int, rows: int, inputs: int, group_size: int, split: int
 ) -> None:
-    torch.manual_seed(bits)
-    made = [random_weight(rows + more, inputs, group_size) for more in (0, 90)]
-    x = torch.randn(tokens, inputs).bfloat16()
-    widths = bits if known else torch.full((2, 1), bits)
-    joined = join_digits([weight for weight, *_ in made])
-    prepared = prepare(x, joined.power_K, widths, 2, group_size, 8)
-    asked = bits if known else None
-    out_TN = multiply(prepared, asked, joined, Tile(64, split, 4, 2), torch.float32)
-    for out, (_, weight_WNK, bias_WN) in zip(joined.sides(out_TN), made, strict=True):
-        expected = routed_linear(x, weight_WNK, bias_WN, torch.full((tokens,), bits))
-        assert out.shape == expected.shape
-        assert error(out, expected) < 1e-5
+    tile = Tile(64, split, 4, 2)
+    assert error_at_one_width(tokens, bits, known, rows, inputs, group_size, tile) < 1e-5
 
 
 # By the kernel for few tokens, and by that for more.
