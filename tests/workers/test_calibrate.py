@@ -209,8 +209,9 @@ def test_a_loss_that_is_not_finite_is_an_error(tiny_model: Path) -> None:
         )
 
 
+# With two degrees of freedom or fewer a weight has no variance: one may be all of the error.
 @settings(max_examples=10, deadline=None)
-@given(seed=st.integers(0, 2**31), tails=st.floats(2.0, 30.0), passes=st.integers(2, 12))
+@given(seed=st.integers(0, 2**31), tails=st.floats(3.0, 30.0), passes=st.integers(2, 12))
 def test_training_is_never_worse_than_its_start(seed: int, tails: float, passes: int) -> None:
     torch.manual_seed(seed)
     block = nn.Sequential(nn.Linear(64, 32), nn.SiLU(), nn.Linear(32, 32))
