@@ -163,6 +163,44 @@ def _group_sums(x16, CHUNKS: tl.constexpr, GROUP_CHUNKS: tl.constexpr):
     return sums, tl.sum(tl.reshape(chunk_sum * bias, shape), axis=1)
 
 
+@triton.jit
+def _store_halves(
+    x, token, at, x16_ptr, sum_ptr, bias_sum_ptr, unscale_ptr, padded_inputs, groups,
+    padded_tokens, CHUNKS: tl.constexpr, GROUP_CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """A token, float32 [C, 32], as float16, with what undoes its scale and sums of its groups."""
+    top = tl.max(tl.max(tl.abs(x), axis=1), axis=0).to(tl.int32, bitcast=True) >> 23
+    top = tl.minimum(tl.maximum(top, 11), 254)
+    scale = ((264 - top) << 23).to(tl.float32, bitcast=True)
+    tl.store(unscale_ptr + token, ((top - 10) << 23).to(tl.float32, bitcast=True))
+    x16 = (x * scale).to(tl.float16)
+    tl.store(x16_ptr + token * padded_inputs + at, x16, mask=at < padded_inputs)
+    group = tl.arange(0, CHUNKS // GROUP_CHUNKS)
+    sums, bias_sums = _group_sums(x16, CHUNKS, GROUP_CHUNKS)
+    tl.store(sum_ptr + group * padded_tokens + token, sums, mask=group < groups)
+    tl.store(bias_sum_ptr + group * padded_tokens + token, bias_sums, mask=group < groups)
+
+
+@triton.jit
+def _count_steps(bits_ptr, steps_ptr, arrived_ptr, padded_tokens, LINEARS: tl.constexpr):
+    """What the last program to finish does: steps through the slices, and bits of padding."""
+    tl.debug_barrier()
+    finished = tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1
+    if finished:
+        linear = tl.arange(0, _LANES)
+        there = linear < LINEARS
+        t = tl.arange(0, _MOST_TOKENS)[None, :]
+        bits_at = bits_ptr + linear[:, None] * padded_tokens + t
+        given = there[:, None] & (t < tl.num_programs(0))
+        padding = there[:, None] & (t >= tl.num_programs(0)) & (t < padded_tokens)
+        all_bits = tl.load(bits_at, mask=given, other=2, cache_modifier=".cg")
+        tl.store(bits_at, all_bits, mask=padding)
+        halved = tl.max((all_bits == 3).to(tl.int32), axis=1)
+        tl.store(steps_ptr + 2 * linear, tl.max(all_bits, axis=1) // 2 + halved, mask=there)
+        tl.store(steps_ptr + 2 * linear + 1, halved, mask=there)
+        tl.store(arrived_ptr, 0)
+
+
 # Fewer variants to compile: these need no alignment.
 @triton.jit(
     do_not_specialize=[
@@ -206,16 +244,10 @@ def _prepare_kernel(
             scaled, token, bytes_ptr, scale_sum_ptr, padded_inputs // 256, CHUNKS, GROUP_CHUNKS, T
         )  # fmt: skip
     else:
-        top = tl.max(tl.max(tl.abs(scaled), axis=1), axis=0).to(tl.int32, bitcast=True) >> 23
-        top = tl.minimum(tl.maximum(top, 11), 254)
-        scale = ((264 - top) << 23).to(tl.float32, bitcast=True)
-        tl.store(unscale_ptr + token, ((top - 10) << 23).to(tl.float32, bitcast=True))
-        x16 = (scaled * scale).to(tl.float16)
-        tl.store(x16_ptr + token * padded_inputs + at, x16, mask=at < padded_inputs)
-        group = tl.arange(0, CHUNKS // GROUP_CHUNKS)
-        sums, bias_sums = _group_sums(x16, CHUNKS, GROUP_CHUNKS)
-        tl.store(sum_ptr + group * padded_tokens + token, sums, mask=group < groups)
-        tl.store(bias_sum_ptr + group * padded_tokens + token, bias_sums, mask=group < groups)
+        _store_halves(
+            scaled, token, at, x16_ptr, sum_ptr, bias_sum_ptr, unscale_ptr, padded_inputs, groups,
+            padded_tokens, CHUNKS, GROUP_CHUNKS,
+        )  # fmt: skip
 
     bits = tl.full((_LANES,), 0, tl.int32) + uniform
     if GIVEN:
@@ -233,19 +265,7 @@ def _prepare_kernel(
         tl.atomic_add(tally_ptr + LINEARS + linear, bits.to(tl.int64), mask=there, sem="relaxed")
 
     if STEPS:
-        tl.debug_barrier()
-        finished = tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1
-        if finished:
-            t = tl.arange(0, _MOST_TOKENS)[None, :]
-            bits_at = bits_ptr + linear[:, None] * padded_tokens + t
-            given = there[:, None] & (t < tl.num_programs(0))
-            padding = there[:, None] & (t >= tl.num_programs(0)) & (t < padded_tokens)
-            all_bits = tl.load(bits_at, mask=given, other=2, cache_modifier=".cg")
-            tl.store(bits_at, all_bits, mask=padding)
-            halved = tl.max((all_bits == 3).to(tl.int32), axis=1)
-            tl.store(steps_ptr + 2 * linear, tl.max(all_bits, axis=1) // 2 + halved, mask=there)
-            tl.store(steps_ptr + 2 * linear + 1, halved, mask=there)
-            tl.store(arrived_ptr, 0)
+        _count_steps(bits_ptr, steps_ptr, arrived_ptr, padded_tokens, LINEARS)
 
 
 def prepare(
@@ -285,37 +305,16 @@ def prepare(
     alike = isinstance(widths, int) or (given is not None and given.shape[1] == 1)
     mixed = tokens > 1 and max_bits > SLICE_BITS and not alike
     bits_LT = x_TK.new_empty(linears, padded, dtype=torch.int32)
-    made: Prepared
-    written: tuple[Tensor | None, ...]
-    if tokens <= FEW:
-        few = program_tokens(tokens)
-        x_BT864 = x_TK.new_empty(padded_inputs // BLOCK_INPUTS, few, 8, 64, dtype=torch.int8)
-        scale_sum_B8T2 = x_TK.new_empty(len(x_BT864), 8, few, 2, dtype=torch.float32)
-        made = PreparedBytes(bits_LT, tokens, mixed, x_BT864, scale_sum_B8T2)
-        written = x_BT864, scale_sum_B8T2, None, None, None, None, bits_LT, None
+    few = program_tokens(tokens) if tokens <= FEW else 0
+    if few:
+        made: Prepared = _new_bytes(bits_LT, tokens, mixed, few, padded_inputs)
     else:
-        few = 0
-        halves = PreparedHalves(
-            bits_LT,
-            tokens,
-            mixed,
-            x_TK.new_empty(padded, padded_inputs, dtype=torch.float16),
-            x_TK.new_empty(groups, padded, dtype=torch.float32),
-            x_TK.new_empty(groups, padded, dtype=torch.float32),
-            x_TK.new_empty(padded, dtype=torch.float32),
-            x_TK.new_empty(linears, 2, dtype=torch.int32) if mixed else None,
-        )
-        written = (
-            None, None, halves.x_TK, halves.sum_GT, halves.bias_sum_GT, halves.unscale_T, bits_LT,
-            halves.steps_L2,
-        )  # fmt: skip
-        made = halves
+        made = _new_halves(bits_LT, tokens, mixed, padded_inputs, groups)
     hidden = 0 if gates is None else len(gates.trunk_HK)
     chunks = _power_of_2(padded_inputs // 32)
     _prepare_kernel[(tokens,)](
-        x_TK, power_K, given, *_pointers(gates), *written,
-        zeros(x_TK.device, "prepare", 1), tally,
-        widths if isinstance(widths, int) else SLICE_BITS, x_TK.stride(0),
+        x_TK, power_K, given, *_pointers(gates), *_written(made), zeros(x_TK.device, "prepare", 1),
+        tally, widths if isinstance(widths, int) else SLICE_BITS, x_TK.stride(0),
         0 if given is None else given.stride(0), 0 if given is None or alike else given.stride(1),
         inputs, padded_inputs, groups, padded,
         CHUNKS=chunks, GROUP_CHUNKS=group_size // 32, LINEARS=linears, GIVEN=given is not None,
@@ -326,6 +325,44 @@ def prepare(
         **launching(x_TK.device),
     )  # fmt: skip
     return made
+
+
+def _new_bytes(
+    bits_LT: Tensor, tokens: int, mixed: bool, few: int, padded_inputs: int
+) -> PreparedBytes:
+    blocks = padded_inputs // BLOCK_INPUTS
+    return PreparedBytes(
+        bits_LT,
+        tokens,
+        mixed,
+        bits_LT.new_empty(blocks, few, 8, 64, dtype=torch.int8),
+        bits_LT.new_empty(blocks, 8, few, 2, dtype=torch.float32),
+    )
+
+
+def _new_halves(
+    bits_LT: Tensor, tokens: int, mixed: bool, padded_inputs: int, groups: int
+) -> PreparedHalves:
+    linears, padded = bits_LT.shape
+    return PreparedHalves(
+        bits_LT,
+        tokens,
+        mixed,
+        bits_LT.new_empty(padded, padded_inputs, dtype=torch.float16),
+        bits_LT.new_empty(groups, padded, dtype=torch.float32),
+        bits_LT.new_empty(groups, padded, dtype=torch.float32),
+        bits_LT.new_empty(padded, dtype=torch.float32),
+        bits_LT.new_empty(linears, 2, dtype=torch.int32) if mixed else None,
+    )
+
+
+def _written(made: Prepared) -> tuple[Tensor | None, ...]:
+    """What the kernel writes, from `bytes_ptr` to `steps_ptr`."""
+    if isinstance(made, PreparedBytes):
+        return made.x_BT864, made.scale_sum_B8T2, None, None, None, None, made.bits_LT, None
+    assert isinstance(made, PreparedHalves)
+    sums = made.sum_GT, made.bias_sum_GT
+    return None, None, made.x_TK, *sums, made.unscale_T, made.bits_LT, made.steps_L2
 
 
 @cache
