@@ -27,7 +27,7 @@ from mbq.kernels.widths import CODE_BITS
 SPLITS = (1, 2, 4, 8)
 STAGES = (2, 3)
 # Rows and warps.
-CUTS = ((64, 2), (64, 4), (128, 2), (128, 4), (128, 8))
+CUTS = ((64, 2), (64, 4), (128, 2), (128, 4), (128, 8), (256, 8))
 # Rows and warps for few tokens, where warps share the inputs.
 NARROW = tuple(itertools.product((16, 32), (2, 4, 8)))
 TOKENS = (1, 2, 4, 8, 16, 32, 64)

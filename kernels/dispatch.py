@@ -28,6 +28,7 @@ try:
         triton_dequantize,
         triton_mixed,
         triton_narrow,
+        triton_operands,
         triton_prepare,
         triton_tiles,
         triton_uniform,
@@ -214,13 +215,17 @@ def default_tile(
     # which 128 rows of 64 tokens would overfill.
     full = small_groups or (wide and architecture[0] == 10)
     cut = ROW_MULTIPLE // 2 if full else ROW_MULTIPLE
+    # Words fill them, too: 32 rows a warp with no more than 16 tokens.
+    warps = min(4 if width <= 16 else 8, cut // 16)
     # Of 64 tokens one program fills a multiprocessor, and parts are as large as codes.
     most = _PROGRAMS // 2 if wide else _PROGRAMS
     split = 1
     while split * 2 <= min(blocks, 16) and rows // cut * split * 2 <= most:
         split *= 2
-    stages = 2 if wide or architecture not in _ROOMY else 3
-    return triton_tiles.Tile(cut, split, warps=8 if wide else 4, stages=stages)
+    # Words that are asked for ahead leave room in shared memory for more tokens.
+    ahead = triton_operands.loads_ahead(warps, architecture)
+    stages = 3 if architecture in _ROOMY and (ahead or not wide) else 2
+    return triton_tiles.Tile(cut, split, warps, stages)
 
 
 def _narrow_tile(rows: int, blocks: int, kind: str, small_groups: bool) -> "triton_tiles.Tile":

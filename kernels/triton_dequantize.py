@@ -17,13 +17,36 @@ import triton.language as tl
 from torch import Tensor
 
 from mbq.kernels.digits import BLOCK_INPUTS, Digits, chunk_at
-from mbq.kernels.triton_tiles import INTERPRETED, digit_words, halves
+from mbq.kernels.triton_tiles import INTERPRETED, halves, high_bits_of, second_digits
 from mbq.kernels.widths import WIDTHS, slices_of
 
 _ROWS = 32
 _WARPS = 4
 
 _chunk_at = triton.constexpr_function(chunk_at)
+
+
+@triton.jit
+def _digit_words(
+    block_ptr, n, plane_words, late, BITS: tl.constexpr, SLICES: tl.constexpr, ASM: tl.constexpr
+):
+    """Words of digits of rows n in a block of inputs, a slice each; those not needed repeat."""
+    j = tl.arange(0, 32)
+    # In the two planes of a slice, and in one where each word serves two inputs.
+    narrow = n[:, None] * 16 + (j % 16)[None, :]
+    wide = narrow + (j // 16 * plane_words)[None, :]
+    slice_words = 2 * plane_words.to(tl.int64)
+    first = tl.load(block_ptr + wide)
+    second = first
+    if SLICES > 1:
+        high = tl.load(block_ptr + slice_words + narrow)
+        low = tl.full(high.shape, 0, tl.int16)
+        if BITS > 3:
+            low = tl.load(block_ptr + slice_words + plane_words + narrow)
+        second = second_digits(high, low, late, high_bits_of(high), ASM)
+    third = tl.load(block_ptr + 2 * slice_words + wide) if SLICES > 2 else first
+    fourth = tl.load(block_ptr + 3 * slice_words + wide) if SLICES > 3 else first
+    return first, second, third, fourth
 
 
 @triton.jit
@@ -39,7 +62,7 @@ def _dequantize_kernel(
     block_ptr = digits_ptr + block.to(tl.int64) * block_stride
     late = (j // 16).to(tl.int16)[None, :]
     # Loaded before anything is stored: the compiler cannot know that the two do not overlap.
-    first, second, third, fourth = digit_words(block_ptr, n, plane_stride, late, BITS, SLICES, ASM)
+    first, second, third, fourth = _digit_words(block_ptr, n, plane_stride, late, BITS, SLICES, ASM)
     gain, _ = halves(tl.load(gain_bias_ptr + GAIN_ROW * gain_stride + n))
     for p in tl.static_range(8):
         at = 2 * p

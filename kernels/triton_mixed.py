@@ -21,89 +21,146 @@ import triton.language as tl
 from torch import Tensor
 
 from mbq.kernels.digits import Digits
+from mbq.kernels.triton_operands import (
+    chunks_at_once,
+    digit_places,
+    late_words,
+    load_scales,
+    moved,
+    rows_of_tile,
+    side_by_side,
+    words_apart,
+)
 from mbq.kernels.triton_prepare import PreparedHalves, position_of
 from mbq.kernels.triton_tiles import (
-    ODD,
     Tile,
     digit,
     finish,
     halves,
+    high_bits_of,
     launch,
     row_of,
     second_digits,
-    word_offsets,
 )
 
 # Tokens of a program: 32 fill the registers.
 MOST_TILE_TOKENS = 32
 
 
+@triton.jit
+def _step(turn, steps, halved):
+    """Of a turn: how many blocks on it is, the width that it completes and the slice that it reads.
+
+    The width as its place in WIDTHS, of which the first two share a slice that may take two steps.
+    """
+    step = turn % steps
+    width = step + tl.minimum(step, 1 - halved)
+    return turn // steps, width, tl.where(width < 2, width, width - 1)
+
+
+@triton.jit
+def _load_step(at, width, e, halved, rows, blocks):
+    """Words that a step reads of a slice.
+
+    Of the second slice high bits and low bits, as far as the step reads them, else all and zero.
+    """
+    wide_at, narrow_at = at
+    plane_words = (blocks * rows).to(tl.int64) * (wide_at.shape[1] // 2)
+    words_at = tl.where(e == 1, narrow_at, wide_at + 2 * e * plane_words)
+    words = tl.load(words_at, mask=(width != 2) | (halved == 0), other=0)
+    return words, tl.load(narrow_at + plane_words, mask=width == 2, other=0)
+
+
+@triton.jit
+def _digits(
+    words, selector, chunk: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """Digits of some chunks, from one on, in their places: float16 [ROWS, 32 CHUNKS]."""
+    apart = words_apart(words, WARPS)
+    made = ()
+    for c in tl.static_range(chunk, chunk + CHUNKS):
+        made += (digit(apart, position_of(c), selector, ASM),)  # type: ignore[assignment]
+    return side_by_side(made, WARPS)
+
+
 # Fewer variants to compile: these need no alignment.
 @triton.jit(do_not_specialize=["blocks", "padded_tokens", "tokens", "second", "third"])
 def _mixed_kernel(
-    x_ptr, late_ptr, digits_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr, bias_sum_ptr, unscale_ptr,
+    x_ptr, digits_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr, bias_sum_ptr, unscale_ptr,
     bits_ptr, steps_ptr, part_ptr, arrived_ptr, out_ptr,
     rows, blocks, padded_tokens, tokens, second, third,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr, PROGRAMMATIC: tl.constexpr, ASM: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, WARPS: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr, AHEAD: tl.constexpr, PROGRAMMATIC: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     if PROGRAMMATIC:
         tl.extra.cuda.gdc_wait()
     tile = tl.program_id(0)
     linear = (tile >= second).to(tl.int32) + (tile >= third).to(tl.int32)
     steps_ptr += 2 * linear
-    part = tl.program_id(1)
-    n = tile * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(1)
+    n = tile * ROWS + rows_of_tile(ROWS, WARPS)
     t = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
-    j = tl.arange(0, 32)
     steps, halved = tl.load(steps_ptr), tl.load(steps_ptr + 1)
     bits = tl.load(bits_ptr + linear * padded_tokens + t)
     half_bin = 0.5 * tl.exp2((2 - bits).to(tl.float32))
     GROUP_CHUNKS: tl.constexpr = 8 // BLOCK_GROUPS
-    inputs = blocks * 256
-    plane_words = blocks * rows * 16
-    wide, narrow = word_offsets(n, plane_words)
-    late = tl.load(late_ptr + j[None, :])
+    AT_ONCE: tl.constexpr = chunks_at_once(GROUP_CHUNKS, AHEAD)
+    at = digit_places(digits_ptr, tile * ROWS, first, rows, blocks, ROWS, WARPS, AHEAD)
+    late = late_words(at)
+    scale_zero_ptr += tile * ROWS
+    # What is padded repeats the last token, and is thrown away.
+    x_at = x_ptr + (tl.minimum(t, tokens - 1) * (blocks * 256))[None, :]
+    place = tl.arange(0, 32 * AT_ONCE)
     total = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-    turns = ((blocks - part + SPLIT - 1) // SPLIT) * steps
-    for turn in tl.range(0, turns, num_stages=STAGES):
-        step = turn % steps
-        block = part + SPLIT * (turn // steps)
-        # The step completes width w (where it stands in WIDTHS): 1 and 2 share a slice.
-        w = step + tl.minimum(step, 1 - halved)
-        e = tl.where(w < 2, w, w - 1)
-        selector = tl.where((halved == 1) & (e == 1), 3 - w, 3)
-        plane_ptr = digits_ptr + block.to(tl.int64) * rows * 16
-        plane_ptr += 2 * e * plane_words.to(tl.int64)
-        split = e == 1
-        # High bits, or all of a slice that has not split them; low bits.
-        offsets = tl.where(split, narrow, wide)
-        word = tl.load(plane_ptr + offsets, mask=(w != 2) | (halved == 0), other=0)
-        low = tl.load(plane_ptr + plane_words + narrow, mask=w == 2, other=0)
-        moved, high_bits = tl.full(late.shape, 0, tl.int16), tl.full(word.shape, -1, tl.int16)
-        if split:
-            moved, high_bits = late, tl.full(word.shape, ODD, tl.int16)
-        word = second_digits(word, low, moved, high_bits, ASM)
+    turns = ((blocks - first + SPLIT - 1) // SPLIT) * steps
+    if AHEAD:
+        _, width, e = _step(0, steps, halved)
+        words, low = _load_step(at, width, e, halved, rows, blocks)
+        pairs = load_scales(scale_zero_ptr, first, rows, ROWS, WARPS, BLOCK_GROUPS)
+    for turn in tl.range(0, turns):
+        number, width, e = _step(turn, steps, halved)
+        block = first + SPLIT * number
+        if AHEAD:
+            used, used_low, used_pairs = words, low, pairs
+            number, next_width, next_e = _step(tl.minimum(turn + 1, turns - 1), steps, halved)
+            words, low = _load_step(
+                moved(at, SPLIT * number, rows), next_width, next_e, halved, rows, blocks
+            )
+            pairs = load_scales(
+                scale_zero_ptr, first + SPLIT * number, rows, ROWS, WARPS, BLOCK_GROUPS
+            )
+        else:
+            used, used_low = _load_step(
+                moved(at, SPLIT * number, rows), width, e, halved, rows, blocks
+            )
+            used_pairs = load_scales(scale_zero_ptr, block, rows, ROWS, WARPS, BLOCK_GROUPS)
+        shift, high_bits = tl.zeros_like(late), tl.full(used.shape, -1, used.dtype)
+        if e == 1:
+            shift, high_bits = late, high_bits_of(used)
+        used = second_digits(used, used_low, shift, high_bits, ASM)
+        selector = tl.where((halved == 1) & (e == 1), 3 - width, 3)
         weight_of_slice = tl.exp2((-2 * e).to(tl.float32))
-        first = tl.where(e == 0, 1.0, 0.0)
-        # What is padded repeats the last token, and is thrown away.
-        x_at = x_ptr + tl.minimum(t, tokens - 1)[None, :] * inputs + block * 256 + j[:, None]
-        for h in tl.static_range(BLOCK_GROUPS):
-            group = block * BLOCK_GROUPS + h
-            s, z = halves(tl.load(scale_zero_ptr + group * rows + n))
-            sums = tl.load(sum_ptr + group * padded_tokens + t) * first
-            biases = tl.load(bias_sum_ptr + group * padded_tokens + t)
+        # Zeros and half bins are taken once.
+        once = tl.where(e == 0, 1.0, 0.0)
+        for group in tl.static_range(BLOCK_GROUPS):
+            s, z = halves(used_pairs[group])
+            sums_at = (block * BLOCK_GROUPS + group) * padded_tokens + t
+            sums, biases = tl.load(sum_ptr + sums_at) * once, tl.load(bias_sum_ptr + sums_at)
             acc = (half_bin[None, :] - z[:, None]) * sums[None, :] - biases[None, :]
-            for c in tl.static_range(GROUP_CHUNKS):
-                x = tl.load(x_at + (h * GROUP_CHUNKS + c) * 32)
-                digits = digit(word, position_of(h * GROUP_CHUNKS + c), selector, ASM)
+            for chunk in tl.static_range(
+                group * GROUP_CHUNKS, group * GROUP_CHUNKS + GROUP_CHUNKS, AT_ONCE
+            ):
+                x = tl.load(x_at + (block * 256 + chunk * 32 + place)[:, None])
+                digits = _digits(used, selector, chunk, AT_ONCE, WARPS, ASM)
                 acc = tl.dot(digits, x, acc)
-            acc *= tl.where(row_of(bits) >= w, 1.0, 0.0)[None, :]
+            acc *= tl.where(row_of(bits) >= width, 1.0, 0.0)[None, :]
             total += (s * weight_of_slice)[:, None] * acc
 
     gain_row = gain_bias_ptr + row_of(bits)[None, :] * rows
     finish(
-        total, gain_row, unscale_ptr, part_ptr, arrived_ptr, out_ptr,
+        total, gain_row, unscale_ptr, part_ptr, arrived_ptr, out_ptr, n, t,
         rows, padded_tokens, tokens, ROWS, TOKENS, SPLIT,
     )  # fmt: skip
 

@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mbq.kernels.digits import BLOCK_INPUTS, ODD_BITS, Digits
+from mbq.kernels.digits import BLOCK_INPUTS, Digits
 from mbq.kernels.triton_bytes import (
     columns,
     halves_of,
@@ -47,12 +47,13 @@ from mbq.kernels.triton_tiles import (
     INTERPRETED,
     Tile,
     halves,
+    high_bits_of,
     next_linears,
     row_of,
     second_digits,
     write,
 )
-from mbq.kernels.triton_uniform import combined, field_bits
+from mbq.kernels.triton_uniform import field_bits, fields_of
 from mbq.kernels.triton_words import (
     column_tokens,
     load_first,
@@ -61,9 +62,6 @@ from mbq.kernels.triton_words import (
     load_tokens,
     places,
 )
-
-# High bits of the second slice, in two words, and of all digits.
-_ODD = tl.constexpr(ODD_BITS << 16 | ODD_BITS & 0xFFFF)
 
 
 @triton.constexpr_function
@@ -86,19 +84,6 @@ def _scale_zero(
                 later = pairs[_group_of(part, i, half, T, GROUPS)][:, :, None]
                 pair = tl.where((position >= i)[None, None, :], later, pair)
     return halves(pair)
-
-
-@triton.jit
-def _fields(words, late, BITS: tl.constexpr, ASM: tl.constexpr):
-    """Words of codes in fields of 2, 4 or 8 bits; those of 8 bits hold 128 less than a code."""
-    SLICES: tl.constexpr = (BITS + 1) // 2
-    first, high, low, third, fourth = words
-    if SLICES == 1:
-        return first, first, first, first
-    second = second_digits(high, low, late, tl.full(high.shape, _ODD, tl.int32), ASM)
-    if SLICES > 2:
-        first = first ^ _ODD
-    return combined(first, second, third, fourth, BITS, SLICES, ASM)
 
 
 @triton.constexpr_function
@@ -152,7 +137,7 @@ def _turn(
     ONE: tl.constexpr = unit_product(FIELD, T)
     # Bins of a field in one of 2 bits.
     FINER: tl.constexpr = (1 << FIELD) // 4
-    fields = _fields(words, late, BITS, ASM)
+    fields = fields_of(words, late, BITS, True, ASM)
     half_bins = (half_bin, half_bin)
     made = totals
     for part in tl.static_range(parts_of(T, GROUPS)):
@@ -186,7 +171,7 @@ def _mixed_turn(
     """The same for tokens of widths of their own, int32 [4] each set; the largest is BITS."""
     ONE: tl.constexpr = unit_product(2, T)
     first, high, low, third, fourth = words
-    second = second_digits(high, low, late, tl.full(high.shape, _ODD, tl.int32), ASM)
+    second = second_digits(high, low, late, high_bits_of(high), ASM)
     half_bins = ()
     for i in tl.static_range(sets_of(T)):
         half_bin = ONE * 0.5 * tl.exp2((2 - bits[i]).to(tl.float32))

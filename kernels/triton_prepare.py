@@ -39,6 +39,7 @@ from torch import Tensor
 from mbq.kernels.digits import BLOCK_INPUTS, MOST_LINEARS, position
 from mbq.kernels.router import Gates
 from mbq.kernels.triton_bytes import FEW, program_tokens, store_tokens
+from mbq.kernels.triton_operands import input_places
 from mbq.kernels.widths import SLICE_BITS
 
 MAX_TOKENS = 64
@@ -90,7 +91,7 @@ class PreparedHalves(Prepared):
     """More tokens, in float16.
 
     Attributes:
-        x_TK: float16 [T', K'].
+        x_TK: float16 [T', K'], inputs of every 32 in other places (`triton_operands.py`).
         sum_GT: float32 [G', T'].
         bias_sum_GT: float32 [G', T'].
         unscale_T: float32 [T'].
@@ -174,7 +175,8 @@ def _store_halves(
     scale = ((264 - top) << 23).to(tl.float32, bitcast=True)
     tl.store(unscale_ptr + token, ((top - 10) << 23).to(tl.float32, bitcast=True))
     x16 = (x * scale).to(tl.float16)
-    tl.store(x16_ptr + token * padded_inputs + at, x16, mask=at < padded_inputs)
+    places = at // 32 * 32 + input_places(at % 32)
+    tl.store(x16_ptr + token * padded_inputs + places, x16, mask=at < padded_inputs)
     group = tl.arange(0, CHUNKS // GROUP_CHUNKS)
     sums, bias_sums = _group_sums(x16, CHUNKS, GROUP_CHUNKS)
     tl.store(sum_ptr + group * padded_tokens + token, sums, mask=group < groups)

@@ -1,10 +1,7 @@
 """What the multiplying kernels share: digits, and how products are cut into tiles and summed.
 
-The words of a tile are read 32 to a row, 16 from each plane of a slice. Of the second slice, whose
-planes hold high and low bits, both serve all 32: they are shifted by a bit for the last 16 inputs,
-and digits put together. Which inputs are late is loaded, not computed: the compiler brings words,
-rather than what is made of them, to the threads that need them only if all that they meet on the
-way is loaded or constant.
+Of the second slice, whose planes hold high and low bits, a word of each serves 32 inputs: they are
+shifted by a bit for the last 16, and digits put together.
 
 A digit becomes a float16 without any arithmetic: two bits in the mantissa of a power of two,
 
@@ -31,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mbq.kernels.digits import BLOCK_INPUTS, ODD_BITS, Digits
+from mbq.kernels.triton_operands import loads_ahead
 from mbq.kernels.triton_prepare import PreparedHalves, digit_bit, launching, zeros
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -42,7 +40,8 @@ _COUNTERS = 4096
 class Tile:
     """How a multiplication is cut: rows a program, programs along K, warps, loads in flight.
 
-    Of up to 8 tokens (`triton_narrow.py`) split and stages are 1.
+    Of more than 8 tokens a warp has 16 rows or a multiple; of fewer (`triton_narrow.py`) split and
+    stages are 1.
     """
 
     rows: int
@@ -58,12 +57,20 @@ REJOINING = tl.constexpr(
 )
 # High bits of the second slice.
 ODD = tl.constexpr(ODD_BITS)
+# The same of two words.
+_ODD_PAIR = tl.constexpr(ODD_BITS << 16 | ODD_BITS & 0xFFFF)
 
 
 @triton.constexpr_function
 def words_in_register(dtype: Any) -> int:
     """Elements of int16 or int32 in the 32 bits that assembly works on."""
     return 32 // dtype.primitive_bitwidth
+
+
+@triton.jit
+def high_bits_of(words):
+    """Which bits of words like these, int16 or int32, are high ones of the second slice."""
+    return tl.full(words.shape, ODD if words.dtype == tl.int16 else _ODD_PAIR, words.dtype)
 
 
 @triton.jit
@@ -81,37 +88,6 @@ def second_digits(high, low, late, selector, ASM: tl.constexpr):
     else:
         made = ((high << late) & selector) | ((low >> late) & ~selector)
     return made
-
-
-@triton.jit
-def word_offsets(n, plane_words):
-    """Where words of 32 inputs lie in the two planes of a slice, and in one where each serves two.
-
-    Both for rows n, from the words of a block and slice on.
-    """
-    j = tl.arange(0, 32)
-    narrow = n[:, None] * 16 + (j % 16)[None, :]
-    return narrow + (j // 16 * plane_words)[None, :], narrow
-
-
-@triton.jit
-def digit_words(
-    block_ptr, n, plane_words, late, BITS: tl.constexpr, SLICES: tl.constexpr, ASM: tl.constexpr
-):
-    """Words of digits of rows n in a block of inputs, a slice each; those not needed repeat."""
-    wide, narrow = word_offsets(n, plane_words)
-    slice_words = 2 * plane_words.to(tl.int64)
-    first = tl.load(block_ptr + wide)
-    second = first
-    if SLICES > 1:
-        high = tl.load(block_ptr + slice_words + narrow)
-        low = tl.full(high.shape, 0, tl.int16)
-        if BITS > 3:
-            low = tl.load(block_ptr + slice_words + plane_words + narrow)
-        second = second_digits(high, low, late, tl.full(high.shape, ODD, tl.int16), ASM)
-    third = tl.load(block_ptr + 2 * slice_words + wide) if SLICES > 2 else first
-    fourth = tl.load(block_ptr + 3 * slice_words + wide) if SLICES > 3 else first
-    return first, second, third, fourth
 
 
 @triton.jit
@@ -166,14 +142,11 @@ def halves(pair):
 
 @triton.jit
 def finish(
-    total, gain_row, unscale_ptr, part_ptr, arrived_ptr, out_ptr,
-    rows, padded_tokens, tokens,
+    total, gain_row, unscale_ptr, part_ptr, arrived_ptr, out_ptr, n, t, rows, padded_tokens, tokens,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Write a tile of sums, with gain and bias; the last program of a tile adds up all parts."""
     tile = tl.program_id(0)
-    n = tile * ROWS + tl.arange(0, ROWS)
-    t = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
     finished = True
     if SPLIT > 1:
         parts = part_ptr + t[None, :] * rows + n[:, None]
@@ -231,15 +204,23 @@ def launch(
     parts = prepared.sum_GT.new_empty(tile.split if tile.split > 1 else 0, padded_tokens, rows)
     counters = zeros(out.device, "tiles", max(grid[0] * grid[2], _COUNTERS))
     kernel[grid](
-        prepared.x_TK, late_inputs(out.device), weight.digits_SHBN16, weight.scale_zero_GN,
-        weight.gain_bias_WN, prepared.sum_GT, prepared.bias_sum_GT, prepared.unscale_T, *pointers,
+        prepared.x_TK, weight.digits_SHBN16, weight.scale_zero_GN, weight.gain_bias_WN,
+        prepared.sum_GT, prepared.bias_sum_GT, prepared.unscale_T, *pointers,
         parts, counters, out, rows, blocks, padded_tokens, prepared.tokens,
         *next_linears(weight, tile.rows),
-        ROWS=tile.rows, TOKENS=width, SPLIT=tile.split, STAGES=tile.stages,
-        BLOCK_GROUPS=BLOCK_INPUTS // weight.group_size, ASM=not INTERPRETED,
-        num_warps=tile.warps, **launching(out.device), **constants,
+        ROWS=tile.rows, TOKENS=width, SPLIT=tile.split, WARPS=tile.warps,
+        BLOCK_GROUPS=BLOCK_INPUTS // weight.group_size, AHEAD=_ahead(tile.warps, out.device),
+        ASM=not INTERPRETED, num_warps=tile.warps, num_stages=tile.stages,
+        **launching(out.device), **constants,
     )  # fmt: skip
     return out
+
+
+@cache
+def _ahead(warps: int, device: torch.device) -> bool:
+    """`loads_ahead` of a device; the interpreter does as Hopper does."""
+    cuda = device.type == "cuda"
+    return loads_ahead(warps, torch.cuda.get_device_capability(device) if cuda else (9, 0))
 
 
 def next_linears(weight: Digits, tile_rows: int) -> tuple[int, int]:
@@ -253,9 +234,3 @@ def next_linears(weight: Digits, tile_rows: int) -> tuple[int, int]:
     last = weight.starts[-1]
     second, third = [*(start // tile_rows for start in weight.starts[1:]), last, last][:2]
     return second, third
-
-
-@cache
-def late_inputs(device: torch.device) -> Tensor:
-    """1 for the last 16 inputs of 32, else 0: int16 [32]."""
-    return (torch.arange(32, device=device) >= 16).to(torch.int16)

@@ -27,15 +27,27 @@ import triton.language as tl
 from torch import Tensor
 
 from mbq.kernels.digits import Digits
+from mbq.kernels.triton_operands import (
+    chunks_at_once,
+    digit_places,
+    late_words,
+    load_digits,
+    load_scales,
+    moved,
+    rows_of_tile,
+    side_by_side,
+    words_apart,
+)
 from mbq.kernels.triton_prepare import PreparedHalves, position_of
 from mbq.kernels.triton_tiles import (
     Tile,
     digit,
-    digit_words,
     finish,
     halves,
+    high_bits_of,
     launch,
     row_of,
+    second_digits,
     words_in_register,
 )
 
@@ -153,15 +165,8 @@ def combined(
 
 
 @triton.jit
-def extracted(zeroth, first, second, third, p: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
-    """The fields at position p, as float16."""
-    word = zeroth
-    if p % 4 == 1:
-        word = first
-    if p % 4 == 2:
-        word = second
-    if p % 4 == 3:
-        word = third
+def extracted(word, p: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+    """The fields at position p of the int16 words that hold it, as float16."""
     if ASM:
         made = tl.inline_asm_elementwise(
             extracting(p, BITS), "=r,r", [word], dtype=tl.float16, is_pure=True, pack=2
@@ -173,90 +178,147 @@ def extracted(zeroth, first, second, third, p: tl.constexpr, BITS: tl.constexpr,
 
 
 @triton.jit
-def _summed(
-    x_ptr, late_ptr, digits_ptr, scale_zero_ptr, sum_ptr, bias_sum_ptr, n, t,
-    rows, blocks, padded_tokens, tokens,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr,
+def fields_of(words, late, BITS: tl.constexpr, SIGNED: tl.constexpr, ASM: tl.constexpr):
+    """Four words of codes in fields of 2, 4 or 8 bits, of words of digits (`load_rest`).
+
+    Where bytes have signs, fields of 8 bits hold 128 less than a code.
+    """
+    SLICES: tl.constexpr = (BITS + 1) // 2
+    first, high, low, third, fourth = words
+    if SLICES == 1:
+        return first, first, first, first
+    second = second_digits(high, low, late, high_bits_of(high), ASM)
+    if SIGNED and SLICES > 2:
+        first = first ^ high_bits_of(first)
+    return combined(first, second, third, fourth, BITS, SLICES, ASM)
+
+
+@triton.jit
+def _codes(
+    fields, chunk: tl.constexpr, CHUNKS: tl.constexpr, BITS: tl.constexpr, WARPS: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
-    """A part of a tile of sums, at one width."""
-    part = tl.program_id(1)
-    j = tl.arange(0, 32)
+    """Codes of some chunks, from one on, in their places: float16 [ROWS, 32 CHUNKS]."""
+    made = ()
+    for c in tl.static_range(chunk, chunk + CHUNKS):
+        words = words_apart(fields[position_of(c) % 4], WARPS)
+        if BITS == 2:
+            codes = digit(words, position_of(c), 3, ASM)
+        else:
+            codes = extracted(words, position_of(c), BITS, ASM)
+        made += (codes,)  # type: ignore[assignment]
+    return side_by_side(made, WARPS)
+
+
+@triton.jit
+def _turn(
+    total, fields, pairs, x_at, block, sum_ptr, bias_sum_ptr, half_bin, padded_tokens,
+    BLOCK_GROUPS: tl.constexpr, BITS: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """Sums with those of a block."""
     # Sums are restarted at every group, and where fields begin to lie elsewhere.
     PARTS: tl.constexpr = BLOCK_GROUPS if BLOCK_GROUPS > 1 else 2
-    PART_CHUNKS: tl.constexpr = 8 // PARTS
-    SLICES: tl.constexpr = (BITS + 1) // 2
-    FIELD: tl.constexpr = field_bits(BITS)
+    CHUNKS: tl.constexpr = 8 // PARTS
+    AT_ONCE: tl.constexpr = chunks_at_once(CHUNKS, AHEAD)
     LARGEST: tl.constexpr = field_one(2, BITS)
-    # Bins of a field in one of 2 bits, and half a bin of this width.
-    FINER: tl.constexpr = (1 << FIELD) // 4
-    HALF: tl.constexpr = (1 << (FIELD - BITS)) / 2
-    inputs = blocks * 256
-    plane_words = blocks * rows * 16
-    late = tl.load(late_ptr + j[None, :])
+    # Bins of a field in one of 2 bits.
+    FINER: tl.constexpr = (1 << field_bits(BITS)) // 4
+    place = tl.arange(0, 32 * AT_ONCE)
+    for part in tl.static_range(PARTS):
+        one = field_one(position_of(part * CHUNKS), BITS)
+        group = block * BLOCK_GROUPS + part * BLOCK_GROUPS // PARTS
+        s, z = halves(pairs[part * BLOCK_GROUPS // PARTS])
+        acc = tl.zeros(total.shape, dtype=tl.float32)
+        if part * BLOCK_GROUPS % PARTS == 0:
+            sums = tl.load(sum_ptr + group * padded_tokens)
+            acc = (one * (half_bin - FINER * z))[:, None] * sums[None, :]
+            if BITS == 2:
+                acc -= tl.load(bias_sum_ptr + group * padded_tokens)[None, :]
+        for chunk in tl.static_range(part * CHUNKS, part * CHUNKS + CHUNKS, AT_ONCE):
+            x = tl.load(x_at + (block * 256 + chunk * 32 + place)[:, None])
+            acc = tl.dot(_codes(fields, chunk, AT_ONCE, BITS, WARPS, ASM), x, acc)
+        total += (s * (LARGEST / one))[:, None] * acc
+    return total
+
+
+@triton.jit
+def _summed(
+    x_at, at, scale_zero_ptr, sum_ptr, bias_sum_ptr, bits, rows, blocks, padded_tokens,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, WARPS: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr, BITS: tl.constexpr, AHEAD: tl.constexpr, WAITS: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """A part of a tile of sums, at one width, in fields as wide as those of BITS.
+
+    Pointers to what has tokens point at those of the tile, that to scales at its first row.
+    `WAITS` for the launch before, but for weights.
+    """
+    first = tl.program_id(1)
+    late = late_words(at)
+    FIELD: tl.constexpr = field_bits(BITS)
+    half_bin = tl.exp2((FIELD - 1 - bits).to(tl.float32))
     total = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-    turns = (blocks - part + SPLIT - 1) // SPLIT
-    for turn in tl.range(0, turns, num_stages=STAGES):
-        block = part + SPLIT * turn
-        block_ptr = digits_ptr + block.to(tl.int64) * rows * 16
-        first, second, third, fourth = digit_words(
-            block_ptr, n, plane_words, late, BITS, SLICES, ASM
-        )
-        if SLICES > 1:
-            w0, w1, w2, w3 = combined(first, second, third, fourth, BITS, SLICES, ASM)
-        # What is padded repeats the last token, and is thrown away.
-        x_at = x_ptr + tl.minimum(t, tokens - 1)[None, :] * inputs + block * 256 + j[:, None]
-        for h in tl.static_range(PARTS):
-            group = block * BLOCK_GROUPS + h * BLOCK_GROUPS // PARTS
-            s, z = halves(tl.load(scale_zero_ptr + group * rows + n))
-            one = field_one(position_of(h * PART_CHUNKS), BITS)
-            acc = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-            if h * BLOCK_GROUPS % PARTS == 0:
-                sums = tl.load(sum_ptr + group * padded_tokens + t)
-                acc = (HALF * one - FINER * one * z)[:, None] * sums[None, :]
-                if SLICES == 1:
-                    acc -= tl.load(bias_sum_ptr + group * padded_tokens + t)[None, :]
-            for c in tl.static_range(PART_CHUNKS):
-                x = tl.load(x_at + (h * PART_CHUNKS + c) * 32)
-                if SLICES == 1:
-                    codes = digit(first, position_of(h * PART_CHUNKS + c), 3, ASM)
-                else:
-                    codes = extracted(w0, w1, w2, w3, position_of(h * PART_CHUNKS + c), BITS, ASM)
-                acc = tl.dot(codes, x, acc)
-            total += (s * (LARGEST / one))[:, None] * acc
+    if AHEAD:
+        words = load_digits(at, bits, rows, blocks, BITS)
+        pairs = load_scales(scale_zero_ptr, first, rows, ROWS, WARPS, BLOCK_GROUPS)
+    if WAITS:
+        tl.extra.cuda.gdc_wait()
+    for block in tl.range(first, blocks, SPLIT):
+        if AHEAD:
+            fields, used = fields_of(words, late, BITS, False, ASM), pairs
+            following = tl.minimum(block + SPLIT, blocks - 1)
+            words = load_digits(moved(at, following - first, rows), bits, rows, blocks, BITS)
+            pairs = load_scales(scale_zero_ptr, following, rows, ROWS, WARPS, BLOCK_GROUPS)
+        else:
+            now = load_digits(moved(at, block - first, rows), bits, rows, blocks, BITS)
+            fields = fields_of(now, late, BITS, False, ASM)
+            used = load_scales(scale_zero_ptr, block, rows, ROWS, WARPS, BLOCK_GROUPS)
+        total = _turn(
+            total, fields, used, x_at, block, sum_ptr, bias_sum_ptr, half_bin, padded_tokens,
+            BLOCK_GROUPS, BITS, WARPS, AHEAD, ASM,
+        )  # fmt: skip
     return total * unit(BITS)
 
 
 # Fewer variants to compile: these need no alignment.
 @triton.jit(do_not_specialize=["blocks", "padded_tokens", "tokens", "second", "third"])
 def _uniform_kernel(
-    x_ptr, late_ptr, digits_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr, bias_sum_ptr, unscale_ptr,
+    x_ptr, digits_ptr, scale_zero_ptr, gain_bias_ptr, sum_ptr, bias_sum_ptr, unscale_ptr,
     bits_ptr, part_ptr, arrived_ptr, out_ptr,
     rows, blocks, padded_tokens, tokens, second, third,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, WARPS: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr, BITS: tl.constexpr, MOST_SLICES: tl.constexpr,
-    PROGRAMMATIC: tl.constexpr, ASM: tl.constexpr,
+    AHEAD: tl.constexpr, PROGRAMMATIC: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    if PROGRAMMATIC:
+    # Widths are what the launch before writes.
+    KNOWN: tl.constexpr = BITS > 0
+    if PROGRAMMATIC and not KNOWN:
         tl.extra.cuda.gdc_wait()
     tile = tl.program_id(0)
-    n = tile * ROWS + tl.arange(0, ROWS)
+    n = tile * ROWS + rows_of_tile(ROWS, WARPS)
     t = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
     linear = (tile >= second).to(tl.int32) + (tile >= third).to(tl.int32)
-    bits = BITS if BITS > 0 else tl.load(bits_ptr + linear * padded_tokens)
-    for width in tl.static_range(2, 2 * MOST_SLICES + 1):
-        # In steps: only the last one is left to the device.
-        if (width <= 4) or (width % 2 == 0):  # noqa: SIM102
-            if (BITS == 0) or (width == BITS):  # noqa: SIM102
-                if bits == width:
+    bits = BITS if KNOWN else tl.load(bits_ptr + linear * padded_tokens)
+    at = digit_places(digits_ptr, tile * ROWS, tl.program_id(1), rows, blocks, ROWS, WARPS, AHEAD)
+    # What is padded repeats the last token, and is thrown away.
+    x_at = x_ptr + (tl.minimum(t, tokens - 1) * (blocks * 256))[None, :]
+    # A loop for each width of fields, unless the host knows which it is.
+    for power in tl.static_range(1, 4):
+        if (1 << power) // 2 < 2 * MOST_SLICES:  # noqa: SIM102
+            if (BITS == 0) or (field_bits(BITS) == 1 << power):  # noqa: SIM102
+                if (bits > (1 << power) // 2) & (bits <= 1 << power):
                     total = _summed(
-                        x_ptr, late_ptr, digits_ptr, scale_zero_ptr, sum_ptr, bias_sum_ptr, n, t,
-                        rows, blocks, padded_tokens, tokens,
-                        ROWS, TOKENS, SPLIT, STAGES, BLOCK_GROUPS, width, ASM,
+                        x_at, at, scale_zero_ptr + tile * ROWS, sum_ptr + t, bias_sum_ptr + t,
+                        bits, rows, blocks, padded_tokens,
+                        ROWS, TOKENS, SPLIT, WARPS, BLOCK_GROUPS,
+                        BITS if BITS > 0 else min(1 << power, 2 * MOST_SLICES), AHEAD,
+                        PROGRAMMATIC and KNOWN, ASM,
                     )  # fmt: skip
                     finish(
                         total, gain_bias_ptr + row_of(bits) * rows, unscale_ptr, part_ptr,
-                        arrived_ptr, out_ptr, rows, padded_tokens, tokens, ROWS, TOKENS, SPLIT,
+                        arrived_ptr, out_ptr, n, t, rows, padded_tokens, tokens,
+                        ROWS, TOKENS, SPLIT,
                     )  # fmt: skip
 
 

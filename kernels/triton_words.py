@@ -7,15 +7,38 @@ scales and sums (`triton_bytes.py`). Where each warp's lie is computed once, and
 every turn; a warp that has no block left stays at its last one.
 
 What every width reads, words of the first slice and scales, is loaded apart from what only some do:
-it can be asked for before the width is known.
+it can be asked for before the width is known. `word_places` and `load_rest` serve more tokens, too
+(`triton_operands.py`).
 
 Legend: W warps, T tokens of a program.
 """
+
+from typing import Any
 
 import triton
 import triton.language as tl
 
 from mbq.kernels.triton_bytes import halves_of, parts_of, sets_of
+
+
+@triton.constexpr_function
+def _row_words(pointer: Any) -> int:
+    """Of a row of a plane's block: 16 of int16, or 8 pairs of them in int32."""
+    return 256 // pointer.dtype.element_ty.primitive_bitwidth
+
+
+@triton.jit
+def word_places(row_at, rows, blocks):
+    """Pointers to words [n, 16 or 32], given those to rows [n, 1] in a block of the first plane.
+
+    In the two planes of the first slice, and in the first plane of the second, where each serves
+    twice. Words are int16, or pairs of them in int32, as the pointers are.
+    """
+    WORDS: tl.constexpr = _row_words(row_at)
+    word = tl.arange(0, 2 * WORDS)
+    plane_words = (blocks * rows).to(tl.int64) * WORDS
+    wide_at = row_at + (word // WORDS * plane_words + word % WORDS)[None, :]
+    return wide_at, row_at + (2 * plane_words + word % WORDS)[None, :]
 
 
 @triton.jit
@@ -25,17 +48,14 @@ def places(
 ):  # fmt: skip
     """Where each warp's first block begins, as pointers.
 
-    To pairs of words, of the 8 rows that a matrix instruction takes at once, [W 8, 16]: in the two
-    planes of the first slice, and in the first of the second, where each serves twice. To scales
-    and zeros of 16 rows, [W, 16]. To tokens in their columns, [W 8, 16], and to their scales and
-    sums, [W].
+    To pairs of words, of the 8 rows that a matrix instruction takes at once, [W 8, 16]
+    (`word_places`). To scales and zeros of 16 rows, [W, 16]. To tokens in their columns,
+    [W 8, 16], and to their scales and sums, [W].
     """
     row, word, warp = tl.arange(0, WARPS * 8), tl.arange(0, 16), tl.arange(0, WARPS)
     block, of_warp = tl.minimum(row // 8, blocks - 1), tl.minimum(warp, blocks - 1)
-    plane_words = (blocks * rows).to(tl.int64) * 8
     row_at = word_pairs_ptr + (block.to(tl.int64) * rows * 8 + row % 8 * 8)[:, None]
-    wide_at = row_at + (word // 8 * plane_words + word % 8)[None, :]
-    narrow_at = row_at + (2 * plane_words + word % 8)[None, :]
+    wide_at, narrow_at = word_places(row_at, rows, blocks)
     scales_at = scale_zero_ptr + (of_warp * (GROUPS * rows))[:, None] + word[None, :]
     x_at = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     x_at += (block * (128 * T) + row % 8 * 16)[:, None] + word[None, :]
@@ -60,18 +80,22 @@ def _next_places(
 
 
 @triton.jit
-def _words(at, there, ROWS: tl.constexpr):
-    """Words of all rows, 8 at a time, so that one address serves them: [ROWS / 8 W 8, 16]."""
-    first, second = tl.load(at, mask=there, other=0), tl.load(at + 64, mask=there, other=0)
-    if ROWS == 16:
-        made = tl.permute(tl.join(first, second), (2, 0, 1))
-    else:
-        third, fourth = (
-            tl.load(at + 128, mask=there, other=0),
-            tl.load(at + 192, mask=there, other=0),
-        )
-        made = tl.permute(tl.join(tl.join(first, third), tl.join(second, fourth)), (2, 3, 0, 1))
-    return tl.reshape(made, (ROWS // 8 * at.shape[0], 16))
+def load_words(at, there, ROWS: tl.constexpr):
+    """Words of more rows than are pointed at, 8 at a time, so that one address serves them.
+
+    [ROWS / 8 W 8, 16], where 8 rows of each warp are pointed at.
+    """
+    made = tl.load(at, mask=there, other=0)
+    if ROWS > 8:
+        second = tl.load(at + 64, mask=there, other=0)
+        if ROWS == 16:
+            made = tl.permute(tl.join(made, second), (2, 0, 1))
+        else:
+            third = tl.load(at + 128, mask=there, other=0)
+            fourth = tl.load(at + 192, mask=there, other=0)
+            made = tl.permute(tl.join(tl.join(made, third), tl.join(second, fourth)), (2, 3, 0, 1))
+        made = tl.reshape(made, (ROWS // 8 * at.shape[0], 16))
+    return made
 
 
 @triton.jit
@@ -90,7 +114,7 @@ def load_first(at, rows, ROWS: tl.constexpr, WARPS: tl.constexpr, GROUPS: tl.con
             both = tl.join(pair, tl.load(scales_at + group * rows + 16))
             pair = tl.reshape(tl.permute(both, (0, 2, 1)), (WARPS, ROWS))
         pairs += (pair,)  # type: ignore[assignment]
-    return _words(wide_at, True, ROWS), pairs
+    return load_words(wide_at, True, ROWS), pairs
 
 
 @triton.jit
@@ -101,14 +125,14 @@ def load_rest(at, first, bits, rows, blocks, ROWS: tl.constexpr, BITS: tl.conste
     what the width does not read is zero, or repeats the first.
     """
     SLICES: tl.constexpr = (BITS + 1) // 2
-    wide_at, narrow_at, _, _, _ = at
-    plane_words = (blocks * rows).to(tl.int64) * 8
-    high = _words(narrow_at, True, ROWS) if SLICES > 1 else first
+    wide_at, narrow_at = at[0], at[1]
+    plane_words = (blocks * rows).to(tl.int64) * _row_words(wide_at)
+    high = load_words(narrow_at, True, ROWS) if SLICES > 1 else first
     low = tl.zeros_like(first)
     if BITS > 3:
-        low = _words(narrow_at + plane_words, bits > 3, ROWS)
-    third = _words(wide_at + 4 * plane_words, True, ROWS) if SLICES > 2 else first
-    fourth = _words(wide_at + 6 * plane_words, bits > 6, ROWS) if SLICES > 3 else first
+        low = load_words(narrow_at + plane_words, bits > 3, ROWS)
+    third = load_words(wide_at + 4 * plane_words, True, ROWS) if SLICES > 2 else first
+    fourth = load_words(wide_at + 6 * plane_words, bits > 6, ROWS) if SLICES > 3 else first
     return first, high, low, third, fourth
 
 

@@ -28,6 +28,8 @@ def test_the_rule_of_thumb_leaves_work_for_every_program(
     )
     assert rows % tile.rows == 0
     assert 1 <= tile.split <= blocks
+    # Matrix units take 16 rows of a warp.
+    assert tokens <= FEW or tile.rows >= 16 * tile.warps
 
 
 def test_shipped_tiles_fit_their_shapes() -> None:
@@ -42,6 +44,8 @@ def test_shipped_tiles_fit_their_shapes() -> None:
             for tokens, (tile, split, warps, stages) in by_width.items():
                 if int(tokens) <= FEW:
                     assert (tile in (16, 32), split, stages) == (True, 1, 1)
+                else:
+                    assert tile >= 16 * warps
                 assert rows % tile == 0
                 assert split * 256 <= inputs
                 assert warps in (1, 2, 4, 8, 16)
@@ -52,9 +56,9 @@ def test_tiles_that_were_measured_are_used(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(dispatch, "capability", lambda device: (9, 0))
     shipped = json.loads((FOLDER / "tiles_sm90.json").read_text(encoding="utf-8"))
     gpu = torch.device("cuda", 7)
-    expected = dispatch.triton_tiles.Tile(*shipped["2"]["22016 x 4096"]["16"])
-    assert dispatch.tile(22016, 4096, 128, 13, gpu, "2") == expected
-    assert dispatch.tile(22016, 4096, 64, 13, gpu, "2") != expected
+    expected = dispatch.triton_tiles.Tile(*shipped["2"]["22016 x 4096"]["8"])
+    assert dispatch.tile(22016, 4096, 128, 7, gpu, "2") == expected
+    assert dispatch.tile(22016, 4096, 64, 7, gpu, "2") != expected
 
 
 def test_any_width_is_cut_like_the_largest_where_it_was_not_measured(

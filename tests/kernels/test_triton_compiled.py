@@ -79,6 +79,18 @@ def test_few_tokens_ask_for_weights_before_the_launch_before_has_ended(
         assert kernel["early_loads"] > 0, name
 
 
+def test_many_tokens_meet_codes_in_registers_and_wait_once_a_group(
+    compiled: dict[str, Any],
+) -> None:
+    """On Hopper: only tokens go through shared memory, words of the first turn come early."""
+    for tokens, copied in ((16, 2 * 256 * 16 // 16 // 32), (64, 2 * 256 * 64 // 16 // 32)):
+        for bits in (2, 3, 4, 8):
+            kernel = compiled["uniform"][f"sm_90, {tokens} tokens, {bits} bits"]
+            assert kernel["product_waits"] == 2
+            assert kernel["copies"] * kernel["warps"] == copied
+            assert kernel["early_loads"] > 0
+
+
 def test_few_tokens_load_before_they_multiply(compiled: dict[str, Any]) -> None:
     """All loads of a turn come before its first product, and the loop has two turns."""
     for name in (name for name in compiled["uniform"] if name.startswith(FEW)):

@@ -27,19 +27,20 @@ def _many(widths: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("widths", "group_size", "split", "steps"),
+    ("widths", "group_size", "tile", "steps"),
     [
-        ([2, 8, 4, 6, 2], 128, 1, [4, 0]),
-        ([4, 2, 2], 64, 2, [2, 0]),
-        ([3, 8, 2, 6, 4, 3], 128, 2, [5, 1]),
-        ([2, 3], 32, 1, [2, 1]),
-        ([3, 4], 128, 1, [3, 1]),
-        ([6, 3, 2], 128, 2, [4, 1]),
-        ([8] * 3 + [3] * 40, 256, 2, [5, 1]),
+        ([2, 8, 4, 6, 2], 128, Tile(128, 1, 2, 3), [4, 0]),
+        ([4, 2, 2], 64, Tile(128, 2, 4, 2), [2, 0]),
+        ([3, 8, 2, 6, 4, 3], 128, Tile(128, 2, 8, 3), [5, 1]),
+        ([2, 3], 32, Tile(64, 1, 4, 3), [2, 1]),
+        ([2, 3], 32, Tile(64, 1, 2, 3), [2, 1]),
+        ([3, 4], 128, Tile(64, 1, 2, 3), [3, 1]),
+        ([6, 3, 2], 128, Tile(64, 2, 4, 3), [4, 1]),
+        ([8] * 3 + [3] * 40, 256, Tile(128, 2, 4, 3), [5, 1]),
     ],
 )
 def test_each_token_has_its_own_width(
-    widths: list[int], group_size: int, split: int, steps: list[int]
+    widths: list[int], group_size: int, tile: Tile, steps: list[int]
 ) -> None:
     torch.manual_seed(len(widths))
     widths = _many(widths)
@@ -49,7 +50,7 @@ def test_each_token_has_its_own_width(
     prepared = prepare(x, weight.power_K, bits_T[None], 1, group_size, 8)
     assert isinstance(prepared, PreparedHalves)
     assert prepared.steps_L2 is not None and prepared.steps_L2.tolist() == [steps]
-    (out,) = weight.sides(multiply(prepared, None, weight, Tile(128, split, 2, 3), torch.float32))
+    (out,) = weight.sides(multiply(prepared, None, weight, tile, torch.float32))
     assert error(out, routed_linear(x, weight_WNK, bias_WN, bits_T)) < 1e-5
 
 

@@ -29,13 +29,19 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize(
-    ("tokens", "rows", "inputs", "group_size", "split"),
-    [(64, 70, 256, 128, 1), (17, 130, 768, 32, 3), (33, 40, 384, 128, 2), (9, 10, 512, 256, 1)],
+    ("tokens", "rows", "inputs", "group_size", "tile"),
+    # Words that are asked for ahead, and, with fewer warps, that are not.
+    [
+        (64, 70, 256, 128, Tile(64, 1, 4, 2)),
+        (17, 130, 768, 32, Tile(64, 3, 4, 2)),
+        (33, 40, 384, 128, Tile(64, 2, 2, 2)),
+        (9, 10, 512, 256, Tile(128, 1, 4, 2)),
+        (12, 130, 512, 64, Tile(128, 1, 8, 2)),
+    ],
 )
 def test_equals_the_definition(
-    known: bool, bits: int, tokens: int, rows: int, inputs: int, group_size: int, split: int
+    known: bool, bits: int, tokens: int, rows: int, inputs: int, group_size: int, tile: Tile
 ) -> None:
-    tile = Tile(64, split, 4, 2)
     assert error_at_one_width(tokens, bits, known, rows, inputs, group_size, tile) < 1e-5
 
 

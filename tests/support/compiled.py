@@ -23,6 +23,7 @@ from mbq.kernels import dispatch
 from mbq.kernels.triton_dequantize import _ROWS, _WARPS, _dequantize_kernel
 from mbq.kernels.triton_mixed import MOST_TILE_TOKENS, _mixed_kernel
 from mbq.kernels.triton_narrow import _narrow_kernel, most_registers, turns
+from mbq.kernels.triton_operands import loads_ahead
 from mbq.kernels.triton_prepare import _prepare_kernel, rows_ahead, warps_for
 from mbq.kernels.triton_tiles import Tile
 from mbq.kernels.triton_uniform import _uniform_kernel
@@ -33,7 +34,6 @@ ROWS = 22016
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 POINTERS = {
     "x_ptr": "*fp16",
-    "late_ptr": "*i16",
     "digits_ptr": "*i16",
     "out_ptr": "*bf16",
     "trunk_ptr": "*fp16",
@@ -174,7 +174,7 @@ def _narrow(
 
 
 def _cut(architecture: int, tokens: int, tile: Tile, constants: dict[str, Any]) -> dict[str, Any]:
-    constants = {"WARPS": tile.warps, "MOST_SLICES": 4, "T": tokens} | constants
+    constants = {"MOST_SLICES": 4, "T": tokens} | constants
     blocks = tile.warps * turns(tokens, constants["GROUPS"], constants["MIXED"])
     return _multiplying(_narrow_kernel, constants, architecture, tokens, tile, blocks)
 
@@ -193,13 +193,19 @@ def _multiplying(
     blocks: int = 1,
 ) -> dict[str, Any]:
     """What a kernel takes that multiplies by so many blocks of 256 inputs in a turn of its loop."""
-    cut = {"ROWS": tile.rows, "TOKENS": tokens, "SPLIT": tile.split, "STAGES": tile.stages}
+    cut = {
+        "ROWS": tile.rows,
+        "TOKENS": tokens,
+        "SPLIT": tile.split,
+        "WARPS": tile.warps,
+        "AHEAD": loads_ahead(tile.warps, divmod(architecture, 10)),
+    }
     constants = constants | {name: cut[name] for name in cut if name in kernel.arg_names}
     constants |= {"ASM": True, "PROGRAMMATIC": architecture >= 90}
     most = None
     if kernel is _narrow_kernel:
         most = most_registers(tokens, tile, 256 // constants["GROUPS"])
-    made = _compile(kernel, constants, architecture, tile.warps, most)
+    made = _compile(kernel, constants, architecture, tile.warps, most, tile.stages)
     assembly = made.pop("assembly")
     weights = blocks * tile.rows * 256 / (32 * tile.warps)
     loops = _loops(assembly)
@@ -207,11 +213,15 @@ def _multiplying(
     early, waits, _ = assembly.partition("ACQBULK")
     spilled = [one for loop in loops for one in loop if re.search(r"\b(LDL|STL)\b", one)]
     return made | {
+        "warps": tile.warps,
         "spills_in_loops": len(spilled),
         # Before it waits for the launch before.
         "early_loads": early.count("LDG.E.128") if waits else 0,
         "wide_loads": len(re.findall(r"LDGSTS\.E\.BYPASS\.128|LDG\.E\.128", assembly)),
         "matrix": len(re.findall(MATRIX, assembly)),
+        # For products of warps that multiply in groups, in a turn.
+        "product_waits": len([one for one in largest if "WARPGROUP.DEPBAR" in one]),
+        "copies": len([one for one in largest if "LDGSTS" in one]),
         "moving": len([one for one in largest if re.search(r"\b(LDS|LDSM|STS|SHFL|BAR)\b", one)]),
         "returns_to_loads": _returns_to_loads(largest),
         "instructions": len(largest) / weights,
@@ -271,6 +281,7 @@ def _compile(
     architecture: int,
     warps: int,
     registers: int | None = None,
+    stages: int = 3,
 ) -> dict[str, Any]:
     """Bytes that it takes, and its assembly."""
     names = kernel.arg_names
@@ -289,7 +300,7 @@ def _compile(
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": warps, "maxnreg": registers},
+        options={"num_warps": warps, "maxnreg": registers, "num_stages": stages},
     )
     with TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
