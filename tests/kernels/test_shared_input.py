@@ -5,7 +5,7 @@ import gc
 import pickle
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from tests.support.routers import random_router
 from tests.support.weights import random_linear
 
 COLUMNS, GROUP = 96, 32
-ROWS = (70, 10, 130)
+ROWS = (70, 10, 100)
 CURVE = Curve((2.0, 3.0, 8.0), (10.0, 0.4, -10.0))
 ROUTERS = pytest.mark.parametrize("width", [8, 0, None])
 
@@ -52,9 +52,18 @@ def _same(outs: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels, in Triton's interpreter, serve float16 tokens; torch serves all others."""
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels, in Triton's interpreter, serve float16 tokens; torch serves all others.
+
+    Products of few tokens are cut to few programs: the interpreter runs one after another.
+    """
     monkeypatch.setattr(dispatch, "packs", lambda x, _: x.dtype is torch.float16)
+    monkeypatch.setattr(
+        dispatch, "_narrow_tile", lambda *_: dispatch.triton_tiles.Tile(32, 1, 1, 1)
+    )
+    dispatch.tile.cache_clear()
+    yield
+    dispatch.tile.cache_clear()
 
 
 @pytest.fixture
