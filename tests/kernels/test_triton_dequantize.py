@@ -42,9 +42,9 @@ def test_equals_the_definition(
 
 
 def test_a_part_of_joined_linears() -> None:
-    code = torch.randint(0, 256, (200, 512), dtype=torch.uint8)
-    scale_zero = pack_pair(*(0.5 + torch.rand(2, 200, 4)))
-    gain_bias = pack_pair(*(0.9 + torch.rand(2, len(WIDTHS), 200) / 5))
+    code = torch.randint(0, 256, (100, 512), dtype=torch.uint8)
+    scale_zero = pack_pair(*(0.5 + torch.rand(2, 100, 4)))
+    gain_bias = pack_pair(*(0.9 + torch.rand(2, len(WIDTHS), 100) / 5))
     alone = pack_digits(code, exponents(512), scale_zero, gain_bias, 4)
     other = pack_digits(code[:70], exponents(512), scale_zero[:70], gain_bias[:, :70], 4)
     joined = join_digits([other, alone, other])
