@@ -1,13 +1,13 @@
-"""Compiled kernels for few tokens, in an emulator of PTX, against float64.
+"""Compiled kernels for up to 64 tokens, in an emulator of PTX, against float64.
 
 Triton's interpreter runs what kernels say; this, what the compiler makes of it, inline assembly,
-barriers and shared memory among it.
+barriers, shared memory and what goes on in the background among it.
 """
 
 import pytest
 import torch
 
-from mbq.kernels import triton_narrow, triton_prepare
+from mbq.kernels import triton_mixed, triton_narrow, triton_prepare, triton_uniform
 from mbq.kernels.dispatch import multiply
 from mbq.kernels.precision import Precision
 from mbq.kernels.quantize import powers_of_two
@@ -28,6 +28,8 @@ def _emulated(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
     for module, kernel in (
         (triton_narrow, "_narrow_kernel"),
         (triton_prepare, "_prepare_kernel"),
+        (triton_uniform, "_uniform_kernel"),
+        (triton_mixed, "_mixed_kernel"),
     ):
         monkeypatch.setattr(module, kernel, Emulated(compiler, module.__name__, kernel))
 
@@ -55,6 +57,35 @@ def test_equals_the_definition(
 @pytest.mark.parametrize("widths", [(6, 2), (6, 2, 4, 3, 8), (4, 4, 4)])
 def test_tokens_at_widths_of_their_own(widths: tuple[int, ...]) -> None:
     assert error_at_widths_of_their_own(widths, 768, 128) < 1e-4
+
+
+# Warps that multiply in groups, one and two of them, and single ones; fewer blocks than stages.
+@pytest.mark.parametrize(
+    ("tokens", "bits", "known", "inputs", "group_size", "tile"),
+    [
+        (12, 4, True, 512, 128, Tile(64, 1, 4, 3)),
+        (20, 3, True, 768, 32, Tile(128, 2, 4, 3)),
+        (40, 8, True, 1024, 256, Tile(128, 1, 8, 2)),
+        (12, 2, True, 768, 128, Tile(64, 2, 2, 3)),
+        (20, 6, False, 512, 64, Tile(64, 1, 4, 3)),
+    ],
+)
+def test_more_tokens_at_one_width(
+    tokens: int, bits: int, known: bool, inputs: int, group_size: int, tile: Tile
+) -> None:
+    assert error_at_one_width(tokens, bits, known, 70, inputs, group_size, tile) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("widths", "group_size", "tile"),
+    [
+        ([6, 3, 2] * 4, 128, Tile(64, 2, 4, 3)),
+        ([2, 3] * 6, 32, Tile(64, 1, 2, 3)),
+        ([8] * 3 + [3] * 40, 256, Tile(128, 2, 8, 3)),
+    ],
+)
+def test_more_tokens_at_widths_of_their_own(widths: list[int], group_size: int, tile: Tile) -> None:
+    assert error_at_widths_of_their_own(widths, 768, group_size, tile=tile) < 1e-5
 
 
 @pytest.mark.parametrize("tokens", [2, 8])

@@ -21,7 +21,7 @@ from tests.support import ptx_machine
 
 # Of launches on Hopper; in Triton's interpreter there are others.
 _CONSTANTS = {"ASM": True, "PROGRAMMATIC": True}
-_OPTIONS = ("num_warps", "maxnreg")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 _TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -62,13 +62,13 @@ class Compiler:
 
 @dataclass(frozen=True)
 class Emulated:
-    """Stands for a kernel: `kernel[grid](*arguments, **constants)`, of grids along x."""
+    """Stands for a kernel: `kernel[grid](*arguments, **constants)`"""
 
     compiler: Compiler
     module: str
     kernel: str
 
-    def __getitem__(self, grid: tuple[int]) -> Any:
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*arguments: Any, **named: Any) -> None:
             constants = {k: v for k, v in named.items() if k.isupper()}
             made = self.compiler.compile(
@@ -83,12 +83,11 @@ class Emulated:
                     "options": {k: named[k] for k in _OPTIONS if named.get(k) is not None},
                 }
             )
-            (programs,) = grid
             given = [
                 _array(arguments[i]) if isinstance(arguments[i], Tensor) else arguments[i]
                 for i in made["kept"]
             ]
-            ptx_machine.run(made["ptx"], programs, made["threads"], given, made["shared_bytes"])
+            ptx_machine.run(made["ptx"], grid, made["threads"], given, made["shared_bytes"])
 
         return launch
 

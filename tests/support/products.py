@@ -11,6 +11,8 @@ from mbq.kernels.triton_prepare import prepare
 from mbq.kernels.triton_tiles import Tile
 from tests.support.weights import error, random_weight
 
+_NARROW = Tile(16, 1, 4, 1)
+
 
 def error_at_one_width(
     tokens: int, bits: int, known: bool, rows: int, inputs: int, group_size: int, tile: Tile
@@ -31,12 +33,12 @@ def error_at_one_width(
 
 
 def error_at_widths_of_their_own(
-    widths: Sequence[int], inputs: int, group_size: int, max_bits: int = 8
+    widths: Sequence[int], inputs: int, group_size: int, max_bits: int = 8, tile: Tile = _NARROW
 ) -> float:
     """Relative error of a linear of 70 rows."""
     weight, weight_WNK, bias_WN = random_weight(70, inputs, group_size, max_bits=max_bits)
     x = torch.randn(len(widths), inputs).bfloat16()
     bits_T = torch.tensor(widths)
     prepared = prepare(x, weight.power_K, bits_T[None], 1, group_size, max_bits)
-    (out,) = weight.sides(multiply(prepared, None, weight, Tile(16, 1, 4, 1), torch.float32))
+    (out,) = weight.sides(multiply(prepared, None, weight, tile, torch.float32))
     return error(out, routed_linear(x, weight_WNK, bias_WN, bits_T))

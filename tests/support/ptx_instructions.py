@@ -1,7 +1,8 @@
 """Instructions of the emulator that need more than registers: memory, other lanes, where to go on.
 
-`CONTROL` has those after which warps may be in different places, `HANDLERS` the rest; `execute`
-also knows what registers alone decide (`ptx_operations.py`). Atomics take effect lane after lane.
+`CONTROL` has those after which warps may be in different places, `HANDLERS` the rest, with
+what goes on in the background (`ptx_async.py`); `execute` also knows what registers alone decide
+(`ptx_operations.py`). Atomics take effect lane after lane.
 `griddepcontrol` does nothing, as programs take turns.
 
 Legend: W warps, n lanes of the warps that are at an instruction.
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.support.ptx_async import BACKGROUND, PRODUCTS
 from tests.support.ptx_lanes import LANES, Lanes, constant
 from tests.support.ptx_operations import OPERATIONS, TYPES, Array, matrix_product, shuffled_lane
 from tests.support.ptx_text import (
@@ -31,6 +33,9 @@ from tests.support.ptx_text import (
 def execute(lanes: Lanes, instruction: Instruction) -> None:
     """One that is not in `CONTROL`."""
     lanes.active = lanes.guarded(instruction)
+    if instruction.opcode not in PRODUCTS:
+        for warp in lanes.warps:
+            lanes.program.background[warp].touch(instruction.registers)
     operation = OPERATIONS.get(instruction.opcode)
     if operation is None:
         HANDLERS[instruction.opcode](lanes, *instruction.operands)
@@ -104,7 +109,7 @@ def _load_parameter(kind: str, lanes: Lanes, target: Operand, source: Operand) -
 def _load(space: str, kind: str, lanes: Lanes, target: Operand, source: Operand) -> None:
     targets = target if isinstance(target, tuple) else (target,)
     dtype = TYPES[kind]
-    chosen = np.arange(lanes.count) if lanes.active is None else np.flatnonzero(lanes.active)
+    chosen = lanes.chosen()
     values = np.zeros((lanes.count, len(targets)), dtype)
     size = dtype.itemsize * len(targets)
     found = lanes.load(space, lanes.addresses(source, space)[chosen], size, lanes.warp[chosen])
@@ -115,7 +120,7 @@ def _load(space: str, kind: str, lanes: Lanes, target: Operand, source: Operand)
 
 def _store(space: str, kind: str, lanes: Lanes, target: Operand, source: Operand) -> None:
     sources = source if isinstance(source, tuple) else (source,)
-    chosen = np.arange(lanes.count) if lanes.active is None else np.flatnonzero(lanes.active)
+    chosen = lanes.chosen()
     values = np.stack([lanes.full(one, kind) for one in sources], axis=1)[chosen]
     addresses = lanes.addresses(target, space)[chosen]
     lanes.store(space, addresses, values.view(np.uint8), lanes.warp[chosen])
@@ -144,8 +149,7 @@ def _atomic(
     addresses = lanes.addresses(address, "global")
     values = [lanes.full(source, kind) for source in sources]
     before = np.zeros(lanes.count, TYPES[kind])
-    active = range(lanes.count) if lanes.active is None else np.flatnonzero(lanes.active).tolist()
-    for i in active:
+    for i in lanes.chosen().tolist():
         at, warp = addresses[i : i + 1], lanes.warp[i : i + 1]
         old = lanes.load("global", at, before.itemsize, warp).view(before.dtype)[:, 0]
         made = change(old, *(value[i : i + 1] for value in values)).astype(before.dtype)
@@ -275,4 +279,4 @@ def _handlers() -> dict[str, Callable[..., None]]:
     return made
 
 
-HANDLERS = _handlers()
+HANDLERS = _handlers() | BACKGROUND | PRODUCTS

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.support.ptx_background import Background
 from tests.support.ptx_operations import PACKED, TYPES, Array
+from tests.support.ptx_shared import Shared
 from tests.support.ptx_text import (
     SHARED_BASE,
     Address,
@@ -48,31 +50,6 @@ def constant(text: str, kind: str) -> Array:
     return np.array([value & (1 << 8 * dtype.itemsize) - 1], f"u{dtype.itemsize}").view(dtype)
 
 
-class _Shared:
-    """Shared memory, and which warps, a bit each, touched its bytes since the last barrier."""
-
-    def __init__(self, count: int) -> None:
-        self.bytes = np.full(count, 0xFF, np.uint8)
-        self._read, self._written = np.zeros((2, count), np.uint32)
-
-    def meet(self) -> None:
-        self._read[:] = self._written[:] = 0
-
-    def note(self, at: Array, warp: Array, written: Array | None) -> None:
-        """Bytes at [n, size] by warps [n], what they write before it is written."""
-        mine = np.broadcast_to((np.uint32(1) << warp.astype(np.uint32))[:, None], at.shape)
-        # Several warps may write one value, as they do where they have the same.
-        against = self._written[at] if written is None else self._read[at] | self._written[at]
-        others = against & ~mine != 0
-        if written is not None:
-            same = (self._read[at] & ~mine == 0) & (self.bytes[at] == written)
-            others &= ~same
-        if others.any():
-            byte = int(at[others][0])
-            raise Fault(f"byte {byte} of shared memory is raced for by two warps")
-        np.bitwise_or.at(self._read if written is None else self._written, at, mine)
-
-
 class Program:
     """Registers and memory of one program, and where its warps are."""
 
@@ -81,18 +58,18 @@ class Program:
         text: Text,
         values: list[Argument],
         arrays: dict[int, NDArray[np.uint8]],
-        place: int,
-        grid: int,
+        place: tuple[int, ...],
+        grid: tuple[int, ...],
         threads: int,
         shared_bytes: int,
     ) -> None:
         self.text, self.values, self.arrays = text, values, arrays
-        self.threads, self.shared = threads, _Shared(shared_bytes)
+        self.threads, self.shared = threads, Shared(shared_bytes)
         thread = np.arange(threads, dtype=np.uint32)
         known = {"%tid.x": thread, "%laneid": thread % LANES}
-        sizes = {"%ntid.x": threads, "%ctaid.x": place, "%nctaid.x": grid}
-        sizes |= {f"%{name}.{axis}": 1 for name in ("ntid", "nctaid") for axis in "yz"}
-        sizes |= {f"%{name}.{axis}": 0 for name in ("tid", "ctaid") for axis in "yz"}
+        sizes = {"%ntid.x": threads, "%ntid.y": 1, "%ntid.z": 1, "%tid.y": 0, "%tid.z": 0}
+        sizes |= {f"%ctaid.{axis}": at for axis, at in zip("xyz", place, strict=True)}
+        sizes |= {f"%nctaid.{axis}": count for axis, count in zip("xyz", grid, strict=True)}
         self.registers: dict[str, Array] = known | {
             name: np.full(threads, size, np.uint32) for name, size in sizes.items()
         }
@@ -100,6 +77,7 @@ class Program:
         # The next instruction of each warp, None if it has ended; whether it waits at a barrier.
         self.next: list[int | None] = [0] * warps
         self.waiting = [False] * warps
+        self.background = [Background() for _ in range(warps)]
 
 
 class Lanes:
@@ -136,6 +114,10 @@ class Lanes:
         """Whether each warp executes an instruction that its lanes must agree on."""
         guard = self.guarded(instruction)
         return self.agreed(instruction, np.full(self.count, True) if guard is None else guard)
+
+    def chosen(self) -> Array:
+        """Which of the lanes execute an instruction."""
+        return np.arange(self.count) if self.active is None else np.flatnonzero(self.active)
 
     def together(self) -> None:
         if self.active is not None:
@@ -219,42 +201,54 @@ class Lanes:
 
     def load(self, space: str, addresses: Array, size: int, warp: Array) -> Array:
         """Bytes [m, size] at addresses [m], for warps [m]."""
+        if space == "shared":
+            return self.program.shared.load(self.shared_places(addresses, size), warp)
         made = np.empty((len(addresses), size), np.uint8)
-        for chosen, at, memory in self._found(space, addresses, size):
-            if space == "shared":
-                self.program.shared.note(at, warp[chosen], None)
+        for chosen, at, memory in self._found(addresses, size):
             made[chosen] = memory[at]
         return made
 
     def store(self, space: str, addresses: Array, values: Array, warp: Array) -> None:
-        for chosen, at, memory in self._found(space, addresses, values.shape[1]):
-            if space == "shared":
-                self.program.shared.note(at, warp[chosen], values[chosen])
+        size = values.shape[1]
+        if space == "shared":
+            self.program.shared.store(self.shared_places(addresses, size), warp, values)
+            return
+        for chosen, at, memory in self._found(addresses, size):
             memory[at] = values[chosen]
 
+    def shared_places(self, addresses: Array, size: int) -> Array:
+        """[m, size], where their bytes are."""
+        _must_be_aligned(addresses, size)
+        count = self.program.shared.bytes.size
+        return _places(addresses, size, SHARED_BASE, count, "shared memory")
+
     def _found(
-        self, space: str, addresses: Array, size: int
+        self, addresses: Array, size: int
     ) -> Iterator[tuple[Array, Array, NDArray[np.uint8]]]:
         """By array: those that lie in it, where their bytes are, and the array's bytes."""
-        if (unaligned := addresses % np.uint64(size) != 0).any():
-            raise Fault(f"{hex(addresses[unaligned][0])} is not aligned to {size} bytes")
+        _must_be_aligned(addresses, size)
         regions = addresses >> np.uint64(32)
-        for region in [0] if space == "shared" else np.unique(regions).tolist():
-            if space == "shared":
-                memory, base = self.program.shared.bytes, SHARED_BASE
-            else:
-                if region not in self.program.arrays:
-                    raise Fault(f"{hex(addresses[regions == region][0])} is in no array")
-                memory, base = self.program.arrays[region], region * REGION
-            chosen = np.flatnonzero(regions == region if space == "global" else addresses >= 0)
-            offsets = addresses[chosen].astype(np.int64) - base
-            if (outside := (offsets < 0) | (offsets > memory.size - size)).any():
-                raise Fault(
-                    f"{size} bytes at byte {offsets[outside][0]} of "
-                    + (f"argument {region - 1}" if space == "global" else "shared memory")
-                    + f", which has {memory.size}"
-                )
-            yield chosen, offsets[:, None] + np.arange(size), memory
+        for region in np.unique(regions).tolist():
+            chosen = np.flatnonzero(regions == region)
+            memory = self.program.arrays.get(region)
+            if memory is None:
+                raise Fault(f"{hex(addresses[chosen][0])} is in no array")
+            name = f"argument {region - 1}"
+            at = _places(addresses[chosen], size, region * REGION, memory.size, name)
+            yield chosen, at, memory
+
+
+def _must_be_aligned(addresses: Array, size: int) -> None:
+    if (unaligned := addresses % np.uint64(size) != 0).any():
+        raise Fault(f"{hex(addresses[unaligned][0])} is not aligned to {size} bytes")
+
+
+def _places(addresses: Array, size: int, base: int, count: int, name: str) -> Array:
+    """Where the bytes are of what lies at addresses, among so many from a base on."""
+    offsets = addresses.astype(np.int64) - base
+    if (outside := (offsets < 0) | (offsets > count - size)).any():
+        raise Fault(f"{size} bytes at byte {offsets[outside][0]} of {name}, which has {count}")
+    return offsets[:, None] + np.arange(size)
 
 
 def _bits(kind: str) -> np.dtype[Any]:

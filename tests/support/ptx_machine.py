@@ -4,7 +4,8 @@ A text is parsed into instructions once (`ptx_text.py`); then programs run one a
 program each warp is somewhere in the text: those that are furthest behind go on, together where
 they are at the same place, until a branch, a barrier or a place that others may come to. An
 instruction is a function of all their lanes at once, found by its opcode: what needs registers only
-is in `ptx_operations.py`, the rest in `ptx_instructions.py`.
+is in `ptx_operations.py`, what goes on in the background in `ptx_async.py`, the rest in
+`ptx_instructions.py`.
 
 Nothing is guessed. These end a run with a `Fault`:
 
@@ -13,11 +14,14 @@ Nothing is guessed. These end a run with a `Fault`:
   - lanes of a warp that part at a branch, or meet at an instruction of the whole warp under a guard
   - a byte of shared memory that one warp writes and another reads or writes (another value) with no
     barrier between the two, in whatever order they came
+  - a byte or a register that is touched while a copy or a product in the background has it, and
+    what the background is not shown by a fence
   - a warp that waits at a barrier for one that has ended; a program that does not end
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,12 +42,16 @@ _HINTS = {
 
 
 def run(
-    ptx: str, grid: int, threads: int, arguments: Sequence[Argument], shared_bytes: int
+    ptx: str,
+    grid: tuple[int, ...],
+    threads: int,
+    arguments: Sequence[Argument],
+    shared_bytes: int,
 ) -> None:
     """Run every program of a kernel, on arrays that it changes in place.
 
     Args:
-        grid: programs, along x.
+        grid: programs along x, y and z; 1 where there are fewer numbers.
         threads: of a program.
         arguments: those that the compiled kernel takes, in order; arrays are pointers to their
             first element. Those left out at the end must not be read.
@@ -51,19 +59,21 @@ def run(
     Raises:
         Fault: see this module's header.
     """
+    grid = (*grid, 1, 1)[:3]
     text = parse(ptx)
     if text.threads not in (None, threads):
         raise Fault(f"compiled for {text.threads} threads, run with {threads}")
     text.instructions = [_known(instruction) for instruction in text.instructions]
     values, arrays = _arguments(text, arguments)
     with np.errstate(all="ignore"):
-        for place in range(grid):
+        for x, y, z in product(range(grid[0]), range(grid[1]), range(grid[2])):
+            place = x, y, z
             _run_program(Program(text, values, arrays, place, grid, threads, shared_bytes))
 
 
 def _known(instruction: Instruction) -> Instruction:
     """Under the opcode that the tables have."""
-    if instruction.opcode in OPERATIONS or instruction.opcode in CONTROL:
+    if any(instruction.opcode in table for table in (OPERATIONS, CONTROL, HANDLERS)):
         return instruction
     opcode = ".".join(part for part in instruction.opcode.split(".") if part not in _HINTS)
     if opcode not in HANDLERS:

@@ -141,6 +141,12 @@ def _funnel(left: bool, clamp: bool) -> Function:
     return shift
 
 
+def _divided(a: Array, b: Array) -> tuple[Array, Array]:
+    """Quotient, towards zero, and remainder; all bits set of what is divided by zero."""
+    rest = np.where(b == 0, -1, np.fmod(a, b))
+    return np.where(b == 0, -1, (a - rest) // b), rest
+
+
 def _chosen(a: Array, b: Array, first: Array) -> Array:
     return np.where(first, a, b)
 
@@ -225,6 +231,8 @@ def _integer_operations() -> Iterator[tuple[str, Function, str, tuple[str, ...]]
         yield f"mul.wide.{kind}", lambda a, b, t=dtype: a.astype(t) * b.astype(t), wide, (kind,) * 2
         function = lambda a, b, c, t=dtype: a.astype(t) * b.astype(t) + c  # noqa: E731
         yield f"mad.wide.{kind}", function, wide, (kind, kind, wide)
+    yield "div.s32", lambda a, b: _divided(a, b)[0], "s32", ("s32", "s32")
+    yield "rem.s32", lambda a, b: _divided(a, b)[1], "s32", ("s32", "s32")
     for kind in ("s32", "u32"):
         yield f"bfe.{kind}", _field, kind, (kind, "u32", "u32")
     for kind in ("pred", "b16", "b32", "b64"):

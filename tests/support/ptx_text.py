@@ -8,6 +8,7 @@ opens, get names of their own. What an instruction means is for `ptx_machine.py`
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 # Where shared memory begins: not at zero, so that what forgets to add it is found.
@@ -57,6 +58,18 @@ class Instruction:
     guard: Register | None
     negated: bool
     text: str
+
+    @cached_property
+    def registers(self) -> frozenset[str]:
+        """Names of those among the operands, and in them."""
+        each = [one for operand in self.operands for one in _parts(operand)]
+        return frozenset(one.name for one in each if isinstance(one, Register))
+
+
+def _parts(operand: Operand) -> tuple[Any, ...]:
+    if isinstance(operand, Address):
+        return (operand.base,)
+    return operand if isinstance(operand, tuple) else (operand,)
 
 
 @dataclass
