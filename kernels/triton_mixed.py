@@ -84,6 +84,38 @@ def _digits(
     return side_by_side(made, WARPS)
 
 
+@triton.jit
+def _turn(
+    total, words, low, pairs, width, e, halved, bits, x_at, block, sum_ptr, bias_sum_ptr,
+    padded_tokens, late, BLOCK_GROUPS: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """Sums with what a step adds to those of tokens that take it, in a block."""
+    CHUNKS: tl.constexpr = 8 // BLOCK_GROUPS
+    AT_ONCE: tl.constexpr = chunks_at_once(CHUNKS, AHEAD)
+    shift, high_bits = tl.zeros_like(late), tl.full(words.shape, -1, words.dtype)
+    if e == 1:
+        shift, high_bits = late, high_bits_of(words)
+    words = second_digits(words, low, shift, high_bits, ASM)
+    selector = tl.where((halved == 1) & (e == 1), 3 - width, 3)
+    weight_of_slice = tl.exp2((-2 * e).to(tl.float32))
+    # Zeros and half bins are taken once.
+    once = tl.where(e == 0, 1.0, 0.0)
+    half_bin = 0.5 * tl.exp2((2 - bits).to(tl.float32))
+    place = tl.arange(0, 32 * AT_ONCE)
+    for group in tl.static_range(BLOCK_GROUPS):
+        s, z = halves(pairs[group])
+        sums_at = (block * BLOCK_GROUPS + group) * padded_tokens
+        sums, biases = tl.load(sum_ptr + sums_at) * once, tl.load(bias_sum_ptr + sums_at)
+        acc = (half_bin[None, :] - z[:, None]) * sums[None, :] - biases[None, :]
+        for chunk in tl.static_range(group * CHUNKS, group * CHUNKS + CHUNKS, AT_ONCE):
+            x = tl.load(x_at + (block * 256 + chunk * 32 + place)[:, None])
+            acc = tl.dot(_digits(words, selector, chunk, AT_ONCE, WARPS, ASM), x, acc)
+        acc *= tl.where(row_of(bits) >= width, 1.0, 0.0)[None, :]
+        total += (s * weight_of_slice)[:, None] * acc
+    return total
+
+
 # Fewer variants to compile: these need no alignment.
 @triton.jit(do_not_specialize=["blocks", "padded_tokens", "tokens", "second", "third"])
 def _mixed_kernel(
@@ -94,31 +126,24 @@ def _mixed_kernel(
     BLOCK_GROUPS: tl.constexpr, AHEAD: tl.constexpr, PROGRAMMATIC: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    if PROGRAMMATIC:
-        tl.extra.cuda.gdc_wait()
-    tile = tl.program_id(0)
-    linear = (tile >= second).to(tl.int32) + (tile >= third).to(tl.int32)
-    steps_ptr += 2 * linear
-    first = tl.program_id(1)
+    tile, first = tl.program_id(0), tl.program_id(1)
     n = tile * ROWS + rows_of_tile(ROWS, WARPS)
     t = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
-    steps, halved = tl.load(steps_ptr), tl.load(steps_ptr + 1)
-    bits = tl.load(bits_ptr + linear * padded_tokens + t)
-    half_bin = 0.5 * tl.exp2((2 - bits).to(tl.float32))
-    GROUP_CHUNKS: tl.constexpr = 8 // BLOCK_GROUPS
-    AT_ONCE: tl.constexpr = chunks_at_once(GROUP_CHUNKS, AHEAD)
+    linear = (tile >= second).to(tl.int32) + (tile >= third).to(tl.int32)
+    scale_zero_ptr += tile * ROWS
     at = digit_places(digits_ptr, tile * ROWS, first, rows, blocks, ROWS, WARPS, AHEAD)
     late = late_words(at)
-    scale_zero_ptr += tile * ROWS
+    # The first step is all tokens' first slice.
+    words, low = _load_step(at, 0, 0, 0, rows, blocks)
+    pairs = load_scales(scale_zero_ptr, first, rows, ROWS, WARPS, BLOCK_GROUPS)
+    if PROGRAMMATIC:
+        tl.extra.cuda.gdc_wait()
+    steps, halved = tl.load(steps_ptr + 2 * linear), tl.load(steps_ptr + 2 * linear + 1)
+    bits = tl.load(bits_ptr + linear * padded_tokens + t)
     # What is padded repeats the last token, and is thrown away.
     x_at = x_ptr + (tl.minimum(t, tokens - 1) * (blocks * 256))[None, :]
-    place = tl.arange(0, 32 * AT_ONCE)
     total = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
     turns = ((blocks - first + SPLIT - 1) // SPLIT) * steps
-    if AHEAD:
-        _, width, e = _step(0, steps, halved)
-        words, low = _load_step(at, width, e, halved, rows, blocks)
-        pairs = load_scales(scale_zero_ptr, first, rows, ROWS, WARPS, BLOCK_GROUPS)
     for turn in tl.range(0, turns):
         number, width, e = _step(turn, steps, halved)
         block = first + SPLIT * number
@@ -136,28 +161,10 @@ def _mixed_kernel(
                 moved(at, SPLIT * number, rows), width, e, halved, rows, blocks
             )
             used_pairs = load_scales(scale_zero_ptr, block, rows, ROWS, WARPS, BLOCK_GROUPS)
-        shift, high_bits = tl.zeros_like(late), tl.full(used.shape, -1, used.dtype)
-        if e == 1:
-            shift, high_bits = late, high_bits_of(used)
-        used = second_digits(used, used_low, shift, high_bits, ASM)
-        selector = tl.where((halved == 1) & (e == 1), 3 - width, 3)
-        weight_of_slice = tl.exp2((-2 * e).to(tl.float32))
-        # Zeros and half bins are taken once.
-        once = tl.where(e == 0, 1.0, 0.0)
-        for group in tl.static_range(BLOCK_GROUPS):
-            s, z = halves(used_pairs[group])
-            sums_at = (block * BLOCK_GROUPS + group) * padded_tokens + t
-            sums, biases = tl.load(sum_ptr + sums_at) * once, tl.load(bias_sum_ptr + sums_at)
-            acc = (half_bin[None, :] - z[:, None]) * sums[None, :] - biases[None, :]
-            for chunk in tl.static_range(
-                group * GROUP_CHUNKS, group * GROUP_CHUNKS + GROUP_CHUNKS, AT_ONCE
-            ):
-                x = tl.load(x_at + (block * 256 + chunk * 32 + place)[:, None])
-                digits = _digits(used, selector, chunk, AT_ONCE, WARPS, ASM)
-                acc = tl.dot(digits, x, acc)
-            acc *= tl.where(row_of(bits) >= width, 1.0, 0.0)[None, :]
-            total += (s * weight_of_slice)[:, None] * acc
-
+        total = _turn(
+            total, used, used_low, used_pairs, width, e, halved, bits, x_at, block,
+            sum_ptr + t, bias_sum_ptr + t, padded_tokens, late, BLOCK_GROUPS, WARPS, AHEAD, ASM,
+        )  # fmt: skip
     gain_row = gain_bias_ptr + row_of(bits)[None, :] * rows
     finish(
         total, gain_row, unscale_ptr, part_ptr, arrived_ptr, out_ptr, n, t,
@@ -173,7 +180,7 @@ def multiply_mixed(
     Returns [T, N'], linears side by side (`Digits.sides`).
 
     Raises:
-        ValueError: a tile would reach from one linear into the next.
+        ValueError: a tile would reach from one linear into the next, or has no inputs.
     """
     assert prepared.steps_L2 is not None
     pointers = prepared.bits_LT, prepared.steps_L2

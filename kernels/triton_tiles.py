@@ -40,6 +40,7 @@ _COUNTERS = 4096
 class Tile:
     """How a multiplication is cut: rows a program, programs along K, warps, loads in flight.
 
+    There are no more programs along K than blocks of inputs.
     Of more than 8 tokens a warp has 16 rows or a multiple; of fewer (`triton_narrow.py`) split and
     stages are 1.
     """
@@ -195,9 +196,11 @@ def launch(
     Returns [T, N'], linears side by side.
 
     Raises:
-        ValueError: a tile would reach from one linear into the next.
+        ValueError: a tile would reach from one linear into the next, or has no inputs.
     """
     *_, blocks, rows, _ = weight.digits_SHBN16.shape
+    if tile.split > blocks:
+        raise ValueError(f"{tile.split} programs along K are more than {blocks} blocks of inputs")
     padded_tokens = len(prepared.x_TK)
     grid = (rows // tile.rows, tile.split, padded_tokens // width)
     out = weight.digits_SHBN16.new_empty(prepared.tokens, rows, dtype=dtype)

@@ -50,6 +50,7 @@ from mbq.kernels.triton_tiles import (
     second_digits,
     words_in_register,
 )
+from mbq.kernels.triton_words import load_rest
 
 # Triton runs these at compile time; it reads them, too, hence their plainness.
 
@@ -244,24 +245,24 @@ def _turn(
 
 @triton.jit
 def _summed(
-    x_at, at, scale_zero_ptr, sum_ptr, bias_sum_ptr, bits, rows, blocks, padded_tokens,
+    x_at, at, words, pairs, scale_zero_ptr, sum_ptr, bias_sum_ptr, bits, rows, blocks,
+    padded_tokens,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, WARPS: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr, BITS: tl.constexpr, AHEAD: tl.constexpr, WAITS: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
     """A part of a tile of sums, at one width, in fields as wide as those of BITS.
 
-    Pointers to what has tokens point at those of the tile, that to scales at its first row.
-    `WAITS` for the launch before, but for weights.
+    Pointers to what has tokens point at those of the tile, that to scales at its first row; `words`
+    of the first slice and `pairs` are the first turn's. `WAITS` for the launch before, but for
+    weights.
     """
     first = tl.program_id(1)
     late = late_words(at)
     FIELD: tl.constexpr = field_bits(BITS)
     half_bin = tl.exp2((FIELD - 1 - bits).to(tl.float32))
     total = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-    if AHEAD:
-        words = load_digits(at, bits, rows, blocks, BITS)
-        pairs = load_scales(scale_zero_ptr, first, rows, ROWS, WARPS, BLOCK_GROUPS)
+    words = load_rest(at, words, bits, rows, blocks, 8, BITS)
     if WAITS:
         tl.extra.cuda.gdc_wait()
     for block in tl.range(first, blocks, SPLIT):
@@ -291,16 +292,19 @@ def _uniform_kernel(
     BLOCK_GROUPS: tl.constexpr, BITS: tl.constexpr, MOST_SLICES: tl.constexpr,
     AHEAD: tl.constexpr, PROGRAMMATIC: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
+    tile, first = tl.program_id(0), tl.program_id(1)
+    n = tile * ROWS + rows_of_tile(ROWS, WARPS)
+    t = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
+    linear = (tile >= second).to(tl.int32) + (tile >= third).to(tl.int32)
+    scale_zero_ptr += tile * ROWS
+    at = digit_places(digits_ptr, tile * ROWS, first, rows, blocks, ROWS, WARPS, AHEAD)
+    words = tl.load(at[0])
+    pairs = load_scales(scale_zero_ptr, first, rows, ROWS, WARPS, BLOCK_GROUPS)
     # Widths are what the launch before writes.
     KNOWN: tl.constexpr = BITS > 0
     if PROGRAMMATIC and not KNOWN:
         tl.extra.cuda.gdc_wait()
-    tile = tl.program_id(0)
-    n = tile * ROWS + rows_of_tile(ROWS, WARPS)
-    t = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
-    linear = (tile >= second).to(tl.int32) + (tile >= third).to(tl.int32)
     bits = BITS if KNOWN else tl.load(bits_ptr + linear * padded_tokens)
-    at = digit_places(digits_ptr, tile * ROWS, tl.program_id(1), rows, blocks, ROWS, WARPS, AHEAD)
     # What is padded repeats the last token, and is thrown away.
     x_at = x_ptr + (tl.minimum(t, tokens - 1) * (blocks * 256))[None, :]
     # A loop for each width of fields, unless the host knows which it is.
@@ -309,7 +313,7 @@ def _uniform_kernel(
             if (BITS == 0) or (field_bits(BITS) == 1 << power):  # noqa: SIM102
                 if (bits > (1 << power) // 2) & (bits <= 1 << power):
                     total = _summed(
-                        x_at, at, scale_zero_ptr + tile * ROWS, sum_ptr + t, bias_sum_ptr + t,
+                        x_at, at, words, pairs, scale_zero_ptr, sum_ptr + t, bias_sum_ptr + t,
                         bits, rows, blocks, padded_tokens,
                         ROWS, TOKENS, SPLIT, WARPS, BLOCK_GROUPS,
                         BITS if BITS > 0 else min(1 << power, 2 * MOST_SLICES), AHEAD,
@@ -333,7 +337,7 @@ def multiply_uniform(
     Returns [T, N'], linears side by side (`Digits.sides`).
 
     Raises:
-        ValueError: a tile would reach from one linear into the next.
+        ValueError: a tile would reach from one linear into the next, or has no inputs.
     """
     return launch(
         _uniform_kernel,

@@ -84,7 +84,7 @@ def test_many_tokens_meet_codes_in_registers_and_wait_once_a_group(
 ) -> None:
     """On Hopper: only tokens go through shared memory, words of the first turn come early."""
     for tokens, copied in ((16, 2 * 256 * 16 // 16 // 32), (64, 2 * 256 * 64 // 16 // 32)):
-        for bits in (2, 3, 4, 8):
+        for bits in (2, 3, 4, 8, "any"):
             kernel = compiled["uniform"][f"sm_90, {tokens} tokens, {bits} bits"]
             assert kernel["product_waits"] == 2
             assert kernel["copies"] * kernel["warps"] == copied

@@ -47,7 +47,7 @@ def test_equals_the_definition(
 
 # By the kernel for few tokens, and by that for more.
 TILES = pytest.mark.parametrize(
-    ("tokens", "tile"), [(5, Tile(32, 1, 2, 1)), (12, Tile(64, 2, 4, 2))]
+    ("tokens", "tile"), [(5, Tile(32, 1, 2, 1)), (12, Tile(64, 1, 4, 2))]
 )
 # Inputs in 16 bits are exact in float16, not quite as whole numbers of their group.
 TOLERANCES = {5: 1e-4, 12: 1e-5}
@@ -59,6 +59,7 @@ def test_linears_of_one_input_at_widths_the_device_knows(
     tokens: int, tile: Tile, max_bits: int
 ) -> None:
     made = [random_weight(rows, 512, 128, max_bits=max_bits) for rows in (100, 64, 200)]
+    tile = replace(tile, split=1 if tokens < 9 else 2)
     joined = join_digits([weight for weight, *_ in made])
     widths = torch.tensor([[3], [2], [max_bits]])
     x = torch.randn(tokens, 512).half()
@@ -79,6 +80,13 @@ def test_a_tile_does_not_reach_into_the_next_linear(tokens: int, tile: Tile) -> 
     prepared = prepare(torch.randn(tokens, 256).half(), joined.power_K, 2, 2, 128, 8)
     with pytest.raises(ValueError, match=r"256 rows do not divide linears of \(0, 128, 512\) rows"):
         multiply(prepared, 2, joined, replace(tile, rows=256), torch.float16)
+
+
+def test_no_program_is_without_inputs() -> None:
+    weight, *_ = random_weight(128, 512, 128)
+    prepared = prepare(torch.randn(12, 512).half(), weight.power_K, 2, 1, 128, 8)
+    with pytest.raises(ValueError, match="3 programs along K are more than 2 blocks of inputs"):
+        multiply(prepared, 2, weight, Tile(64, 3, 4, 2), torch.float16)
 
 
 @TILES
