@@ -54,8 +54,8 @@ def main(spec: str, peers: tuple[str, ...], rows: tuple[str, ...]) -> None:
 
 def folder_of(document: RunDocument) -> Path:
     """Where the peers of a run's model and calibration tokens are kept."""
-    digests = document.model_digest[:12], document.calibration_tokens.sha256[:12]
-    return ROOT / "build" / "quality" / "-".join(digests)
+    digests = document.model_digest, document.calibration_tokens.sha256
+    return ROOT / "build" / "quality" / "-".join(one.rpartition(":")[2][:12] for one in digests)
 
 
 def make(peer: str, python: str, model: str, folder: Path, row: str) -> Entry:
