@@ -206,7 +206,7 @@ def default_tile(
 ) -> "triton_tiles.Tile":
     """The rule of thumb, for shapes that were not measured: many warps, since they wait for loads.
 
-    At least 8 on each multiprocessor, as in the fastest tiles that were measured on an H200.
+    About 8 on each multiprocessor, as in the fastest tiles that were measured on an H200.
     """
     if narrow(width):
         return _narrow_tile(rows, blocks, kind, small_groups)
@@ -217,8 +217,8 @@ def default_tile(
     cut = ROW_MULTIPLE // 2 if full else ROW_MULTIPLE
     # Words fill them, too: 32 rows a warp with no more than 16 tokens.
     warps = min(4 if width <= 16 else 8, cut // 16)
-    # Of 64 tokens one program fills a multiprocessor, and parts are as large as codes.
-    most = _PROGRAMS // 2 if wide else _PROGRAMS
+    # One program of 8 warps, or two, fill a multiprocessor.
+    most = _PROGRAMS // 2 if warps == 8 else _PROGRAMS
     split = 1
     while split * 2 <= min(blocks, 16) and rows // cut * split * 2 <= most:
         split *= 2

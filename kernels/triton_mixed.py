@@ -60,7 +60,7 @@ def _step(turn, steps, halved):
 
 @triton.jit
 def _load_step(at, width, e, halved, rows, blocks):
-    """Words that a step reads of a slice.
+    """Words that a step reads of a slice: two of [ROWS, 16] or [ROWS, 32], as pointers are.
 
     Of the second slice high bits and low bits, as far as the step reads them, else all and zero.
     """
@@ -90,7 +90,7 @@ def _turn(
     padded_tokens, late, BLOCK_GROUPS: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    """Sums with what a step adds to those of tokens that take it, in a block."""
+    """Sums [ROWS, TOKENS], float32, with what a step adds in a block to those that take it."""
     CHUNKS: tl.constexpr = 8 // BLOCK_GROUPS
     AT_ONCE: tl.constexpr = chunks_at_once(CHUNKS, AHEAD)
     shift, high_bits = tl.zeros_like(late), tl.full(words.shape, -1, words.dtype)

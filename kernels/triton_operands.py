@@ -9,11 +9,12 @@ Of a chunk matrix units want other inputs of a thread; so inputs change places, 
 q being the number of the thread, of four that share a row. Rows change places, too: those of a warp
 lie together.
 
-Where warps multiply in groups of four, on Hopper and the data centres' Blackwell, words go from
-memory to the very registers in which matrix units take codes, a turn ahead; a turn is a block of
-256 inputs. Up to four chunks are multiplied at once: waiting for a product takes longer than the
-product. Elsewhere words come through shared memory, in the background, and products are of one
-chunk: chunks that are put side by side would have to change registers there.
+Where warps multiply in groups of four, on Hopper, words go from memory to the very registers in
+which matrix units take codes, a turn ahead; a turn is a block of 256 inputs. Up to four chunks are
+multiplied at once: waiting for a product takes longer than the product. The data centres' Blackwell
+does the same, but that codes go on to memory of its matrix units. Elsewhere words come through
+shared memory, in the background, and products are of one chunk: chunks that are put side by side
+would have to change registers there.
 
 Legend: W warps, M times 16 rows of each.
 """
@@ -21,7 +22,7 @@ Legend: W warps, M times 16 rows of each.
 import triton
 import triton.language as tl
 
-from mbq.kernels.triton_words import load_rest, word_places
+from mbq.kernels.triton_words import ALL_ROWS, load_rest, word_places
 
 # Architectures whose warps multiply in groups, and of how many.
 _GROUPING = (9, 10, 11)
@@ -82,15 +83,18 @@ def moved(at, blocks, rows):
 
 @triton.jit
 def late_words(at):
-    """1 for words of the second plane of a block, else 0; of the type of those pointed at."""
+    """1 for words of the second plane of a block, else 0: [1, 16 or 32], of the words' type."""
     WORDS: tl.constexpr = at[0].shape[1]
     return (tl.arange(0, WORDS) // (WORDS // 2))[None, :].to(at[0].dtype.element_ty)
 
 
 @triton.jit
 def load_digits(at, bits, rows, blocks, BITS: tl.constexpr):
-    """All words that a width, BITS at most, reads of a block, as `load_rest` gives them."""
-    return load_rest(at, tl.load(at[0]), bits, rows, blocks, 8, BITS)
+    """All words that a width, BITS at most, reads of a block, as `load_rest` gives them.
+
+    Five of [ROWS, 16] or [ROWS, 32], as pointers are.
+    """
+    return load_rest(at, tl.load(at[0]), bits, rows, blocks, ALL_ROWS, BITS)
 
 
 @triton.jit
@@ -98,7 +102,7 @@ def load_scales(
     scale_zero_ptr, block, rows, ROWS: tl.constexpr, WARPS: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Scales and zeros of a tile of rows, in their places, for each group of a block: int32 [ROWS].
+    """Scales and zeros of a tile of rows, in their places: int32 [ROWS] for each group of a block.
 
     The pointer is to those of the tile.
     """

@@ -50,7 +50,7 @@ from mbq.kernels.triton_tiles import (
     second_digits,
     words_in_register,
 )
-from mbq.kernels.triton_words import load_rest
+from mbq.kernels.triton_words import ALL_ROWS, load_rest
 
 # Triton runs these at compile time; it reads them, too, hence their plainness.
 
@@ -217,7 +217,7 @@ def _turn(
     BLOCK_GROUPS: tl.constexpr, BITS: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    """Sums with those of a block."""
+    """Sums [ROWS, TOKENS], float32, with those of a block."""
     # Sums are restarted at every group, and where fields begin to lie elsewhere.
     PARTS: tl.constexpr = BLOCK_GROUPS if BLOCK_GROUPS > 1 else 2
     CHUNKS: tl.constexpr = 8 // PARTS
@@ -254,15 +254,15 @@ def _summed(
     """A part of a tile of sums, at one width, in fields as wide as those of BITS.
 
     Pointers to what has tokens point at those of the tile, that to scales at its first row; `words`
-    of the first slice and `pairs` are the first turn's. `WAITS` for the launch before, but for
-    weights.
+    of the first slice and `pairs` are the first turn's, where they are asked for ahead. `WAITS` for
+    the launch before, but for weights.
     """
     first = tl.program_id(1)
     late = late_words(at)
     FIELD: tl.constexpr = field_bits(BITS)
     half_bin = tl.exp2((FIELD - 1 - bits).to(tl.float32))
     total = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-    words = load_rest(at, words, bits, rows, blocks, 8, BITS)
+    words = load_rest(at, words, bits, rows, blocks, ALL_ROWS, BITS)
     if WAITS:
         tl.extra.cuda.gdc_wait()
     for block in tl.range(first, blocks, SPLIT):

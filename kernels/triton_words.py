@@ -20,6 +20,9 @@ import triton.language as tl
 
 from mbq.kernels.triton_bytes import halves_of, parts_of, sets_of
 
+# Rows of `load_words` where all of them are pointed at.
+ALL_ROWS = tl.constexpr(8)
+
 
 @triton.constexpr_function
 def _row_words(pointer: Any) -> int:
@@ -83,7 +86,7 @@ def _next_places(
 def load_words(at, there, ROWS: tl.constexpr):
     """Words of more rows than are pointed at, 8 at a time, so that one address serves them.
 
-    [ROWS / 8 W 8, 16], where 8 rows of each warp are pointed at.
+    [ROWS / 8 W 8, 16], where 8 rows of each warp are pointed at; those that are, if ROWS is 8.
     """
     made = tl.load(at, mask=there, other=0)
     if ROWS > 8:

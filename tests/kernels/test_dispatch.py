@@ -20,16 +20,17 @@ FOLDER = Path(dispatch.__file__).parent
 @pytest.mark.parametrize("tokens", [1, 3, 16, 33, 64])
 @pytest.mark.parametrize("kind", ["mixed", "2", "4", "8", "any"])
 @pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("architecture", [(8, 0), (9, 0), (10, 0), (12, 0)])
 def test_the_rule_of_thumb_leaves_work_for_every_program(
-    rows: int, blocks: int, tokens: int, kind: str, small: bool
+    rows: int, blocks: int, tokens: int, kind: str, small: bool, architecture: tuple[int, int]
 ) -> None:
     tile = dispatch.default_tile(
-        rows, blocks, dispatch.token_tile(tokens, kind), kind, small, (9, 0)
+        rows, blocks, dispatch.token_tile(tokens, kind), kind, small, architecture
     )
     assert rows % tile.rows == 0
     assert 1 <= tile.split <= blocks
     # Matrix units take 16 rows of a warp.
-    assert tokens <= FEW or tile.rows >= 16 * tile.warps
+    assert tokens <= FEW or tile.rows % (16 * tile.warps) == 0
 
 
 def test_shipped_tiles_fit_their_shapes() -> None:
@@ -45,7 +46,7 @@ def test_shipped_tiles_fit_their_shapes() -> None:
                 if int(tokens) <= FEW:
                     assert (tile in (16, 32), split, stages) == (True, 1, 1)
                 else:
-                    assert tile >= 16 * warps
+                    assert tile % (16 * warps) == 0
                 assert rows % tile == 0
                 assert split * 256 <= inputs
                 assert warps in (1, 2, 4, 8, 16)
@@ -77,6 +78,20 @@ def test_any_width_is_cut_like_the_largest_where_it_was_not_measured(
     rule = dispatch.default_tile(256, 1, 8, "8", False, (9, 0))
     assert dispatch.tile(256, 256, 128, 7, gpu, "8") == rule
     assert measured == dispatch.triton_tiles.Tile(32, 1, 1, 1)
+
+
+def test_a_tile_that_reaches_into_the_next_linear_is_made_smaller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tiles = {"2": {"256 x 256": {"16": [256, 1, 8, 2]}}}
+    monkeypatch.setattr(dispatch, "_measured", lambda architecture: tiles)
+    dispatch.tile.cache_clear()
+    made = [random_weight(128, 256, 128) for _ in range(2)]
+    x = torch.randn(12, 256).half()
+    out_TN = dispatch.decode(x, 2, 8, join_digits([weight for weight, *_ in made]))
+    dispatch.tile.cache_clear()
+    expected = [routed_linear(x, *rest, torch.full((12,), 2)) for _, *rest in made]
+    assert error(out_TN, torch.cat(expected, dim=1)) < 1e-3
 
 
 def test_on_a_cpu_weights_are_dequantized() -> None:

@@ -86,9 +86,11 @@ def test_many_tokens_meet_codes_in_registers_and_wait_once_a_group(
     for tokens, copied in ((16, 2 * 256 * 16 // 16 // 32), (64, 2 * 256 * 64 // 16 // 32)):
         for bits in (2, 3, 4, 8, "any"):
             kernel = compiled["uniform"][f"sm_90, {tokens} tokens, {bits} bits"]
-            assert kernel["product_waits"] == 2
-            assert kernel["copies"] * kernel["warps"] == copied
-            assert kernel["early_loads"] > 0
+            name = f"{tokens} tokens, {bits} bits"
+            assert kernel["product_waits"] == 2, name
+            assert kernel["copies"] * kernel["warps"] == copied, name
+            assert kernel["shared"] == 0, f"{name} moves them between threads"
+            assert kernel["early_loads"] > 0, name
 
 
 def test_few_tokens_load_before_they_multiply(compiled: dict[str, Any]) -> None:

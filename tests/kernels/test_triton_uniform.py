@@ -37,6 +37,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
         (33, 40, 384, 128, Tile(64, 2, 2, 2)),
         (9, 10, 512, 256, Tile(128, 1, 4, 2)),
         (12, 130, 512, 64, Tile(128, 1, 8, 2)),
+        (12, 130, 512, 128, Tile(256, 1, 8, 2)),
     ],
 )
 def test_equals_the_definition(

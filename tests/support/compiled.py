@@ -221,6 +221,10 @@ def _multiplying(
         "matrix": len(re.findall(MATRIX, assembly)),
         # For products of warps that multiply in groups, in a turn.
         "product_waits": len([one for one in largest if "WARPGROUP.DEPBAR" in one]),
+        # Loads that never happen aside, which only take time.
+        "shared": len(
+            [one for one in largest if re.search(r"^(?!@!PT ).*\b(LDS|LDSM|STS|SHFL)\b", one)]
+        ),
         "copies": len([one for one in largest if "LDGSTS" in one]),
         "moving": len([one for one in largest if re.search(r"\b(LDS|LDSM|STS|SHFL|BAR)\b", one)]),
         "returns_to_loads": _returns_to_loads(largest),
