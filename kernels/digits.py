@@ -14,7 +14,7 @@ So planes of a width are a prefix, the rows of a block of 256 inputs lie side by
 and mask of a word gives digits of neighbouring inputs: an operand of a matrix instruction without
 any permutation. Chunks of 32 inputs do not lie in their order: two in a row lie at the same place
 of two bytes (`triton_bytes.py`), and those of a group, put together to codes of 4 bits, all in the
-low or all in the high half of a byte (`triton_uniform.py`). Rows are padded to a multiple of 128,
+low or all in the high half of a byte (`triton_fields.py`). Rows are padded to a multiple of 128,
 inputs to one of 256; what is padded has scale 0 and adds nothing. Scales and zeros lie with
 rows innermost:
 

@@ -4,7 +4,7 @@ Cuts that were measured ship as `tiles_<architecture>.json`, made by `benchmarks
 
     {"<kind>": {"<N'> x <K'>": {"<tokens of a program>": [rows, split, warps, stages]}}}
 
-where the kind is "mixed", or for tokens of one width the bits of a field (`triton_uniform.py`), or
+where the kind is "mixed", or for tokens of one width the bits of a field (`triton_fields.py`), or
 "any" where only the device knows it.
 
 Other shapes take a rule of thumb: enough programs to fill the device a few times.
@@ -26,6 +26,7 @@ try:
     from mbq.kernels import (
         triton_bytes,
         triton_dequantize,
+        triton_fields,
         triton_mixed,
         triton_narrow,
         triton_operands,
@@ -158,7 +159,7 @@ def kind_of(mixed: bool, bits: int | None) -> str:
     """The kind of a product; `bits` None where only the device knows the width."""
     if mixed:
         return MIXED
-    return ANY if bits is None else str(triton_uniform.field_bits(bits))
+    return ANY if bits is None else str(triton_fields.field_bits(bits))
 
 
 @cache

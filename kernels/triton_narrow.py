@@ -15,7 +15,7 @@ matters:
   - From Hopper on words and scales of the first turn are asked for before the launch before has
     ended; where that launch decides the width, those that every width reads.
 
-Tokens of one width are multiplied by whole codes (`triton_uniform.py`), a byte with 128 less than a
+Tokens of one width are multiplied by whole codes (`triton_fields.py`), a byte with 128 less than a
 code of 8 bits, as bytes have signs. Those that differ are multiplied by what each width adds to the
 one before, digits of 2 bits or of one: as many products as there are widths up to the largest, and
 what a token does not take is multiplied by zero. Where only the device knows the widths it also
@@ -42,6 +42,7 @@ from mbq.kernels.triton_bytes import (
     sets_of,
     unit_product,
 )
+from mbq.kernels.triton_fields import field_bits, fields_of
 from mbq.kernels.triton_prepare import PreparedBytes, launching
 from mbq.kernels.triton_tiles import (
     INTERPRETED,
@@ -53,7 +54,6 @@ from mbq.kernels.triton_tiles import (
     second_digits,
     write,
 )
-from mbq.kernels.triton_uniform import field_bits, fields_of
 from mbq.kernels.triton_words import (
     column_tokens,
     load_first,

@@ -10,14 +10,14 @@ from mbq.kernels.digits import join_digits, pack_digits
 from mbq.kernels.dispatch import multiply
 from mbq.kernels.quantize import pack_pair
 from mbq.kernels.reference import routed_linear
-from mbq.kernels.triton_prepare import prepare
-from mbq.kernels.triton_tiles import Tile
-from mbq.kernels.triton_uniform import (
+from mbq.kernels.triton_fields import (
     combining,
     extracting,
     field_bits,
     field_one,
 )
+from mbq.kernels.triton_prepare import prepare
+from mbq.kernels.triton_tiles import Tile
 from mbq.kernels.widths import CODE_BITS, WIDTHS, slices_of
 from tests.support.products import error_at_one_width
 from tests.support.ptx import emulate
