@@ -47,8 +47,7 @@ def main(name: str, spec: str, python: str, rows: tuple[str, ...]) -> None:
         save_file({"ids": tokens}, Path(made) / "tokens.safetensors")
         ours = pool.submit(calibrate, spec, home)
         entries: dict[str, Any] = {
-            row: make("auto-round", python, document.model_location, Path(made), row)
-            for row in rows or ROWS[:3]
+            row: make("auto-round", python, document, Path(made), row) for row in rows or ROWS[:3]
         }
         ours.result()
         store = LocalStore(Path(home) / "store")

@@ -38,8 +38,8 @@ from mbq.workers.opened import Opened, RunRef
 from mbq.workers.variants import FULL, parse
 
 RESULTS = Path(__file__).with_name("results")
-# A float16 scale for a group of 128; asymmetric ones have a zero as large as a code, too.
-SCALE_BITS = 16 / 128
+# Of a group's scale; asymmetric groups have a zero as large as a code, too.
+SCALE_BITS = 16
 # What of a spec is recorded.
 RECORDED = {"slices", "group_size", "optimisation", "routing", "propagation", "dtype"}
 
@@ -106,7 +106,7 @@ def peer_entries(opened: Opened) -> dict[str, Entry]:
     """Rows of all peers that were made, by peer, width and kind."""
     text = opened.document.evaluation_tokens
     assert text is not None, "a run with results has a text for them"
-    found = {}
+    group, found = opened.spec.group_size, {}
     for record in sorted(folder_of(opened.document).glob("*-*-*sym.json")):
         made = json.loads(record.read_text(encoding="utf-8"))
         if "failed" not in made:
@@ -116,7 +116,7 @@ def peer_entries(opened: Opened) -> dict[str, Entry]:
                 kept.write_text(json.dumps(losses), encoding="utf-8")
             made |= {"losses": json.loads(kept.read_text(encoding="utf-8"))}
             _, bits, kind = record.stem.rsplit("-", 2)
-            made |= {"bits": int(bits), "total": total_bits(int(bits), kind)}
+            made |= {"bits": int(bits), "total": total_bits(int(bits), kind, group)}
             for seconds in ("seconds", "cpu_seconds"):
                 made[f"{seconds}_per_block"] = made.pop(seconds) / opened.model.block_count
         found[record.stem] = made
@@ -131,8 +131,8 @@ def measure(opened: Opened, folder: Path, ids: torch.Tensor) -> list[float]:
         return sequence_losses(model, blocks, ids, opened.spec.microbatch, lambda _: None)
 
 
-def total_bits(bits: int, kind: str) -> float:
-    return bits + SCALE_BITS + (bits / 128 if kind == "asym" else 0.0)
+def total_bits(bits: int, kind: str, group: int) -> float:
+    return bits + (SCALE_BITS + (bits if kind == "asym" else 0)) / group
 
 
 def paired(values: Sequence[float], others: Sequence[float]) -> tuple[float, float]:

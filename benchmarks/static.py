@@ -2,10 +2,10 @@
 
     python benchmarks/static.py SPEC PEER=PYTHON ... [--row 2-asym ...]
 
-SPEC is a preset or a YAML file; its calibration tokens are what each peer gets. PYTHON is the
-interpreter of an environment that has the peer (README.md says how they are made). What is made
-lies in build/quality, by model and calibration tokens, and is not made again; `quality.py` measures
-it. A peer that fails is kept as such, with its last line.
+SPEC is a preset or a YAML file; its calibration tokens and group size are what each peer gets.
+PYTHON is the interpreter of an environment that has the peer (README.md says how they are made).
+What is made lies in build/quality, by model, calibration tokens and group size, and is not made
+again; `quality.py` measures it. A peer that fails is kept as such, with its last line.
 """
 
 import json
@@ -47,27 +47,29 @@ def main(spec: str, peers: tuple[str, ...], rows: tuple[str, ...]) -> None:
         for row in rows:
             record = folder / f"{name}-{row}.json"
             if not record.exists():
-                made = make(name, python, prepared.document.model_location, folder, row)
+                made = make(name, python, prepared.document, folder, row)
                 record.write_text(json.dumps(made) + "\n", encoding="utf-8")
             click.echo(f"{record.stem}: {record.read_text(encoding='utf-8').strip()}")
 
 
 def folder_of(document: RunDocument) -> Path:
-    """Where the peers of a run's model and calibration tokens are kept."""
+    """Where the peers of a run's model, calibration tokens and group size are kept."""
     digests = document.model_digest, document.calibration_tokens.sha256
-    return ROOT / "build" / "quality" / "-".join(one.rpartition(":")[2][:12] for one in digests)
+    model, tokens = (digest.rpartition(":")[2][:12] for digest in digests)
+    return ROOT / "build" / "quality" / f"{model}-{tokens}-{document.spec.group_size}"
 
 
-def make(peer: str, python: str, model: str, folder: Path, row: str) -> Entry:
-    """Let a peer quantize a model into `folder`.
+def make(peer: str, python: str, document: RunDocument, folder: Path, row: str) -> Entry:
+    """Let a peer quantize a run's model into `folder`.
 
     Returns its version and its seconds, of the clock and of the processor; or why it failed.
     """
     script = Path(__file__).resolve().parent / "peers" / SCRIPTS[peer]
     bits, kind = row.split("-")
+    model, group = document.model_location, str(document.spec.group_size)
     tokens, out = folder / "tokens.safetensors", folder / f"{peer}-{row}"
     done = subprocess.run(
-        [python, script, model, tokens, out, bits, kind],
+        [python, script, model, tokens, out, bits, kind, group],
         cwd=folder,
         env=os.environ | {"GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1"},
         capture_output=True,

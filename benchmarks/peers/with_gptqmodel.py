@@ -1,9 +1,9 @@
 """One static width by GPTQModel's GPTQ; run with the Python of an environment that has it.
 
-    GPTQMODEL_CPU_WORKERS=2 python benchmarks/peers/with_gptqmodel.py MODEL TOKENS OUT BITS sym|asym
+    python benchmarks/peers/with_gptqmodel.py MODEL TOKENS OUT BITS sym|asym GROUP
 
-Arguments and result as in `with_auto_round.py`. It calibrates in bfloat16; the weights that it
-makes are read by what its linears do to unit vectors.
+Arguments and result as in `with_auto_round.py`; GPTQMODEL_CPU_WORKERS is 2. It calibrates in
+bfloat16; the weights that it makes are read by what its linears do to unit vectors.
 """
 
 import sys
@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 
-def main(source: str, tokens: str, out: str, bits: str, kind: str) -> None:
+def main(source: str, tokens: str, out: str, bits: str, kind: str, group: str) -> None:
     torch.set_num_threads(1)
     ids = load_file(tokens)["ids"].tolist()
-    config = QuantizeConfig(bits=int(bits), group_size=128, sym=kind == "sym", device="cpu")
+    config = QuantizeConfig(bits=int(bits), group_size=int(group), sym=kind == "sym", device="cpu")
     model = GPTQModel.load(source, config)
     with TemporaryDirectory() as folder:
         started = time.monotonic(), time.process_time()

@@ -1,6 +1,6 @@
 """One static width by llm-compressor's GPTQ; run with the Python of an environment that has it.
 
-    python benchmarks/peers/with_llmcompressor.py MODEL TOKENS OUT BITS sym|asym
+    python benchmarks/peers/with_llmcompressor.py MODEL TOKENS OUT BITS sym|asym GROUP
 
 Arguments and result as in `with_auto_round.py`. The weights that it makes are read by what its
 linears do to unit vectors.
@@ -18,12 +18,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 
-def main(source: str, tokens: str, out: str, bits: str, kind: str) -> None:
+def main(source: str, tokens: str, out: str, bits: str, kind: str, group: str) -> None:
     torch.set_num_threads(1)
     ids = load_file(tokens)["ids"].tolist()
     rows = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
     weights = QuantizationArgs(
-        num_bits=int(bits), type="int", symmetric=kind == "sym", strategy="group", group_size=128
+        num_bits=int(bits),
+        type="int",
+        symmetric=kind == "sym",
+        strategy="group",
+        group_size=int(group),
     )
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
