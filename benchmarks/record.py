@@ -57,6 +57,7 @@ def main(name: str, run: str, *command: str) -> None:
         for key in ("include", "exclude"):
             path = found["spec"][text][key]
             found["spec"][text][key] = Path(path).name if path else None
+        found["spec"][text]["files"] = [Path(path).name for path in found["spec"][text]["files"]]
     RESULTS.mkdir(exist_ok=True)
     out = RESULTS / f"{found['date']}-{name}.json"
     out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
