@@ -21,6 +21,7 @@ Legend: N out_features, K in_features, G groups, B sequences, T tokens, H hidden
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,9 +54,7 @@ _SHOWN_SEQUENCES = 16
 
 @dataclass(frozen=True)
 class Calibration:
-    """A calibrated block and its output error by width, before and after.
-
-    Errors are mean squares, massive tokens counting less (`observe.py`).
+    """A calibrated block and its mean squared output error by width, before and after.
 
     Attributes:
         outlier_overlap: of the tenth of tokens with the largest error at one width, the share
@@ -90,17 +89,17 @@ def calibrate_block(
         report: called with the finished fraction after every step.
 
     Raises:
-        NumericError: a loss, what enters a linear, or what the block outputs is not finite.
+        NumericError: a loss, or what enters a linear, is not finite.
     """
     target, passed = observe(block, target_inputs_BTH)
     stages = stages_of(settings)
     exponents = _exponents(block.module, readers)
-    factors = _factors(block, inputs, target_inputs_BTH, target.weight_BT1, stages, exponents)
+    factors = _factors(block, inputs, target_inputs_BTH, stages, exponents)
     trainables = _replace_linears(block.module, group_size, passed, exponents)
-    before = _token_errors(block, trainables, inputs, target)
+    before = _token_errors(block, trainables, inputs, target.out_BTH)
     _train(block, trainables, inputs, target, factors, passed, settings, stages, seed, report)
     finished = {name: linear.finish() for name, linear in trainables.items()}
-    after = _token_errors(block, trainables, inputs, target)
+    after = _token_errors(block, trainables, inputs, target.out_BTH)
     return Calibration(
         finished,
         {bits: error.mean().item() for bits, error in before.items()},
@@ -113,7 +112,6 @@ def _factors(
     block: BlockRunner,
     inputs: Mapping[int, Tensor],
     target_inputs_BTH: Tensor,
-    weight_BT1: Tensor,
     stages: Sequence[Stage],
     exponents: Mapping[str, Tensor],
 ) -> Factors:
@@ -125,8 +123,8 @@ def _factors(
     streams = {bits: inputs.get(bits, target_inputs_BTH) for bits in chosen}
     found = {}
     for x_BTH in {id(x_BTH): x_BTH for x_BTH in streams.values()}.values():
-        grams = gram_matrices(block, x_BTH, weight_BT1)
-        tokens = weight_BT1.sum().item()
+        grams = gram_matrices(block.module, partial(block.forward, x_BTH))
+        tokens = x_BTH[..., 0].numel()
         # Linears that share both share one factor.
         keys = {
             name: (id(gram_KK), exponents[name].cpu().numpy().tobytes())
@@ -203,7 +201,7 @@ def _descend(
     loss = 0.0
     for part in batch.split(block.microbatch):
         out_BTH = block(inputs_BTH[part])
-        error = _squares(out_BTH, target.out_BTH[part], target.weight_BT1[part]).mean()
+        error = _error(out_BTH, target.out_BTH[part], target.weight_BT1[part])
         share = len(part) / len(batch)
         loss += error.item() * share
         mean = usual.setdefault(bits, max(error.item(), _SMALLEST_LOSS))
@@ -292,8 +290,8 @@ def _set_bits(trainables: Mapping[str, TrainableLinear], bits: int) -> None:
         trainable.bits = bits
 
 
-def _squares(out: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    return (out.float() - target.float()).square() * weight
+def _error(out: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return ((out.float() - target.float()).square() * weight).mean()
 
 
 def outlier_overlap(errors: Mapping[int, Tensor]) -> dict[int, dict[int, float]]:
@@ -320,14 +318,14 @@ def _token_errors(
     block: BlockRunner,
     trainables: Mapping[str, TrainableLinear],
     inputs: Mapping[int, Tensor],
-    target: Target,
+    target_BTH: Tensor,
 ) -> dict[int, Tensor]:
-    """Weighted mean squared output error of every token [T] of the first sequences, by width."""
+    """Mean squared output error of every token [T] of the first sequences, by width."""
     shown = slice(0, _SHOWN_SEQUENCES)
     errors = {}
     for bits, inputs_BTH in sorted(inputs.items()):
         _set_bits(trainables, bits)
         out = block.forward(inputs_BTH[shown])
-        squared = _squares(out, target.out_BTH[shown], target.weight_BT1[shown])
+        squared = (out.float() - target_BTH[shown].float()).square()
         errors[bits] = squared.mean(2).flatten()
     return errors

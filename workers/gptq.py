@@ -1,9 +1,9 @@
 """Codes by error compensation: what rounding one input loses, the inputs after it make up for.
 
 GPTQ (arXiv 2210.17323, algorithm 1) for nested bits. A linear's error on its inputs is
-`|x (w - w_b)|^2 = (w - w_b) H (w - w_b)` with the Gram matrix H = x^T x, in which tokens of massive
-values count less (`observe.py`). Inputs are rounded one after the other; with L, the upper Cholesky
-factor of H's inverse, the best use of the inputs j' > j that are not rounded yet is
+`|x (w - w_b)|^2 = (w - w_b) H (w - w_b)` with the Gram matrix H = x^T x. Inputs are rounded one
+after the other; with L, the upper Cholesky factor of H's inverse, the best use of the inputs j' > j
+that are not rounded yet is
 
     w[j'] -= (w[j] - w_b[j]) / L[j, j] * L[j, j']
 
@@ -17,7 +17,7 @@ too.
 Legend: N out_features, K in_features, G groups, g inputs per group, C candidate codes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mbq.artifacts.errors import NumericError
 from mbq.kernels.widths import CODE_BITS
-from mbq.workers.model import BlockRunner, hooked, linears, remedy_for_infinities
+from mbq.workers.model import hooked, linears, remedy_for_infinities
 
 # Least that is added to the Gram matrix, as a share of its mean diagonal (GPTQ's default).
 _DAMPING = 0.01
@@ -37,14 +37,13 @@ _FINER = 2.0
 _STAY = 4.0
 
 
-def gram_matrices(block: BlockRunner, inputs_BTH: Tensor, weight_BT1: Tensor) -> dict[str, Tensor]:
-    """Weighted sum over tokens of x^T x for what enters each linear: float32 [K, K] by name.
+def gram_matrices(block: nn.Module, run: Callable[[], object]) -> dict[str, Tensor]:
+    """Sum over tokens of x^T x for what enters each linear: float32 [K, K] by name.
 
     Linears that are given the same tensor share one sum.
 
     Args:
-        inputs_BTH: hidden states that enter the block.
-        weight_BT1: how much each token counts (`observe.token_weights`).
+        run: passes the tokens through the block.
 
     Raises:
         NumericError: what enters a linear is not finite.
@@ -53,37 +52,32 @@ def gram_matrices(block: BlockRunner, inputs_BTH: Tensor, weight_BT1: Tensor) ->
     # What entered the linear before, and its name.
     latest: tuple[Tensor, str] | None = None
 
-    def add(weight_T1: Tensor, name: str, linear: nn.Module, arguments: tuple[Tensor]) -> None:
+    def add(name: str, linear: nn.Module, arguments: tuple[Tensor]) -> None:
         nonlocal latest
         if latest is not None and latest[0] is arguments[0]:
             found[name] = found[latest[1]]
             return
         latest = arguments[0], name
-        x_TK = arguments[0].flatten(0, -2).float() * weight_T1.sqrt()
+        x_TK = arguments[0].flatten(0, -2).float()
         gram_KK = x_TK.T @ x_TK
         found[name] = found[name].add_(gram_KK) if name in found else gram_KK
 
-    by_name = linears(block.module)
-    for part_BTH, part_BT1 in block.parts(inputs_BTH, weight_BT1):
-        weigh = partial(add, part_BT1.flatten(0, 1))
-        hooks = (m.register_forward_pre_hook(partial(weigh, n)) for n, m in by_name.items())
-        with hooked(hooks), torch.no_grad():
-            block(part_BTH)
+    hooks = (m.register_forward_pre_hook(partial(add, n)) for n, m in linears(block).items())
+    with hooked(hooks), torch.no_grad():
+        run()
     for name, gram_KK in found.items():
         if not gram_KK.isfinite().all():
-            remedy = remedy_for_infinities(block.module)
-            raise NumericError(f"what enters {name} is not finite; {remedy}")
+            raise NumericError(f"what enters {name} is not finite; {remedy_for_infinities(block)}")
     return found
 
 
-def factor(gram_KK: Tensor, power_K: Tensor, tokens: float) -> Tensor:
+def factor(gram_KK: Tensor, power_K: Tensor, tokens: int) -> Tensor:
     """Upper Cholesky factor of the damped Gram matrix's inverse: float32 [K, K].
 
     Damping grows with K / tokens: correlations that few tokens show are partly chance.
 
     Args:
         power_K: what each input is multiplied by, as the weight is quantized for that.
-        tokens: in the sum, weighted.
     """
     damped = gram_KK.double().mul_(power_K).mul_(power_K[:, None])
     mean = damped.diagonal().mean()

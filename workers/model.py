@@ -272,10 +272,6 @@ class BlockRunner:
         """As many passes as the sequences take."""
         return torch.cat([self(part) for part in hidden_BTH.split(self.microbatch)])
 
-    def parts(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """What each pass takes of tensors that begin with a dimension of sequences."""
-        return zip(*(tensor.split(self.microbatch) for tensor in tensors), strict=True)
-
 
 @contextmanager
 def hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:

@@ -2,8 +2,7 @@
 
 A token counts as one of ten times the usual energy at most: large models give the first token, and
 few others, values of thousands (massive activations, arXiv 2402.17762), and their errors would be
-all that is trained. It counts so wherever tokens are added up: in the loss, in means, in Gram
-matrices (`gptq.py`), and in what bits earn (`route.py`).
+all that is trained.
 
 Legend: B sequences, T tokens, H hidden_size, K in_features.
 """
@@ -14,8 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mbq.artifacts.errors import NumericError
-from mbq.workers.model import BlockRunner, hooked, linears, remedy_for_infinities
+from mbq.workers.model import BlockRunner, hooked, linears
 
 # Energy of a token, in medians, above which its errors count less.
 _MOST_ENERGY = 10.0
@@ -31,44 +29,31 @@ class Target:
 
 @dataclass(frozen=True)
 class Passed:
-    """Mean of what enters a linear, and root mean square of what it outputs; tokens weighted."""
+    """Mean of what enters a linear, and root mean square of what it outputs."""
 
     input_mean_K: Tensor
     output_rms: float
 
 
 def observe(block: BlockRunner, inputs_BTH: Tensor) -> tuple[Target, dict[str, Passed]]:
-    """What the full-precision block outputs, and what passes each of its linears.
-
-    Raises:
-        NumericError: an output is not finite.
-    """
-    out_BTH = block.forward(inputs_BTH)
-    if not out_BTH.isfinite().all():
-        remedy = remedy_for_infinities(block.module)
-        raise NumericError(f"what the block outputs is not finite; {remedy}")
-    target = Target(out_BTH, token_weights(out_BTH))
+    """What the full-precision block outputs, and what passes each of its linears."""
     by_name = linears(block.module)
     entered: dict[str, list[Tensor]] = {name: [] for name in by_name}
     squares: dict[str, list[Tensor]] = {name: [] for name in by_name}
 
-    def note(
-        weight_T1: Tensor, name: str, linear: nn.Module, arguments: tuple[Tensor], out: Tensor
-    ) -> None:
-        entered[name].append((arguments[0].flatten(0, -2).float() * weight_T1).sum(0))
-        squares[name].append((out.flatten(0, -2).float().square() * weight_T1).sum())
+    def note(name: str, linear: nn.Module, arguments: tuple[Tensor], out: Tensor) -> None:
+        entered[name].append(arguments[0].flatten(0, -2).sum(0, dtype=torch.float32))
+        squares[name].append(out.float().square().sum())
 
-    for part_BTH, weight_BT1 in block.parts(inputs_BTH, target.weight_BT1):
-        weigh = partial(note, weight_BT1.flatten(0, 1))
-        hooks = (m.register_forward_hook(partial(weigh, name)) for name, m in by_name.items())
-        with hooked(hooks), torch.no_grad():
-            block(part_BTH)
-    tokens = target.weight_BT1.sum().item()
+    hooks = (m.register_forward_hook(partial(note, name)) for name, m in by_name.items())
+    with hooked(hooks):
+        out_BTH = block.forward(inputs_BTH)
+    tokens = out_BTH[..., 0].numel()
     passed = {}
     for name, linear in by_name.items():
         square = torch.stack(squares[name]).sum() / (tokens * linear.out_features)
         passed[name] = Passed(torch.stack(entered[name]).sum(0) / tokens, square.sqrt().item())
-    return target, passed
+    return Target(out_BTH, token_weights(out_BTH)), passed
 
 
 def token_weights(out_BTH: Tensor) -> Tensor:

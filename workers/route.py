@@ -2,12 +2,10 @@
 
 Per linear and extra width, the *benefit* of a token is how much of the linear's squared output
 error the step to that width removes, each output channel counting as much as the loss is sensitive
-to it (`sensitivity.py`), and the token as much as in calibration (`observe.py`): sensitivities are
-means over tokens, and the loss hardly depends on those of massive values. Everything is fitted on
-calibration tokens: the true benefits of 3 tokens in 4 train a router (`kernels/router.py`), the
-rest, which it has not seen, tell what its scores mean: the mean benefit, per bit, of tokens with
-such a score, made monotone. Three ways to score a token are kept for every input, so that they can
-be compared on the whole model:
+to it (`sensitivity.py`). Everything is fitted on calibration tokens: the true benefits of 3 tokens
+in 4 train a router (`kernels/router.py`), the rest, which it has not seen, tell what its scores
+mean: the mean benefit, per bit, of tokens with such a score, made monotone. Three ways to score a
+token are kept for every input, so that they can be compared on the whole model:
 
     linear   every token alike: only linears differ, nothing is computed at run time
     norm     the logarithm of the token's mean square, nothing is stored
@@ -42,7 +40,6 @@ from mbq.kernels.quantize import reconstruct, unpack_pair
 from mbq.kernels.router import features, pack_halves, score, unpack_halves
 from mbq.kernels.widths import SLICE_BITS, WIDTHS, steps_up_to, widths_up_to
 from mbq.workers.model import BlockRunner, hooked
-from mbq.workers.observe import token_weights
 from mbq.workers.trainable import CalibratedLinear
 
 # One token in four is kept for the maps.
@@ -108,7 +105,7 @@ def fit_routers(
         seed: of everything drawn.
     """
     leaders = {name: linears[0] for name, linears in inputs.items()}
-    x, weight_T = _collect(block, leaders, hidden_BTH, settings.tokens)
+    x = _collect(block, leaders, hidden_BTH, settings.tokens)
     fitted = {}
     for number, (name, linears) in enumerate(inputs.items()):
         benefit_ELT = torch.stack(
@@ -121,7 +118,7 @@ def fit_routers(
             1,
         )
         generator = torch.Generator().manual_seed(seed + number)
-        fitted[name] = fit_input(x.pop(name), benefit_ELT * weight_T, settings, generator)
+        fitted[name] = fit_input(x.pop(name), benefit_ELT, settings, generator)
     return fitted
 
 
@@ -201,8 +198,8 @@ def isotonic(values: Sequence[float]) -> list[float]:
 
 def _collect(
     block: BlockRunner, leaders: Mapping[str, str], hidden_BTH: Tensor, tokens: int
-) -> tuple[dict[str, Tensor], Tensor]:
-    """The first tokens [T, K] that enter each input, and how much each of them counts [T]."""
+) -> dict[str, Tensor]:
+    """The first tokens [T, K] that enter each input."""
     found: dict[str, list[Tensor]] = {name: [] for name in leaders}
 
     def note(name: str, leader: nn.Module, arguments: tuple[Tensor]) -> None:
@@ -213,8 +210,8 @@ def _collect(
         for name, leader in leaders.items()
     )
     with hooked(hooks):
-        weight_T = token_weights(block.forward(hidden_BTH)).flatten()
-    return {name: torch.cat(parts)[:tokens] for name, parts in found.items()}, weight_T[:tokens]
+        block.forward(hidden_BTH)
+    return {name: torch.cat(parts)[:tokens] for name, parts in found.items()}
 
 
 def first_sequences(hidden_BTH: Tensor, tokens: int) -> Tensor:

@@ -179,40 +179,6 @@ def test_few_tokens_of_massive_values_do_not_cost_the_others(tiny_model: Path) -
     assert error_of_others(1000.0) < 1.35 * error_of_others(1.0)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_few_massive_inputs_do_not_cost_the_others(bits: int) -> None:
-    generator = torch.Generator().manual_seed(5)
-    source = torch.randn(48, 64, generator=generator)
-    # Correlated, so that there is something to compensate for.
-    mix = torch.randn(64, 64, generator=generator) / 8 + torch.eye(64)
-    hidden = torch.randn(16, 24, 64, generator=generator) @ mix
-
-    def error_of_others(massive: float) -> float:
-        """Of a linear that is given first tokens with three such values."""
-        x = hidden.clone()
-        x[:, 0, 5:8] *= massive
-        block = nn.Sequential(nn.Linear(64, 48, bias=False))
-        block[0].weight.data.copy_(source)
-        calibrate_block(
-            BlockRunner(block, lambda module, x: module(x), 4),
-            dict.fromkeys(WIDTHS, x),
-            x,
-            Optimisation(passes=6, batch_size=4),
-            group_size=32,
-            readers=[["0"]],
-            seed=3,
-            report=lambda fraction: None,
-        )
-        linear = block[0]
-        assert isinstance(linear, TrainableLinear)
-        linear.bits = bits
-        with torch.no_grad():
-            return (block(x) - x @ source.T)[:, 1:].square().mean().item()
-
-    # 1.4, 1.6 and 11 times where they count in full.
-    assert error_of_others(3000.0) < 1.2 * error_of_others(1.0)
-
-
 def test_microbatches_add_up_to_the_batch(tiny_model: Path) -> None:
     whole, parts = _calibrate(tiny_model, microbatch=4), _calibrate(tiny_model, microbatch=3)
     for bits in WIDTHS:
@@ -220,15 +186,24 @@ def test_microbatches_add_up_to_the_batch(tiny_model: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_is_an_error(tiny_model: Path) -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.linear(x) * float("nan")
+            return out
+
     hidden = torch.randn(2, 4, 32)
     with pytest.raises(NumericError, match="lower the learning rates"):
         calibrate_block(
-            BlockRunner(nn.Sequential(nn.Linear(32, 32)), lambda block, x: block(x), 2),
+            BlockRunner(Broken(), lambda block, x: block(x), 2),
             {2: hidden, 3: hidden, 4: hidden, 8: hidden},
             hidden,
-            Optimisation(passes=2, gain_rate=1e30),
+            Optimisation(passes=2),
             32,
-            [["0"]],
+            [["linear"]],
             0,
             lambda fraction: None,
         )
@@ -361,7 +336,7 @@ def test_bits_are_chosen_by_the_inputs_of_their_width() -> None:
     inputs = {2: two, 4: four}
     runner = BlockRunner(block, lambda module, x: module(x), 4)
     exponent_K = torch.randint(-2, 3, (32,), dtype=torch.int8)
-    factors = _factors(runner, inputs, full, torch.ones(8, 4, 1), stages, {"0": exponent_K})
+    factors = _factors(runner, inputs, full, stages, {"0": exponent_K})
     for bits, own in {2: two, 4: four, 8: full}.items():
         x_TK = own.flatten(0, 1) * 2.0**exponent_K
         expected_KK = factor(x_TK.T @ x_TK, torch.ones(32), len(x_TK))

@@ -8,7 +8,6 @@ from mbq.artifacts.errors import NumericError
 from mbq.kernels.quantize import dequantize, group_bounds, quantize, scale_and_zero
 from mbq.kernels.widths import WIDTHS
 from mbq.workers.gptq import factor, gram_matrices, round_compensated
-from mbq.workers.model import BlockRunner
 
 GROUP = 16
 
@@ -128,10 +127,6 @@ def test_inputs_that_are_always_zero_do_no_harm(dead: str) -> None:
     assert same.all() if dead == "all inputs" else same[:, 3].float().mean() > 0.5
 
 
-def _runner(block: nn.Module) -> BlockRunner:
-    return BlockRunner(block, lambda module, x: module(x), 1)
-
-
 @pytest.mark.parametrize(
     ("dtype", "remedy"),
     [(torch.float32, "look at the model's weights"), (torch.bfloat16, "use dtype float32")],
@@ -140,18 +135,18 @@ def test_inputs_that_are_not_finite_are_an_error(dtype: torch.dtype, remedy: str
     block = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).to(dtype)
     nn.init.constant_(block[0].weight, 1e30)
     with pytest.raises(NumericError, match=f"what enters 1 is not finite; {remedy}"):
-        gram_matrices(_runner(block), torch.ones(1, 3, 2, dtype=dtype), torch.ones(1, 3, 1))
+        gram_matrices(block, lambda: block(torch.ones(1, 3, 2, dtype=dtype)))
 
 
 def test_gram_matrices_are_of_what_enters_each_linear() -> None:
     torch.manual_seed(0)
     block = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
-    x_BTK, weight_BT1 = torch.randn(2, 5, 6), torch.rand(2, 5, 1)
-    grams = gram_matrices(_runner(block), x_BTK, weight_BT1)
-    outer, inner = x_BTK.flatten(0, 1), block[:2](x_BTK).flatten(0, 1)
+    x_BTK = torch.randn(2, 5, 6)
+    grams = gram_matrices(block, lambda: [block(part) for part in x_BTK.split(1)])
+    inner = block[:2](x_BTK).flatten(0, 1)
     assert grams.keys() == {"0", "2"}
-    torch.testing.assert_close(grams["0"], outer.T @ (weight_BT1.flatten()[:, None] * outer))
-    torch.testing.assert_close(grams["2"], inner.T @ (weight_BT1.flatten()[:, None] * inner))
+    torch.testing.assert_close(grams["0"], x_BTK.flatten(0, 1).T @ x_BTK.flatten(0, 1))
+    torch.testing.assert_close(grams["2"], inner.T @ inner)
     assert not block[0]._forward_pre_hooks
 
 
@@ -167,7 +162,7 @@ def test_linears_of_one_input_share_its_gram_matrix() -> None:
 
     torch.manual_seed(0)
     block, x_BTK = Two(), torch.randn(4, 3, 6)
-    grams = gram_matrices(_runner(block), x_BTK, torch.ones(4, 3, 1))
+    grams = gram_matrices(block, lambda: [block(part) for part in x_BTK.split(1)])
     assert grams["gate"] is grams["up"]
     flat = x_BTK.flatten(0, 1)
     assert torch.allclose(grams["up"], flat.T @ flat, atol=1e-5)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from mbq.artifacts.errors import NumericError
 from mbq.workers.model import BlockRunner
 from mbq.workers.observe import observe, token_weights
 
@@ -23,7 +22,7 @@ def test_a_token_counts_as_ten_usual_ones_at_most() -> None:
 def test_parts_count_by_their_tokens() -> None:
     linear = nn.Linear(6, 3)
     x = torch.randn(5, 4, 6)
-    x[4] += 2
+    x[4] += 10
     # Four sequences, then one.
     block = BlockRunner(nn.Sequential(linear), lambda module, x: module(x), 4)
     target, passed = observe(block, x)
@@ -31,23 +30,3 @@ def test_parts_count_by_their_tokens() -> None:
     assert torch.allclose(passed["0"].input_mean_K, x.mean((0, 1)), atol=1e-5)
     rms = linear(x).square().mean().sqrt().item()
     assert passed["0"].output_rms == pytest.approx(rms, rel=1e-5)
-
-
-def test_means_count_a_massive_token_as_the_loss_does() -> None:
-    linear = nn.Linear(6, 3, bias=False)
-    x = torch.randn(4, 5, 6)
-    x[2, 0] *= 1000.0
-    block = BlockRunner(nn.Sequential(linear), lambda module, x: module(x), 3)
-    target, passed = observe(block, x)
-    weight = target.weight_BT1
-    assert weight[2, 0] < 1e-3
-    mean = (weight * x).sum((0, 1)) / weight.sum()
-    assert torch.allclose(passed["0"].input_mean_K, mean, atol=1e-5)
-    squares = (weight * linear(x).square()).sum() / (3 * weight.sum())
-    assert passed["0"].output_rms == pytest.approx(squares.sqrt().item(), rel=1e-5)
-
-
-def test_outputs_that_are_not_finite_are_an_error() -> None:
-    block = BlockRunner(nn.Sequential(nn.Linear(2, 2)), lambda module, x: module(x) / 0, 1)
-    with pytest.raises(NumericError, match="what the block outputs is not finite; look at"):
-        observe(block, torch.ones(1, 3, 2))
