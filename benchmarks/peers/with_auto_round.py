@@ -1,9 +1,9 @@
 """One static width by auto-round; run with the Python of an environment that has it.
 
-    python benchmarks/peers/with_auto_round.py MODEL TOKENS OUT BITS sym|asym GROUP ITERATIONS
+    python benchmarks/peers/with_auto_round.py MODEL TOKENS OUT BITS sym|asym GROUP
 
-Its defaults: iterations of 8 sequences, inputs of the quantized model. TOKENS is a safetensors file
-of calibration sequences `ids` [samples, length]; OUT becomes a folder of the model with the
+Its defaults: 200 iterations of 8 sequences, inputs of the quantized model. TOKENS is a safetensors
+file of calibration sequences `ids` [samples, length]; OUT becomes a folder of the model with the
 quantized weights as floats; GROUP inputs share a scale.
 """
 
@@ -18,9 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def main(
-    source: str, tokens: str, out: str, bits: str, kind: str, group: str, iterations: str
-) -> None:
+def main(source: str, tokens: str, out: str, bits: str, kind: str, group: str) -> None:
     torch.set_num_threads(1)
     ids = load_file(tokens)["ids"].long()
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -31,7 +29,6 @@ def main(
             AutoTokenizer.from_pretrained(source),
             bits=int(bits),
             group_size=int(group),
-            iters=int(iterations),
             sym=kind == "sym",
             nsamples=len(ids),
             seqlen=ids.shape[1],
