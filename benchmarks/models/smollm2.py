@@ -6,8 +6,8 @@
 
 The package has it as GGUF, its linears with codes of 4 bits in groups of 32 and embeddings of 8:
 their values in float32 are what is written, and what runs count as full precision. For the spec,
-`../smollm2.yaml`, put valid.txt and test.txt of WikiText-2 beside it (`word_language_model/data/wikitext-2` of github.com's
-pytorch/examples, commit 77f55b9).
+`../smollm2.yaml`, put valid.txt and test.txt of WikiText-2 beside it, as github.com's
+pytorch/examples has them at commit 77f55b9 (`word_language_model/data/wikitext-2`).
 """
 
 from pathlib import Path
