@@ -89,7 +89,7 @@ def calibrate_block(
         report: called with the finished fraction after every step.
 
     Raises:
-        NumericError: a loss, or what enters a linear, is not finite.
+        NumericError: a loss, what enters a linear, or what the block outputs is not finite.
     """
     target, passed = observe(block, target_inputs_BTH)
     stages = stages_of(settings)

@@ -13,7 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mbq.workers.model import BlockRunner, hooked, linears
+from mbq.artifacts.errors import NumericError
+from mbq.workers.model import BlockRunner, hooked, linears, remedy_for_infinities
 
 # Energy of a token, in medians, above which its errors count less.
 _MOST_ENERGY = 10.0
@@ -36,7 +37,11 @@ class Passed:
 
 
 def observe(block: BlockRunner, inputs_BTH: Tensor) -> tuple[Target, dict[str, Passed]]:
-    """What the full-precision block outputs, and what passes each of its linears."""
+    """What the full-precision block outputs, and what passes each of its linears.
+
+    Raises:
+        NumericError: an output is not finite.
+    """
     by_name = linears(block.module)
     entered: dict[str, list[Tensor]] = {name: [] for name in by_name}
     squares: dict[str, list[Tensor]] = {name: [] for name in by_name}
@@ -48,6 +53,9 @@ def observe(block: BlockRunner, inputs_BTH: Tensor) -> tuple[Target, dict[str, P
     hooks = (m.register_forward_hook(partial(note, name)) for name, m in by_name.items())
     with hooked(hooks):
         out_BTH = block.forward(inputs_BTH)
+    if not out_BTH.isfinite().all():
+        remedy = remedy_for_infinities(block.module)
+        raise NumericError(f"what the block outputs is not finite; {remedy}")
     tokens = out_BTH[..., 0].numel()
     passed = {}
     for name, linear in by_name.items():

@@ -16,8 +16,8 @@ Legend: B sequences, T tokens, H hidden_size, E extra widths, L linears of an in
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -77,24 +77,25 @@ def settle(
     """A curve for every ceiling in bits, and what the settled widths cost.
 
     Args:
-        report: called with the finished fraction.
+        report: called with the finished fraction after every block.
     """
     most = routed.precision.max_bits
     below = {ceiling: widths for ceiling, widths in _SETTLED_BELOW.items() if ceiling < most}
     widths = below | {most: tuple(bits for bits in _SETTLED if bits < most)}
     wanted = [(ceiling, bits) for ceiling in widths for bits in widths[ceiling]]
+    # Shares of the work: one setting, twice all those wanted, and the full-precision model.
+    one, many = 1 / (2 + 2 * len(wanted)), len(wanted) / (2 + 2 * len(wanted))
     all_bits = [Setting(most, float(most), -math.inf)]
-    with_all_bits, _ = run_settings(routed, ids_BT, microbatch, all_bits)
-    report(1 / 6)
+    first = _telling(routed, report, 0.0, one)
+    with_all_bits, _ = run_settings(first, ids_BT, microbatch, all_bits)
     earned = with_all_bits * len(wanted)
     # Where tokens are alike, nothing depends on what a linear sees.
     if any(earnings.log_ELT.shape[2] > 1 for earnings in with_all_bits[0]):
-        first_settings = _solve(wanted, earned)
-        earned, _ = run_settings(routed, ids_BT, microbatch, first_settings)
-    report(3 / 6)
+        second = _telling(routed, report, one, many)
+        earned, _ = run_settings(second, ids_BT, microbatch, _solve(wanted, earned))
     settings = _solve(wanted, earned)
-    measured, hidden = run_settings(routed, ids_BT, microbatch, settings)
-    report(5 / 6)
+    third = _telling(routed, report, one + many, many)
+    measured, hidden = run_settings(third, ids_BT, microbatch, settings)
     costs = _divergences(routed.model, _full_hidden(routed.model, ids_BT, microbatch), hidden)
     settled = tuple(
         SettledWidth(
@@ -106,6 +107,19 @@ def settle(
         for setting, e, cost in zip(settings, measured, costs, strict=True)
     )
     return {ceiling: _curve(ceiling, wanted, earned) for ceiling in widths}, settled
+
+
+def _telling(
+    routed: RoutedModel, report: Callable[[float], None], done: float, share: float
+) -> RoutedModel:
+    """The same model, whose blocks tell how much is done: a pass is a share of the work."""
+
+    def blocks() -> Iterator[nn.Module]:
+        for index, block in enumerate(routed.blocks()):
+            yield block
+            report(done + share * (index + 1) / routed.model.block_count)
+
+    return replace(routed, blocks=blocks)
 
 
 def _curve(

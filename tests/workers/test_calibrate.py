@@ -1,6 +1,7 @@
 """Calibration: that it helps where it should, harms nothing, and repeats exactly."""
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,28 +186,40 @@ def test_microbatches_add_up_to_the_batch(tiny_model: Path) -> None:
         assert parts.loss_after[bits] == pytest.approx(whole.loss_after[bits], rel=0.1)
 
 
-def test_a_loss_that_is_not_finite_is_an_error(tiny_model: Path) -> None:
+def _calibrate_broken(output: float, loss: float) -> None:
+    """Calibrate a block whose output is multiplied by a number at first, later by another one."""
+
     class Broken(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.linear = nn.Linear(32, 32)
 
         def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.linear(x) * float("nan")
+            untouched = isinstance(self.linear, nn.Linear)
+            out: Tensor = self.linear(x) * (output if untouched else loss)
             return out
 
     hidden = torch.randn(2, 4, 32)
+    calibrate_block(
+        BlockRunner(Broken(), lambda block, x: block(x), 2),
+        {2: hidden, 3: hidden, 4: hidden, 8: hidden},
+        hidden,
+        Optimisation(passes=2),
+        32,
+        [["linear"]],
+        0,
+        lambda fraction: None,
+    )
+
+
+def test_a_loss_that_is_not_finite_is_an_error() -> None:
     with pytest.raises(NumericError, match="lower the learning rates"):
-        calibrate_block(
-            BlockRunner(Broken(), lambda block, x: block(x), 2),
-            {2: hidden, 3: hidden, 4: hidden, 8: hidden},
-            hidden,
-            Optimisation(passes=2),
-            32,
-            [["linear"]],
-            0,
-            lambda fraction: None,
-        )
+        _calibrate_broken(output=1.0, loss=math.nan)
+
+
+def test_an_output_that_is_not_finite_is_an_error_of_the_model() -> None:
+    with pytest.raises(NumericError, match="what the block outputs is not finite; look at"):
+        _calibrate_broken(output=math.inf, loss=1.0)
 
 
 # With two degrees of freedom or fewer a weight has no variance: one may be all of the error.

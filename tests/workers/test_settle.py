@@ -1,5 +1,6 @@
 """Settled thresholds on a real small model, and the choice among methods."""
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from mbq.artifacts.sealed import get_document
 from mbq.kernels.precision import Curve, Precision
 from mbq.workers.allocate import realised_bits
 from mbq.workers.opened import Opened, RunRef
-from mbq.workers.settle import RoutedModel, Setting, choose, run_settings
+from mbq.workers.settle import RoutedModel, Setting, choose, run_settings, settle
 
 
 def _record(method: str, router_bits: float, divergences: list[float]) -> RoutingRecord:
@@ -96,3 +97,21 @@ def test_what_is_expected_is_what_is_read(finished_run: Any) -> None:
     passed = sum(linear.tally[0] * linear.weights for linear in linears)
     assert read / passed == pytest.approx(realised_bits(earned[0], threshold, 8), abs=2e-3)
     assert torch.isfinite(hidden[0]).all()
+
+
+def test_what_is_told_of_the_progress_ascends_to_one(finished_run: Any) -> None:
+    opened = Opened(RunRef(finished_run.store.uri, finished_run.document.run, "cpu"))
+    ids = opened.tokens(opened.document.calibration_tokens)[:2]
+    precision = Precision(8)
+    routed = RoutedModel(
+        opened.model,
+        lambda: (opened.elastic_block(b, precision, "norm") for b in range(3)),
+        precision,
+        opened.router_weights,
+    )
+    told: list[float] = []
+    settle(routed, ids, 2, told.append)
+    assert told == sorted(told)
+    assert 0 < told[0] < 0.05 and told[-1] <= 1
+    # Nine passes of three blocks, of which those of all settings are most of the work.
+    assert max(b - a for a, b in itertools.pairwise(told)) < 0.2
