@@ -168,7 +168,7 @@ def _train(
         generator = torch.Generator().manual_seed(seed + number)
         optimiser = _optimiser(trainables, settings, stage)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _cosine(stage.passes * batches))
-        bins = {m: m.bins(stage.kept_bits) for m in trainables.values() if stage.kept_bits}
+        limits = {linear: linear.limits(stage.kept_bits) for linear in trainables.values()}
         for batch in _batches(sequences, settings.batch_size, stage.passes, generator):
             optimiser.zero_grad(set_to_none=True)
             for bits in _draw(stage.trained, generator):
@@ -176,7 +176,7 @@ def _train(
                 _descend(block, bits, inputs[bits], target, batch, usual, settings.balance)
             optimiser.step()
             schedule.step()
-            _keep(bins)
+            _confine(limits)
             steps_done += 1
             report(steps_done / steps_total)
 
@@ -213,9 +213,9 @@ def _descend(
 
 
 @torch.no_grad()
-def _keep(bins: Mapping[TrainableLinear, tuple[Tensor, Tensor]]) -> None:
-    """Move every weight back between the values at which its first bits are the kept ones."""
-    for linear, (low_NK, high_NK) in bins.items():
+def _confine(limits: Mapping[TrainableLinear, tuple[Tensor, Tensor]]) -> None:
+    """Move every weight back between its limits (`TrainableLinear.limits`)."""
+    for linear, (low_NK, high_NK) in limits.items():
         linear.value.copy_(linear.value.maximum(low_NK).minimum(high_NK))
 
 

@@ -30,6 +30,9 @@ from mbq.workers.gptq import MARGIN, bin_ends, round_compensated
 
 # sigmoid(4) = 0.982: ranges start almost unclipped (OmniQuant's initial value).
 _INITIAL_LOGIT = 4.0
+# How far from its source a weight is trained, in initial 2-bit steps: on real inputs, what lies
+# further away is worse for text that was not seen, at high widths most (benchmarks/README.md).
+_FARTHEST = 0.2
 _LARGEST_HALF = torch.finfo(torch.float16).max
 
 
@@ -158,8 +161,16 @@ class TrainableLinear(nn.Module):
         )
 
     @torch.no_grad()
-    def bins(self, kept_bits: int) -> tuple[Tensor, Tensor]:
-        """Values [N, K] between which the first bits stay as they are under these ranges."""
+    def limits(self, kept_bits: int) -> tuple[Tensor, Tensor]:
+        """Values [N, K] between which a weight is trained: near its source, in a kept bin.
+
+        Args:
+            kept_bits: the first bits, which stay as they are under the present ranges; 0 for none.
+        """
+        source_NK = self._source_NK() / self._unit_NK()
+        low_NK, high_NK = source_NK - _FARTHEST, source_NK + _FARTHEST
+        if not kept_bits:
+            return low_NK, high_NK
         scale_NG, zero_NG = self.grid()
         code_NK = quantize(self.value * self._unit_NK(), scale_NG, zero_NG)
         first_NK = code_NK >> (CODE_BITS - kept_bits)
@@ -167,8 +178,8 @@ class TrainableLinear(nn.Module):
         scale_NK, zero_NK = (
             t.repeat_interleave(group_size, dim=1) for t in (scale_NG / self.unit_NG, zero_NG)
         )
-        low_NK, high_NK = bin_ends(first_NK, kept_bits, MARGIN)
-        return (low_NK - zero_NK) * scale_NK, (high_NK - zero_NK) * scale_NK
+        bin_NK = [(end - zero_NK) * scale_NK for end in bin_ends(first_NK, kept_bits, MARGIN)]
+        return low_NK.clamp(*bin_NK), high_NK.clamp(*bin_NK)
 
     def _source_NK(self) -> Tensor:
         return self.source.detach().float() / self.power_K

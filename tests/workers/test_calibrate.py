@@ -401,7 +401,7 @@ def _scaled(folder: Path, scale: float) -> Calibration:
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**31), kept=st.sampled_from(WIDTHS[:-1]), moved=st.floats(0.0, 10.0))
-def test_weights_kept_in_their_bins_keep_their_first_bits(
+def test_weights_within_their_limits_keep_their_first_bits(
     seed: int, kept: int, moved: float
 ) -> None:
     torch.manual_seed(seed)
@@ -409,7 +409,29 @@ def test_weights_kept_in_their_bins_keep_their_first_bits(
     linear = TrainableLinear(nn.Linear(64, 16), 32, output_rms=1.0, exponent_K=exponent_K)
     unit_NK = linear.unit_NG.repeat_interleave(32, dim=1)
     before_NK = quantize(linear.value * unit_NK, *linear.grid())
-    low_NK, high_NK = linear.bins(kept)
+    low_NK, high_NK = linear.limits(kept)
     value_NK = linear.value + moved * torch.randn_like(linear.value)
     after_NK = quantize(value_NK.maximum(low_NK).minimum(high_NK) * unit_NK, *linear.grid())
     assert torch.equal(after_NK >> (8 - kept), before_NK >> (8 - kept))
+
+
+@pytest.mark.parametrize("kept", [0, 2])
+def test_a_weight_stays_near_its_source_unless_its_kept_bin_is_elsewhere(kept: int) -> None:
+    torch.manual_seed(0)
+    source = nn.Linear(64, 16)
+    linear = TrainableLinear(source, 32, 1.0, torch.zeros(64, dtype=torch.int8))
+    step_NK = linear.unit_NG.repeat_interleave(32, dim=1)
+    # As compensation may leave it: in the next bin of 2 bits.
+    linear.value.data[3, 5] += 1.0
+    low_NK, high_NK = (limit * step_NK for limit in linear.limits(kept))
+    away_NK = torch.maximum(source.weight - low_NK, high_NK - source.weight) / step_NK
+    near_NK = away_NK < 0.2001
+    assert (low_NK <= high_NK).all()
+    assert near_NK.all() if not kept else near_NK.sum() == near_NK.numel() - 1
+    assert near_NK[3, 5] == (kept == 0)
+
+
+def test_rates_that_are_too_high_leave_high_widths_near_the_model(tiny_model: Path) -> None:
+    result = _calibrate(tiny_model, weight_rate=0.3)
+    # Weights that go where they are driven lose three times as much.
+    assert result.loss_after[8] < 0.5 * result.loss_before[4]
