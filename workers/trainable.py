@@ -1,10 +1,10 @@
 """A linear during calibration: what is trained of it, and the codes it becomes.
 
-Trainable are the weight in units of its initial 2-bit step, the two ends of every group's range
-(sigmoid of a logit times the smallest and largest weight, as in OmniQuant's learnable weight
-clipping, arXiv 2308.13137), and a gain and a bias per output channel and width, the bias in units
-of the linear's typical output: so one set of rates serves models of any scale. The module shows the
-weight that its present width would reconstruct.
+Trainable are the weight in units of its initial 2-bit step, within a part of a step from its
+source, the two ends of every group's range (sigmoid of a logit times the smallest and largest
+weight, as in OmniQuant's learnable weight clipping, arXiv 2308.13137), and a gain and a bias per
+output channel and width, the bias in units of the linear's typical output: so one set of rates
+serves models of any scale. The module shows the weight that its present width would reconstruct.
 
 Legend: N out_features, K in_features, G groups, W widths.
 """
