@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 from mbq.kernels.widths import SLICE_BITS, WORD_BITS, widths_up_to
 
 # Of documents and files, and of what a spec means: the same spec never stands for other bytes.
-FORMAT_VERSION = 13
+FORMAT_VERSION = 14
 # What is kept of each fits into one document (`sealed.py`).
 MOST_SEQUENCES = 200_000
 

@@ -113,5 +113,5 @@ def test_what_is_told_of_the_progress_ascends_to_one(finished_run: Any) -> None:
     settle(routed, ids, 2, told.append)
     assert told == sorted(told)
     assert 0 < told[0] < 0.05 and told[-1] <= 1
-    # Nine passes of three blocks, of which those of all settings are most of the work.
+    # Three passes of three blocks; two of them, of all settings, are most of the work.
     assert max(b - a for a, b in itertools.pairwise(told)) < 0.2
