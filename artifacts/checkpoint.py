@@ -14,7 +14,7 @@
                                               many of them as the routing method has
 
 So the base, the routers and the first k slice sets are a complete model of 2k bits; the routers'
-thresholds, a curve per ceiling, are in `config.json`. Around them:
+thresholds, a curve for every step between widths, are in `config.json`. Around them:
 `model.safetensors.index.json` (every tensor and its file), `config.json` (the source's, with
 `quantization_config`), the tokenizer's files, and `manifest.json`, written last.
 

@@ -7,6 +7,7 @@ share bits. Nothing that is read is believed unseen. A config that is cut to few
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -16,6 +17,8 @@ from mbq.artifacts.checkpoint import PACKING, QUANT_METHOD, Linear, RouterShape,
 from mbq.artifacts.errors import CorruptError, NotFoundError
 from mbq.artifacts.spec import FORMAT_VERSION, Document, explain
 from mbq.artifacts.store import LocalStore
+from mbq.kernels.precision import Curve
+from mbq.kernels.widths import SLICE_BITS, widths_up_to
 
 CONFIG_FILE = "config.json"
 # The largest known has some hundred kilobytes.
@@ -26,7 +29,7 @@ _Names = Annotated[list[str], Field(min_length=1)]
 
 
 class StoredCurve(Document):
-    """Thresholds of one ceiling: average widths ascending, log thresholds descending."""
+    """Thresholds between two widths: average widths ascending, log thresholds descending."""
 
     average_bits: Annotated[tuple[float, ...], Field(min_length=1)]
     log_thresholds: tuple[float, ...]
@@ -41,6 +44,11 @@ class StoredCurve(Document):
         return self
 
 
+def as_curves(stored: Mapping[int, StoredCurve]) -> dict[int, Curve]:
+    """Stored curves as a model's precision takes them."""
+    return {upper: Curve(one.average_bits, one.log_thresholds) for upper, one in stored.items()}
+
+
 class StoredRouting(Document):
     """How bits are shared.
 
@@ -49,7 +57,7 @@ class StoredRouting(Document):
         width: rows of a router's trunk; None without scores.
         knots: points of a router's map from score to earnings.
         routers: the linears that each router of a block serves, by names inside the block.
-        curves: by ceiling in bits.
+        curves: of the steps between widths, by the upper one.
     """
 
     method: str
@@ -58,6 +66,17 @@ class StoredRouting(Document):
     knots: Annotated[int, Field(strict=True, ge=1, le=4096)]
     routers: Annotated[dict[str, _Names], Field(min_length=1)]
     curves: dict[int, StoredCurve]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        steps = [*pairwise(widths_up_to(self.max_bits))]
+        if sorted(self.curves) != [high for _, high in steps]:
+            raise ValueError(f"curves lead to {sorted(self.curves)}, widths go to {self.max_bits}")
+        for low, high in steps:
+            bits = self.curves[high].average_bits
+            if (bits[0], bits[-1]) != (low, high):
+                raise ValueError(f"the curve to {high} goes from {bits[0]:g} to {bits[-1]:g}")
+        return self
 
 
 class Quantization(Document):
@@ -71,6 +90,12 @@ class Quantization(Document):
     linears: _Names
     routing: StoredRouting | None
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.routing is None and self.max_bits > SLICE_BITS:
+            raise ValueError(f"{self.max_bits} bits have no routing")
+        return self
+
 
 def describe_routing(
     method: str,
@@ -79,7 +104,7 @@ def describe_routing(
     linears: Sequence[Linear],
     curves: Mapping[int, StoredCurve],
 ) -> StoredRouting:
-    """How the linears of a model share bits, by curves of all ceilings."""
+    """How the linears of a model share bits, by the curves of all steps."""
     return StoredRouting(
         method=method,
         max_bits=max_bits,

@@ -150,13 +150,12 @@ class SensitivityRecord(Document):
 
 
 class SettledWidth(Document):
-    """An average width under a ceiling as it came out on calibration text.
+    """An average width as it came out on calibration text.
 
     Attributes:
         divergence: mean divergence (nats) from the full-precision model's next token.
     """
 
-    ceiling_bits: int
     average_bits: float
     realised_bits: float
     divergence: float
@@ -169,7 +168,7 @@ class RoutingRecord(Document):
         blobs: sha256 of every block's codes, in order.
         sensitivity: sha256 of the sensitivities that bits were shared by.
         router_bits: what it reads beside the codes, per weight.
-        curves: by ceiling in bits.
+        curves: of the steps between widths, by the upper one.
     """
 
     method: str

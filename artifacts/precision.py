@@ -10,13 +10,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from mbq.artifacts.config import check_quantization
+from mbq.artifacts.config import as_curves, check_quantization
 from mbq.artifacts.elastic import elastic_linears
-from mbq.artifacts.errors import CorruptError, InputError
+from mbq.artifacts.errors import InputError
 from mbq.artifacts.methods import Method
-from mbq.kernels.precision import Curve, Precision
+from mbq.kernels.precision import Curve
 from mbq.kernels.router import Router, refresh
-from mbq.kernels.widths import SLICE_BITS
 
 # Where a model keeps its policy.
 _POLICY = "_average_bits_policy"
@@ -41,7 +40,8 @@ def set_bits(model: PreTrainedModel, bits: int) -> None:
 def set_average_bits(model: PreTrainedModel, average_bits: float) -> None:
     """Share `average_bits` bits per weight over tokens and linears from the next forward pass on.
 
-    Code bits, averaged over tokens and weights; text unlike the calibration text may get more or
+    Code bits, averaged over tokens and weights. A whole width, 2, 3, 4, 6 or 8, all of them get; an
+    average between two is a mix of these, and text unlike the calibration text may get more or
     less (`realised_bits` tells). Nothing is loaded or allocated. A step of up to 64 tokens that was
     captured in a CUDA graph follows. Also `model.set_average_bits(average_bits)`.
 
@@ -50,7 +50,7 @@ def set_average_bits(model: PreTrainedModel, average_bits: float) -> None:
     """
     precision = elastic_linears(model)[0].precision
     try:
-        precision.set_average_bits(average_bits, _curve(model, precision))
+        precision.set_average_bits(average_bits, _curves(model))
     except ValueError as error:
         raise InputError(str(error)) from error
     except TypeError as error:
@@ -120,17 +120,8 @@ def _generate_as_told(
     return generate(*args, **kwargs)
 
 
-def _curve(model: PreTrainedModel, precision: Precision) -> Curve:
-    """The budget curve of the loaded ceiling."""
-    ceiling = precision.max_bits
-    if ceiling == SLICE_BITS:
-        return Curve((float(SLICE_BITS),), (0.0,))
+def _curves(model: PreTrainedModel) -> dict[int, Curve]:
+    """Thresholds as the model's config has them."""
     config = model.config.quantization_config
     routing = check_quantization(config if isinstance(config, dict) else vars(config)).routing
-    if routing is None or ceiling not in routing.curves:
-        raise CorruptError(
-            f"the checkpoint has no thresholds for {ceiling} bits: its config.json is incomplete; "
-            "fetch it again"
-        )
-    stored = routing.curves[ceiling]
-    return Curve(stored.average_bits, stored.log_thresholds)
+    return as_curves(routing.curves) if routing else {}

@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 from mbq.kernels.widths import SLICE_BITS, WORD_BITS, widths_up_to
 
 # Of documents and files, and of what a spec means: the same spec never stands for other bytes.
-FORMAT_VERSION = 14
+FORMAT_VERSION = 15
 # What is kept of each fits into one document (`sealed.py`).
 MOST_SEQUENCES = 200_000
 
@@ -161,7 +161,7 @@ class Evaluation(Text):
     Attributes:
         tokens: at most as many are read of the text.
         sequence_length: tokens of each sequence.
-        average_bits: widths that are shared over tokens and linears; default: 2.25, 2.5, 3, 3.5.
+        average_bits: widths that are shared over tokens and linears; default: 2.25, 2.5, 2.75, 3.5.
         rivals: other ways of sharing 2.25, 2.5, 3 and 3.5 bits, measured beside the run's own.
     """
 

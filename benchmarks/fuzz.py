@@ -88,8 +88,8 @@ Status: {run: 0123456789ab, attempt: 1, state: running, blocks_done: 0, blocks_t
   failures: [{task: block 0, attempt: 1, error: lost, final: false}]}
 SensitivityRecord: {sensitivity: {a: 0.5}, blob: *blob}
 RoutingRecord: {method: norm, blobs: [*sha], sensitivity: *sha, router_bits: 0.1,
-  curves: {4: {average_bits: [2, 4], log_thresholds: [-1, -2]}},
-  settled: [{ceiling_bits: 4, average_bits: 3, realised_bits: 3.1, divergence: 0.1}]}
+  curves: {3: {average_bits: [2, 3], log_thresholds: [-1, -2]}},
+  settled: [{average_bits: 3, realised_bits: 3.1, divergence: 0.1}]}
 VariantLosses: {variant: a, manifest_sha256: null, losses: [1, 2], linear_bits: {a: 2}}
 TokenBits: {manifest_sha256: *sha, ids: [1, 2], bits: {"3": [2, 4]}}
 ValidationRecord: {linear: a, out_features: 4, in_features: 64, manifest_sha256: *sha,

@@ -28,6 +28,7 @@ from mbq.artifacts.checkpoint import block_prefix
 from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.precision import Precision
 from mbq.kernels.shared_input import share_input
+from mbq.kernels.widths import around
 from mbq.workers.allocate import thresholds
 from mbq.workers.determinism import attention
 from mbq.workers.evaluate import sequence_losses
@@ -38,7 +39,7 @@ from mbq.workers.settle import RoutedModel, Setting, run_settings
 from mbq.workers.variants import FULL
 
 RESULTS = Path(__file__).with_name("results")
-AVERAGES = (2.25, 2.5, 3.0, 3.5)
+AVERAGES = (2.25, 2.5, 2.75, 3.5)
 KNOWN = ("local", "loss", "gradient")
 # Of the evaluation text, from its start.
 SEQUENCES = 64
@@ -144,11 +145,11 @@ def oracle_losses(
         for index in range(model.block_count):
             yield oracle_block(opened, index, precision, gradients, known)
 
-    ceiling = opened.spec.max_bits
+    precision.set_average_bits(average, opened.curves("linear"))
     routed = RoutedModel(model, blocks, precision, opened.router_weights)
-    setting = Setting(ceiling, average, opened.curve("linear", ceiling).log_threshold(average))
+    setting = Setting(average, precision.log_threshold)
     earned, _ = run_settings(routed, ids_BT, microbatch, [setting])
-    precision.log_threshold = thresholds(earned[0], [average], ceiling)[0]
+    precision.log_threshold = thresholds(earned[0], [average], around(average)[1])[0]
     return sequence_losses(model, blocks(), ids_BT, microbatch, lambda _: None)
 
 

@@ -9,16 +9,16 @@ gives one score per linear and extra width, that is, every width above the lowes
 
 A score means nothing by itself. `knots` map it to the logarithm of what the step to that width is
 expected to earn for that token: nats of loss per bit read, so that the earnings of all linears
-compare. One threshold for the whole model, in the same unit, then decides: a step is taken while
-the one before it is and it earns at least the threshold (nested gates: residual bits without those
-before them mean nothing). The norm is a feature of its own because a linear's error grows with it;
+compare. One threshold for the whole model, in the same unit, then decides between the two widths
+around the average that is asked: who earns at least as much gets the upper one. Steps below these
+widths are always taken, those above never (nested gates: residual bits without those before them
+mean nothing). The norm is a feature of its own because a linear's error grows with it;
 a trunk of no rows leaves only the norm, and without features every token of a linear gets the same.
 
 Legend: T tokens, K in_features, L linears, E extra widths, H rows of the trunk,
 F features (H + 2), Q knots.
 """
 
-import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -88,7 +88,7 @@ class Router(nn.Module):
         self._bits_L1: Tensor | None = None
         self._bits: tuple[int, ...] = ()
         self._on_device: Gates | Tensor | None = None
-        self._set_to: tuple[int | None, float, int] | None = None
+        self._set_to: tuple[object, ...] | None = None
         # One object, so that threads never meet the tensor of one and the widths of another.
         self._seen: tuple[weakref.ref[Tensor], Tensor] | None = None
 
@@ -146,19 +146,15 @@ class Router(nn.Module):
         if self._set_to != self._state():
             refresh([self])
 
-    def _state(self) -> tuple[int | None, float, int]:
+    def _state(self) -> tuple[object, ...]:
         precision = self.precision
-        return precision.bits, precision.log_threshold, precision.max_bits
+        return precision.bits, precision.between, precision.log_threshold, precision.max_bits
 
     def _wanted(self, knots_RELQ: Tensor) -> Tensor:
         """Scores [R, E, L] from which on a step is taken, of routers with these knots."""
-        uniform = self.precision.bits
-        if uniform is not None:
-            taken_E = [-math.inf if bits <= uniform else math.inf for bits in WIDTHS[1:]]
-            wanted_E1 = knots_RELQ.new_tensor(taken_E)[: knots_RELQ.shape[1], None]
-            return wanted_E1.expand(len(knots_RELQ), -1, self.linears)
-        wanted = torch.full_like(knots_RELQ[..., 0, :1], self.precision.log_threshold)
-        return invert(knots_RELQ[..., 0, :], knots_RELQ[..., 1, :], wanted).squeeze(-1)
+        earning_E = knots_RELQ.new_tensor(self.precision.log_thresholds())[: knots_RELQ.shape[1]]
+        earning_REL1 = earning_E[:, None, None].expand_as(knots_RELQ[..., 0, :1])
+        return invert(knots_RELQ[..., 0, :], knots_RELQ[..., 1, :], earning_REL1).squeeze(-1)
 
     def _loaded_thresholds(self) -> Tensor:
         """Of the steps between widths that are loaded."""

@@ -19,6 +19,13 @@ def widths_up_to(max_bits: int) -> tuple[int, ...]:
     return tuple(bits for bits in WIDTHS if bits <= max_bits)
 
 
+def around(average_bits: float) -> tuple[int, int]:
+    """The widths next to an average from 2 to 8: at or below it, and at or above it."""
+    below = max(bits for bits in WIDTHS if bits <= average_bits)
+    above = min(bits for bits in WIDTHS if bits >= average_bits)
+    return below, above
+
+
 def slices_of(bits: int) -> int:
     """How many slices a width needs."""
     return -(-bits // SLICE_BITS)

@@ -12,7 +12,7 @@ from mbq.workers.variants import FULL, PACKED, ROUNDED, ROUTED, parse
 
 # Average widths that are evaluated unless the spec names others, and those of all rivals and of
 # the sample text.
-AVERAGE_BITS = (2.25, 2.5, 3.0, 3.5)
+AVERAGE_BITS = (2.25, 2.5, 2.75, 3.5)
 # What `auto` chooses from, the cheapest at run time first.
 _CANDIDATES = ("linear", "norm", "token")
 

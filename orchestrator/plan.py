@@ -61,7 +61,7 @@ _PRIORITY: dict[Kind, int] = {
     "sample": 5,
 }
 _LOOK_AHEAD = 2
-# Settling runs its tokens through the model about this often: twice for each of its widths.
+# Settling runs its tokens through the model this often: about twice for each average it settles.
 _SETTLE_PASSES = 21
 
 

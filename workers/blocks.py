@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from mbq.artifacts import keys
 from mbq.artifacts.checkpoint import block_prefix
-from mbq.artifacts.config import CONFIG_FILE, read_config
+from mbq.artifacts.config import CONFIG_FILE, as_curves, read_config
 from mbq.artifacts.digests import CheckedObject
 from mbq.artifacts.elastic import elastic_linears
 from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.precision import Curve, Precision
 from mbq.kernels.router import Router
 from mbq.kernels.shared_input import share_input
-from mbq.kernels.widths import SLICE_BITS, slices_of
+from mbq.kernels.widths import SLICE_BITS, around, slices_of
 from mbq.workers.allocate import thresholds
 from mbq.workers.determinism import seed_of
 from mbq.workers.evaluate import rounded_block
@@ -65,8 +65,8 @@ def variant_blocks(opened: Opened, variant: str, ids_BT: Tensor) -> VariantBlock
         return _counted(opened.packed_model, lambda b: opened.packed_block(b, uniform))
     precision = Precision(opened.spec.max_bits)
     if kind == ROUTED:
-        method, curve = _stored_routing(opened)
-        precision.set_average_bits(bits, curve)
+        method, curves = _stored_routing(opened)
+        precision.set_average_bits(bits, curves)
         return _counted(opened.packed_model, lambda b: opened.packed_block(b, precision, method))
     return _counted(opened.model, _rival(opened, kind, bits, precision, ids_BT))
 
@@ -75,18 +75,18 @@ def _rival(
     opened: Opened, kind: str, bits: float, precision: Precision, ids_BT: Tensor
 ) -> Callable[[int], nn.Module]:
     learned = opened.spec.routing.learned
-    ceiling = opened.spec.max_bits
     method = learned if kind in ("learned", "shuffled") else kind
     if kind in ("linear", "norm", "learned", "shuffled"):
-        precision.set_average_bits(bits, opened.curve(method, ceiling))
+        precision.set_average_bits(bits, opened.curves(method))
     if kind == "shuffled":
         return lambda b: _shuffled_block(opened, b, precision, method)
     if kind == "random":
         precision.bits = None
         return lambda b: _random_block(opened, b, precision, bits)
     if kind == "oracle":
-        precision.bits = None
-        precision.log_threshold = _oracle_threshold(opened, precision, bits, ids_BT)
+        precision.set_average_bits(bits, opened.curves("linear"))
+        if precision.bits is None:
+            precision.log_threshold = _oracle_threshold(opened, precision, bits, ids_BT)
         return lambda b: _oracle_block(opened, b, precision)
     return lambda b: opened.elastic_block(b, precision, method)
 
@@ -106,14 +106,13 @@ def _counted(model: Model, make: Callable[[int], nn.Module]) -> VariantBlocks:
     return VariantBlocks(model, blocks(), linear_bits)
 
 
-def _stored_routing(opened: Opened) -> tuple[str, Curve]:
+def _stored_routing(opened: Opened) -> tuple[str, dict[int, Curve]]:
     """Method and thresholds as the packed checkpoint's config.json has them."""
     key = keys.checkpoint_key(opened.document.run, CONFIG_FILE)
     stored = CheckedObject(opened.store, key, opened.manifest.files[CONFIG_FILE])
     quantization = read_config(stored.read())
     assert quantization is not None and quantization.routing is not None
-    curve = quantization.routing.curves[opened.spec.max_bits]
-    return quantization.routing.method, Curve(curve.average_bits, curve.log_thresholds)
+    return quantization.routing.method, as_curves(quantization.routing.curves)
 
 
 def _shuffled_block(opened: Opened, index: int, precision: Precision, method: str) -> nn.Module:
@@ -151,7 +150,6 @@ def _oracle_block(opened: Opened, index: int, precision: Precision) -> nn.Module
 
 
 def _oracle_threshold(opened: Opened, precision: Precision, bits: float, ids_BT: Tensor) -> float:
-    ceiling = precision.max_bits
     blocks = range(opened.model.block_count)
     routed = RoutedModel(
         opened.model,
@@ -163,9 +161,9 @@ def _oracle_threshold(opened: Opened, precision: Precision, bits: float, ids_BT:
         routed,
         ids_BT[:_ORACLE_SEQUENCES],
         opened.spec.microbatch,
-        [Setting(ceiling, bits, opened.curve("linear", ceiling).log_threshold(bits))],
+        [Setting(bits, precision.log_threshold)],
     )
-    return thresholds(earned[0], [bits], ceiling)[0]
+    return thresholds(earned[0], [bits], around(bits)[1])[0]
 
 
 def _routers(block: nn.Module) -> dict[str, Router]:

@@ -28,6 +28,7 @@ from mbq.artifacts.checkpoint import (
     router_shape,
     routing_shard,
 )
+from mbq.artifacts.config import as_curves
 from mbq.artifacts.digests import Digest
 from mbq.artifacts.documents import (
     BlockRecord,
@@ -138,11 +139,10 @@ class Opened:
     def record(self, block: int) -> BlockRecord:
         return get_document(self.store, keys.block_key(self.document.run, block), BlockRecord)
 
-    def curve(self, method: str, ceiling_bits: int) -> Curve:
-        """The settled thresholds of a method."""
+    def curves(self, method: str) -> dict[int, Curve]:
+        """The settled thresholds of a method, by the upper of two widths."""
         key = keys.routing_key(self.document.run, method)
-        stored = get_document(self.store, key, RoutingRecord).curves[ceiling_bits]
-        return Curve(stored.average_bits, stored.log_thresholds)
+        return as_curves(get_document(self.store, key, RoutingRecord).curves)
 
     def shape(self, method: str) -> RouterShape:
         return router_shape(method, self.spec.routing.width)

@@ -20,7 +20,7 @@ from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.precision import Precision
 from mbq.kernels.quantize import unpack_pair
 from mbq.kernels.router import Router, bits_taken
-from mbq.kernels.widths import WIDTHS, steps_up_to, widths_up_to
+from mbq.kernels.widths import around, steps_up_to, widths_up_to
 
 
 class ShuffledRouter(nn.Module):
@@ -44,8 +44,7 @@ class RandomRouter(nn.Module):
 
     def __init__(self, average_bits: float, generator: torch.Generator) -> None:
         super().__init__()
-        self.low = max(bits for bits in WIDTHS if bits <= average_bits)
-        self.high = min(bits for bits in WIDTHS if bits >= average_bits)
+        self.low, self.high = around(average_bits)
         self.share = (average_bits - self.low) / max(self.high - self.low, 1)
         self.generator = generator
 
@@ -80,8 +79,9 @@ class OracleRouter(nn.Module):
         self.off: dict[int, list[Tensor]] = {}
 
     def forward(self, x: Tensor, linear: int) -> Tensor:
-        gates_ET = self.log_earnings_of(x, linear) >= self.precision.log_threshold
-        return bits_taken(gates_ET[: len(steps_up_to(self.precision.max_bits))])
+        earned_ET = self.log_earnings_of(x, linear)
+        wanted_E = earned_ET.new_tensor(self.precision.log_thresholds()[: len(earned_ET)])
+        return bits_taken(earned_ET >= wanted_E[:, None])
 
     def log_earnings(self, x: Tensor) -> Tensor:
         """True earnings of every step: float32 [E, L, T]."""

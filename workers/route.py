@@ -170,19 +170,14 @@ def fit_knots(score_ELT: Tensor, benefit_ELT: Tensor, bins: int) -> Tensor:
 
 
 def rank_knots(score_ELT: Tensor, bins: int) -> Tensor:
-    """Scores and minus the average bits of the linear at that threshold: [E, L, 2, C].
+    """Scores and minus the share of the linear's tokens that score as much: [E, L, 2, C].
 
-    All steps of a linear share one threshold and all linears have the same average bits.
+    So one threshold gives all linears the same average bits.
     """
-    pooled_LT = score_ELT.transpose(0, 1).flatten(1)
-    nested_ELT = score_ELT.cummin(0).values
     share_C = torch.linspace(0, 1, bins, device=score_ELT.device)
-    threshold_LC = torch.quantile(pooled_LT, share_C, dim=1).T.contiguous()
-    gates_ELC = (nested_ELT[..., None] >= threshold_LC[None, :, None]).float().mean(2)
-    log_LC = -(SLICE_BITS + (_steps(gates_ELC) * gates_ELC).sum(0))
-    return torch.stack((threshold_LC, log_LC.cummax(1).values), 1).expand(
-        len(score_ELT), -1, -1, -1
-    )
+    threshold_ELC = torch.quantile(score_ELT, share_C, dim=2).permute(1, 2, 0).contiguous()
+    taken_ELCT = score_ELT[..., None, :] >= threshold_ELC[..., None]
+    return torch.stack((threshold_ELC, -taken_ELCT.float().mean(3)), 2)
 
 
 def isotonic(values: Sequence[float]) -> list[float]:

@@ -2,10 +2,10 @@
 
 Thresholds found on the tokens of the full-precision model miss a little once every linear sees what
 quantized linears before it made. So calibration text is run through the routed model three times:
-with all bits read, for a first threshold of each setting (a ceiling and an average width); at
-these thresholds, for the second ones; and at those, to measure. A pass takes all its settings
+with all bits read, for a first threshold of some averages; at these thresholds, for the second
+ones; and at those, and at the whole widths, to measure. A pass takes all its averages
 through a block before it goes to the next one, so a block is made once a pass. Between the settled
-widths, thresholds are interpolated from what steps earned at the two around them.
+averages, thresholds are interpolated from what steps earned at the two around them.
 
 What a width costs is the divergence from the full-precision model: mean Kullback-Leibler divergence
 of the next token's distribution, in nats, far less noisy than a difference of perplexities.
@@ -29,15 +29,14 @@ from mbq.artifacts.documents import RoutingRecord, SettledWidth
 from mbq.artifacts.elastic import elastic_linears
 from mbq.kernels.precision import Precision
 from mbq.kernels.router import Router
+from mbq.kernels.widths import around, widths_up_to
 from mbq.workers.allocate import Earnings, budget_curve, realised_bits, thresholds
 from mbq.workers.evaluate import sequences_at_once
 from mbq.workers.model import Model, hooked
 from mbq.workers.rivals import OracleRouter
 
-# Average widths that are settled, as far as the highest ceiling allows; others are interpolated.
-_SETTLED = (2.0, 2.25, 2.5, 3.0, 3.5, 4.0, 5.0, 6.5)
-# Those under lower ceilings, which differ little: bits that are not there are rarely missed.
-_SETTLED_BELOW = {4: (3.0,), 6: (4.0,)}
+# Averages that are settled, by the upper of the two widths they mix; others are interpolated.
+_SETTLED = {3: (2.25, 2.5, 2.75), 4: (3.25, 3.5), 6: (5.0,), 8: (7.0,)}
 # Total bits at which methods are compared: where sharing matters most.
 _COMPARED = (2.5, 3.0, 3.5)
 # A method that computes more at run time must lose at least this share less.
@@ -46,11 +45,13 @@ _WORTH_IT = 0.01
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to run the model: what may be spent on a token, what is spent on average, and how."""
+    """One way to run the model: what is spent on average, and who takes the step.
 
-    ceiling_bits: int
+    At a whole width nobody is asked, and the threshold says nothing.
+    """
+
     average_bits: float
-    log_threshold: float
+    log_threshold: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -74,39 +75,44 @@ _SCORING = (Router, OracleRouter)
 def settle(
     routed: RoutedModel, ids_BT: Tensor, microbatch: int, report: Callable[[float], None]
 ) -> tuple[dict[int, StoredCurve], tuple[SettledWidth, ...]]:
-    """A curve for every ceiling in bits, and what the settled widths cost.
+    """A curve for the step to every extra width, and what averages and whole widths cost.
 
     Args:
         report: called with the finished fraction after every block.
     """
     most = routed.precision.max_bits
-    below = {ceiling: widths for ceiling, widths in _SETTLED_BELOW.items() if ceiling < most}
-    widths = below | {most: tuple(bits for bits in _SETTLED if bits < most)}
-    wanted = [(ceiling, bits) for ceiling in widths for bits in widths[ceiling]]
-    # Shares of the work: one setting, twice all those wanted, and the full-precision model.
-    one, many = 1 / (2 + 2 * len(wanted)), len(wanted) / (2 + 2 * len(wanted))
-    all_bits = [Setting(most, float(most), -math.inf)]
-    first = _telling(routed, report, 0.0, one)
-    with_all_bits, _ = run_settings(first, ids_BT, microbatch, all_bits)
+    uppers = [bits for bits in _SETTLED if bits <= most]
+    wanted = [(upper, bits) for upper in uppers for bits in _SETTLED[upper]]
+    whole = [Setting(float(bits)) for bits in widths_up_to(most)]
+    # Settings that the three passes run, and the full-precision model.
+    work = 1 + len(wanted) + len(wanted) + len(whole) + 1
+    first = _telling(routed, report, 0.0, 1 / work)
+    with_all_bits, _ = run_settings(first, ids_BT, microbatch, [Setting(float(most))])
     earned = with_all_bits * len(wanted)
     # Where tokens are alike, nothing depends on what a linear sees.
     if any(earnings.log_ELT.shape[2] > 1 for earnings in with_all_bits[0]):
-        second = _telling(routed, report, one, many)
+        second = _telling(routed, report, 1 / work, len(wanted) / work)
         earned, _ = run_settings(second, ids_BT, microbatch, _solve(wanted, earned))
-    settings = _solve(wanted, earned)
-    third = _telling(routed, report, one + many, many)
+    settings = _solve(wanted, earned) + whole
+    done = (1 + len(wanted)) / work
+    third = _telling(routed, report, done, len(settings) / work)
     measured, hidden = run_settings(third, ids_BT, microbatch, settings)
     costs = _divergences(routed.model, _full_hidden(routed.model, ids_BT, microbatch), hidden)
-    settled = tuple(
+    settled = [
         SettledWidth(
-            ceiling_bits=setting.ceiling_bits,
             average_bits=setting.average_bits,
-            realised_bits=realised_bits(e, setting.log_threshold, setting.ceiling_bits),
+            realised_bits=_read(setting, earnings),
             divergence=cost,
         )
-        for setting, e, cost in zip(settings, measured, costs, strict=True)
-    )
-    return {ceiling: _curve(ceiling, wanted, earned) for ceiling in widths}, settled
+        for setting, earnings, cost in zip(settings, measured, costs, strict=True)
+    ]
+    curves = {upper: _curve(upper, wanted, earned) for upper in uppers}
+    return curves, tuple(sorted(settled, key=lambda width: width.average_bits))
+
+
+def _read(setting: Setting, earnings: Sequence[Earnings]) -> float:
+    low, high = around(setting.average_bits)
+    return float(low) if low == high else realised_bits(earnings, setting.log_threshold, high)
 
 
 def _telling(
@@ -123,15 +129,15 @@ def _telling(
 
 
 def _curve(
-    ceiling: int, wanted: Sequence[tuple[int, float]], earned: Sequence[Sequence[Earnings]]
+    upper: int, wanted: Sequence[tuple[int, float]], earned: Sequence[Sequence[Earnings]]
 ) -> StoredCurve:
-    """The curve of one ceiling, from what steps earn at each of its average widths."""
-    of_ceiling = {
+    """The curve of one step, from what it earns at each of its settled averages."""
+    of_step = {
         bits: earnings
         for (other, bits), earnings in zip(wanted, earned, strict=True)
-        if other == ceiling
+        if other == upper
     }
-    curve = budget_curve(of_ceiling, ceiling)
+    curve = budget_curve(of_step, upper)
     return StoredCurve(average_bits=curve.average_bits, log_thresholds=curve.log_thresholds)
 
 
@@ -150,12 +156,10 @@ def choose(records: Sequence[RoutingRecord]) -> RoutingRecord:
 
 def _log_cost(record: RoutingRecord) -> float:
     """Mean log divergence at the compared totals; infinite where one is out of reach."""
-    most = max(width.ceiling_bits for width in record.settled)
-    widths = [width for width in record.settled if width.ceiling_bits == most]
     # What is read need not ascend with what was asked.
     points = sorted(
         (width.realised_bits + record.router_bits, math.log(max(width.divergence, 1e-30)))
-        for width in widths
+        for width in record.settled
     )
     totals, logs = zip(*points, strict=True)
     if totals[0] > _COMPARED[0]:
@@ -167,8 +171,8 @@ def _solve(
     wanted: Sequence[tuple[int, float]], earned: Sequence[Sequence[Earnings]]
 ) -> list[Setting]:
     return [
-        Setting(ceiling, bits, thresholds(earnings, [bits], ceiling)[0])
-        for (ceiling, bits), earnings in zip(wanted, earned, strict=True)
+        Setting(bits, thresholds(earnings, [bits], upper)[0])
+        for (upper, bits), earnings in zip(wanted, earned, strict=True)
     ]
 
 
@@ -188,14 +192,13 @@ def run_settings(
     embedded = model.embed(ids_BT)
     hidden = [embedded.clone() for _ in settings]
     earned: list[list[Earnings]] = [[] for _ in settings]
-    loaded = precision.max_bits
     precision.bits = None
     for index, block in enumerate(routed.blocks()):
         routers = {name: m for name, m in block.named_modules() if isinstance(m, _SCORING)}
         # Kernels do not call routers, but every input passes the first of its linears.
         leaders = {m.shared.router: m for m in elastic_linears(block) if m.number == 0}
         for number, setting in enumerate(settings):
-            precision.max_bits = setting.ceiling_bits
+            precision.between = around(setting.average_bits)
             precision.log_threshold = setting.log_threshold
             seen: dict[str, list[Tensor]] = {name: [] for name in routers}
             hooks = (
@@ -205,8 +208,6 @@ def run_settings(
             with hooked(hooks):
                 model.advance(block, index, hidden[number], microbatch)
             earned[number] += [Earnings(_joined(seen[n]), routed.weights[n]) for n in routers]
-        # The next block is made with all its bits.
-        precision.max_bits = loaded
     return earned, hidden
 
 

@@ -183,7 +183,7 @@ def test_no_pickle_is_unpickled(packed: LocalStore, name: str) -> None:
     assert not ran.exists() and not (target / CONFIG_FILE).exists()
 
 
-CURVES = '{"8": {"average_bits": %s, "log_thresholds": %s}}'
+CURVE = '{"average_bits": %s, "log_thresholds": %s}'
 DAMAGE = {
     "": '[] | "mbq" | 5',
     "max_bits": 'GONE | null | 0 | -2 | 3 | "8" | true | 10 | 2000000000 | []',
@@ -195,10 +195,13 @@ DAMAGE = {
     "routing/max_bits": 'GONE | null | 0 | 3 | 6 | 10 | "8" | 1000000000000',
     "routing/width": 'GONE | "8" | -1 | 0 | 1000000000000 | []',
     "routing/routers": 'GONE | null | [] | {"x": ["y"]} | {"x": []} | {"x": 5} | {}',
-    "routing/curves": " | ".join(
-        ["GONE", "null", CURVES % ("[]", "[]"), CURVES % ('"28"', "[1, 0]")]
-        + [CURVES % ("[2, 8]", end) for end in ('["a", "b"]', "[1]", "[NaN, NaN]", "[0, 1]")]
+    "routing/curves": "GONE | null | {} | []",
+    "routing/curves/3": " | ".join(
+        ["GONE", "null", CURVE % ("[]", "[]"), CURVE % ('"23"', "[1, 0]")]
+        + [CURVE % (ends, "[1, 0]") for ends in ("[2, 8]", "[3, 2]", "[2.5, 3]", "[2]")]
+        + [CURVE % ("[2, 3]", end) for end in ('["a", "b"]', "[1]", "[NaN, NaN]", "[0, 1]")]
     ),
+    "routing/curves/5": CURVE % ("[4, 5]", "[1, 0]"),
 }
 
 

@@ -16,7 +16,7 @@ from mbq.kernels.quantize import (
     unpack_pair,
 )
 from mbq.kernels.reference import round_to_nearest, slice_recursively
-from mbq.kernels.widths import WIDTHS, slices_of, steps_up_to, widths_up_to
+from mbq.kernels.widths import WIDTHS, around, slices_of, steps_up_to, widths_up_to
 
 
 def _grid(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,6 +53,7 @@ def test_known_widths() -> None:
     assert steps_up_to(8) == (1, 1, 2, 2)
     assert steps_up_to(6) == (1, 1, 2)
     assert steps_up_to(2) == ()
+    assert [around(bits) for bits in (2, 2.01, 3, 5.9)] == [(2, 2), (2, 3), (3, 3), (4, 6)]
 
 
 @pytest.mark.parametrize("shape", [(1, 32, 32), (7, 96, 32), (5, 384, 128), (3, 640, 64)])

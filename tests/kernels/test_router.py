@@ -21,10 +21,16 @@ from mbq.kernels.router import (
     pack_halves,
     unpack_halves,
 )
+from mbq.kernels.widths import WIDTHS
 from tests.support.routers import as_bits, random_router
 
 K, LINEARS, BITS, EXTRA, WIDTH, KNOTS = 96, 3, 8, 4, 5, 6
-CURVE = Curve((2.0, 3.0, 8.0), (10.0, 4.0, -6.0))
+CURVES = {
+    3: Curve((2.0, 2.5, 3.0), (10.0, 4.0, -6.0)),
+    4: Curve((3.0, 4.0), (5.0, 1.0)),
+    6: Curve((4.0, 6.0), (3.0, -3.0)),
+    8: Curve((6.0, 8.0), (2.0, -8.0)),
+}
 
 
 def _router(width: int | None, knots: int = KNOTS) -> tuple[Router, Precision]:
@@ -232,23 +238,57 @@ def test_the_inverse_of_a_rising_map_undoes_it(
 
 
 @pytest.mark.parametrize(
-    ("bits", "threshold"), [(2.0, 10.0), (2.5, 7.0), (3.0, 4.0), (5.5, -1.0), (8.0, -6.0)]
+    ("bits", "threshold"), [(2.0, 10.0), (2.25, 7.0), (2.5, 4.0), (2.75, -1.0), (3.0, -6.0)]
 )
 def test_the_curve_is_linear_between_its_points(bits: float, threshold: float) -> None:
-    assert CURVE.log_threshold(bits) == pytest.approx(threshold)
+    assert CURVES[3].log_threshold(bits) == pytest.approx(threshold)
 
 
-@pytest.mark.parametrize("bits", [1.99, 8.01, -1.0, math.nan])
-def test_the_curve_ends_at_the_loaded_widths(bits: float) -> None:
-    with pytest.raises(ValueError, match=r"average bits .* must lie between 2 and 8"):
-        CURVE.log_threshold(bits)
+@pytest.mark.parametrize("bits", [1.99, 6.01, -1.0, math.nan])
+def test_averages_end_at_the_loaded_widths(bits: float) -> None:
+    with pytest.raises(ValueError, match=r"average bits .* must lie between 2 and 6"):
+        Precision(6).set_average_bits(bits, CURVES)
 
 
-def test_both_ends_are_uniform() -> None:
+@pytest.mark.parametrize(
+    ("average", "wanted"),
+    [
+        (2.25, (7.0, math.inf, math.inf, math.inf)),
+        (3.5, (-math.inf, 3.0, math.inf, math.inf)),
+        (5.0, (-math.inf, -math.inf, 0.0, math.inf)),
+        (7.5, (-math.inf, -math.inf, -math.inf, -5.5)),
+    ],
+)
+def test_an_average_mixes_the_widths_around_it(average: float, wanted: tuple[float, ...]) -> None:
     precision = Precision(8)
-    for average, bits in ((2.0, 2), (8.0, 8), (3.0, None), (2.5, None)):
-        precision.set_average_bits(average, CURVE)
-        assert precision.bits == bits
+    precision.set_average_bits(average, CURVES)
+    assert precision.bits is None
+    assert precision.log_thresholds() == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_at_a_width_all_tokens_are_alike(bits: int) -> None:
+    precision = Precision(8)
+    precision.set_average_bits(2.5, CURVES)
+    precision.set_average_bits(float(bits), {})
+    assert precision.bits == bits
+    wanted = [-math.inf if step <= bits else math.inf for step in WIDTHS[1:]]
+    assert precision.log_thresholds() == tuple(wanted)
+
+
+@pytest.mark.parametrize(("width", "knots"), [(WIDTH, KNOTS), (0, KNOTS), (None, 1)])
+def test_only_the_two_widths_around_an_average_are_given(width: int | None, knots: int) -> None:
+    router, precision = _router(width, knots=knots)
+    x = torch.randn(40, K)
+    for between in ((2, 3), (3, 4), (4, 6), (6, 8)):
+        precision.between = between
+        seen = set()
+        for threshold in (-100.0, -2.9, 0.0, 100.0):
+            precision.log_threshold = threshold
+            for linear in range(LINEARS):
+                found = router(x, linear)
+                seen |= {found} if isinstance(found, int) else set(found.tolist())
+        assert seen == set(between)
 
 
 def test_halves_round_trip() -> None:

@@ -29,7 +29,11 @@ from tests.support.weights import random_linear
 
 COLUMNS, GROUP = 96, 32
 ROWS = (70, 10, 100)
-CURVE = Curve((2.0, 3.0, 8.0), (10.0, 0.4, -10.0))
+CURVES = {
+    3: Curve((2.0, 2.5, 3.0), (10.0, 0.4, -10.0)),
+    4: Curve((3.0, 3.5, 4.0), (10.0, -0.6, -10.0)),
+    6: Curve((4.0, 5.0, 6.0), (10.0, -1.0, -10.0)),
+}
 ROUTERS = pytest.mark.parametrize("width", [8, 0, None])
 
 
@@ -40,7 +44,7 @@ def _linears(width: int | None, columns: int = COLUMNS) -> tuple[list[ElasticLin
     knots = 6 if width is not None else 1
     router = random_router(precision, columns, len(ROWS), width, knots)
     share_input(linears, router)
-    precision.set_average_bits(3.0, CURVE)
+    precision.set_average_bits(3.5, CURVES)
     return linears, router
 
 
@@ -157,11 +161,11 @@ def test_a_captured_step_follows_the_width(
     x = torch.randn(3, COLUMNS).half()
     precision = linears[0].precision
     settings = {
-        3.0: [partial(precision.set_average_bits, bits, CURVE) for bits in (2.5, 8.0)],
-        8.0: [partial(precision.set_bits, 3), partial(precision.set_average_bits, 2.0, CURVE)],
+        3.5: [partial(precision.set_average_bits, bits, CURVES) for bits in (2.5, 8.0)],
+        8.0: [partial(precision.set_bits, 3), partial(precision.set_average_bits, 2.0, CURVES)],
     }
     for captured_at, later in settings.items():
-        precision.set_average_bits(captured_at, CURVE)
+        precision.set_average_bits(captured_at, CURVES)
         router.refresh()
         # Once before, as whoever captures does: then nothing but launches is left to record.
         for linear in linears:

@@ -16,7 +16,11 @@ from tests.support.weights import random_linear
 
 COLUMNS, GROUP = 96, 32
 ROWS = (70, 10, 96)
-CURVE = Curve((2.0, 3.0, 8.0), (10.0, 0.4, -10.0))
+CURVES = {
+    3: Curve((2.0, 2.5, 3.0), (10.0, 0.4, -10.0)),
+    4: Curve((3.0, 3.5, 4.0), (10.0, -0.6, -10.0)),
+    6: Curve((4.0, 5.0, 6.0), (10.0, -1.0, -10.0)),
+}
 
 
 class Sum(nn.Module):
@@ -81,8 +85,8 @@ def test_a_new_width_compiles_nothing(
 ) -> None:
     module = Sum(width, biased=True)
     fast = compiled(module)
-    for average in (2.5, 7.1, 8.0):
-        module.precision.set_average_bits(average, CURVE)
+    for average in (2.5, 5.1, 8.0):
+        module.precision.set_average_bits(average, CURVES)
         assert torch.allclose(fast(x), module(x), rtol=5e-3, atol=3e-2)
     for bits in (3, 6):
         module.precision.set_bits(bits)

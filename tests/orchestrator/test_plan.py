@@ -152,7 +152,7 @@ def test_files_are_packed_when_their_blocks_exist_and_evaluated_when_published(
         *(f"validate {shape}" for shape in SHAPES),
         *SOURCE_EVALUATIONS,
         *(f"evaluate mbq-{b}" for b in (2, 3, 4, 6, 8)),
-        *(f"evaluate routed-{b}" for b in (2.25, 2.5, 3, 3.5)),
+        *(f"evaluate routed-{b}" for b in (2.25, 2.5, 2.75, 3.5)),
         "sample text",
     ]
 
@@ -167,7 +167,7 @@ def test_rivals_wait_for_their_thresholds_and_the_checkpoint_does_not(tiny_docum
     names = _names(ready(plan, _progress(done=done), 2))
     assert "route model-routing.safetensors" in names
     published = _progress(done=done, published=True)
-    assert "evaluate random-3" not in _names(ready(plan, published, 2))
+    assert "evaluate random-2.75" not in _names(ready(plan, published, 2))
     settled = replace(published, done=done | set(plan.settles))
     assert {"evaluate shuffled-2.25", "evaluate random-3.5"} <= set(_names(ready(plan, settled, 2)))
 
@@ -213,7 +213,7 @@ def test_fewer_slices_make_fewer_files_and_variants(tiny_document: Make) -> None
         "full",
         *(f"rtn-{bits}" for bits in (2, 3, 4)),
         *(f"mbq-{bits}" for bits in (2, 3, 4)),
-        *(f"routed-{bits}" for bits in (2.25, 2.5, 3, 3.5)),
+        *(f"routed-{bits}" for bits in (2.25, 2.5, 2.75, 3.5)),
     ]
     plan = _plan(lambda: document)
     assert [task.target.partition("-0")[0] for task in plan.packs] == [

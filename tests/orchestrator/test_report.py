@@ -120,7 +120,7 @@ def test_holds_every_part(ablation_run: Any, page: str) -> None:
 def test_shows_the_sample_text_and_the_numbers_measured(ablation_run: Any, page: str) -> None:
     found = collect(ablation_run.store, ablation_run.document)
     assert found.results is not None and found.sample is not None
-    assert list(found.sample.bits) == ["2.25", "2.5", "3", "3.5"]
+    assert list(found.sample.bits) == ["2.25", "2.5", "2.75", "3.5"]
     # The tiny model has 128 positions: the text is cut there.
     shown = "".join(found.tokens).removeprefix("<s>")
     assert len(shown) > 100 and SAMPLE_TEXT.startswith(shown)
@@ -128,7 +128,7 @@ def test_shows_the_sample_text_and_the_numbers_measured(ablation_run: Any, page:
         assert all(2 <= value <= 8 for value in bits)
         assert sum(bits) / len(bits) == pytest.approx(float(average), abs=0.8)
     rows = {row.variant: row for row in found.results.rows}
-    for variant in ("routed-2.5", "oracle-3", "shuffled-2.25", "random-3.5"):
+    for variant in ("routed-2.5", "oracle-2.75", "shuffled-2.25", "random-3.5"):
         assert f"{rows[variant].gap:.4f}" in page
 
 
@@ -150,7 +150,7 @@ def test_every_row_is_in_a_table(ablation_run: Any, page: str) -> None:
             assert [NAMES[kind], *bits, perplexity, gap] in shown
         cell = f"{row.gap:.4f} ± {row.gap_error:.4f} ({row.total_bits:.2f})"
         ways.setdefault(kind, {})[row.bits] = cell
-    averages = (2.25, 2.5, 3, 3.5)
+    averages = (2.25, 2.5, 2.75, 3.5)
     assert ["", *(f"average {bits:g}" for bits in averages)] in shown
     for kind in ("routed", *RIVALS):
         # The checkpoint was measured at 2.5 and 3 of these.
@@ -207,12 +207,12 @@ def test_rivals_are_measured_beside_the_checkpoint(ablation_run: Any) -> None:
     assert found.results is not None
     rows = {row.variant: row for row in found.results.rows}
     for rival in RIVALS:
-        for bits in (2.25, 2.5, 3, 3.5):
+        for bits in (2.25, 2.5, 2.75, 3.5):
             read = rows[f"{rival}-{bits:g}"].realised_bits
             assert read is not None
             assert read == pytest.approx(bits, abs=0.35), rival
     # The learned routers are the only ones that read weights of their own.
-    totals = {r: rows[f"{r}-3"].total_bits - rows[f"{r}-3"].realised_bits for r in RIVALS}  # type: ignore[operator]
+    totals = {r: rows[f"{r}-2.5"].total_bits - rows[f"{r}-2.5"].realised_bits for r in RIVALS}  # type: ignore[operator]
     assert totals["learned"] > totals["norm"] > totals["linear"]
     assert totals["learned"] == pytest.approx(totals["shuffled"])
     assert totals["linear"] == pytest.approx(totals["random"]) == pytest.approx(totals["oracle"])

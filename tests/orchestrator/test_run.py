@@ -68,7 +68,7 @@ def test_results_compare_every_width_with_rounding(finished_run: Any) -> None:
     run = finished_run.document.run
     results = get_document(finished_run.store, keys.results_key(run), Results)
     names = ["full", *(f"rtn-{b}" for b in (2, 3, 4, 6, 8)), *(f"mbq-{b}" for b in (2, 3, 4, 6, 8))]
-    names += [f"routed-{b}" for b in (2.25, 2.5, 3, 3.5)]
+    names += [f"routed-{b}" for b in (2.25, 2.5, 2.75, 3.5)]
     assert [row.variant for row in results.rows] == names
     gaps = {row.variant: row.gap for row in results.rows}
     assert gaps["full"] == 0
@@ -223,7 +223,7 @@ def test_asking_for_more_widths_measures_only_those(
     assert asked.run == document.run
     runner = FaultyRunner()
     drive(store, asked, runner, attempt=2)
-    rivals = [f"evaluate linear-{bits}" for bits in (2.25, 2.5, 3, 3.5)]
+    rivals = [f"evaluate linear-{bits}" for bits in (2.25, 2.5, 2.75, 3.5)]
     assert set(runner.submitted) == {
         "inspect",
         "settle linear",
@@ -245,7 +245,7 @@ def test_every_method_makes_a_checkpoint(
     results = get_document(store, keys.results_key(document.run), Results)
     assert results.method == method
     read = {row.variant: row.realised_bits for row in results.rows}
-    assert read["routed-3"] == pytest.approx(3.0, abs=0.4)
+    assert read["routed-2.75"] == pytest.approx(2.75, abs=0.4)
 
 
 def test_one_slice_is_a_checkpoint_without_routers(

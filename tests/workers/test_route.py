@@ -77,8 +77,8 @@ def test_the_target_method_brings_every_linear_to_the_asked_width() -> None:
     assert bits_L.tolist() == pytest.approx([3.0, 3.0], abs=0.4)
     # One value for both linears means one width for both.
     knots = fitted.knots["target"]
-    assert torch.equal(knots[0], knots[3])
-    assert knots[0, :, 1, 0].tolist() == [-8.0, -8.0]
+    torch.testing.assert_close(knots[:, 0, 1], knots[:, 1, 1])
+    assert knots[:, :, 1, 0].flatten().tolist() == [-1.0] * 8
 
 
 def test_the_same_seed_fits_the_same_router() -> None:
@@ -120,14 +120,16 @@ def test_knots_exist_where_steps_hurt() -> None:
         assert torch.isfinite(fit_knots(score, benefit, 4)).all()
 
 
-def test_ranks_are_minus_the_average_bits() -> None:
-    score = torch.arange(100.0).expand(3, 1, 100)
+def test_ranks_are_minus_the_share_that_takes_a_step() -> None:
+    score = torch.stack((torch.arange(100.0), torch.arange(100.0) ** 2)).expand(3, 2, 100)
     knots = rank_knots(score, 3)
-    # At the median half of the tokens take every step: 2 + 0.5 * (1 + 1 + 2) bits.
-    assert knots[0, 0, 1].tolist() == pytest.approx([-6.0, -4.0, -2.04])
-    # Both tokens take the step to 3 bits, one of them also those to 4 and to 6.
-    score = torch.tensor([[[5.0, 5.0]], [[5.0, 1.0]], [[5.0, 1.0]]])
-    assert rank_knots(score, 3)[2, 0, 1].tolist() == [-6.0, -4.5, -4.5]
+    assert knots.shape == (3, 2, 2, 3)
+    # Whatever the scores are: all tokens at the lowest, half at the median, one at the highest.
+    assert knots[:, :, 1].flatten(0, 1).tolist() == [pytest.approx([-1.0, -0.5, -0.01])] * 6
+    assert knots[0, 0, 0].tolist() == [0.0, 49.5, 99.0]
+    # One of two tokens scores high for the second step only.
+    score = torch.tensor([[[5.0, 5.0]], [[5.0, 1.0]]])
+    assert rank_knots(score, 3)[:, 0, 1].tolist() == [[-1.0, -1.0, -1.0], [-1.0, -0.5, -0.5]]
 
 
 @given(st.lists(st.floats(-100, 100), min_size=1, max_size=30))
