@@ -24,8 +24,7 @@ _POLICY = "_average_bits_policy"
 def set_bits(model: PreTrainedModel, bits: int) -> None:
     """Run every token at `bits` bits per weight from the next forward pass on.
 
-    A step of up to 64 tokens that was captured in a CUDA graph follows.
-    Also `model.set_bits(bits)`.
+    A step that was captured in a CUDA graph follows. Also `model.set_bits(bits)`.
 
     Raises:
         InputError: `bits` is not a stored width.
@@ -42,8 +41,8 @@ def set_average_bits(model: PreTrainedModel, average_bits: float) -> None:
 
     Code bits, averaged over tokens and weights. A whole width, 2, 3, 4, 6 or 8, all of them get; an
     average between two is a mix of these, and text unlike the calibration text may get more or
-    less (`realised_bits` tells). Nothing is loaded or allocated. A step of up to 64 tokens that was
-    captured in a CUDA graph follows. Also `model.set_average_bits(average_bits)`.
+    less (`realised_bits` tells). Nothing is loaded or allocated. A step that was captured in a CUDA
+    graph follows. Also `model.set_average_bits(average_bits)`.
 
     Raises:
         InputError: the width is not between 2 bits and the highest one stored.

@@ -4,8 +4,8 @@ Ray's own retries are off: a retry is the caller's decision, visible and counted
 objects, its value and a small mark, so that the caller learns that a value of gigabytes exists
 without fetching it. Progress goes through one small actor; losing it loses nothing but progress.
 
-GPU tasks get a fresh process each (Ray's default), which is the only sure way to get all of a GPU's
-memory back.
+GPU tasks get a fresh process each, which is the only sure way to get all of a GPU's memory back,
+and to see the GPU that was assigned: a process that has used one keeps to it.
 """
 
 import re
@@ -85,6 +85,8 @@ class RayRunner:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         board: Any = ray.remote(num_cpus=0)(_ProgressBoard)
         self._board = board.options(scheduling_strategy=here).remote()
+        # Ray's default for tasks whose GPUs are known when they are declared, as these are not.
+        self._gpu_task = ray.remote(max_retries=0, num_returns=2, max_calls=1)(_run)
         self._task = ray.remote(max_retries=0, num_returns=2)(_run)
         self._gauges: dict[str, Gauge] = {}
         self._read: Any = None
@@ -167,7 +169,8 @@ class RayRunner:
     def _submit(self, call: Call, options: dict[str, Any]) -> RayHandle:
         arguments = [a.value if isinstance(a, RayHandle) else a for a in call.arguments]
         bare = Call(call.name, call.function, ())
-        value, mark = self._task.options(**options).remote(bare, self._board, *arguments)
+        task = self._gpu_task if options.get("num_gpus") else self._task
+        value, mark = task.options(**options).remote(bare, self._board, *arguments)
         return RayHandle(call.name, value, mark)
 
 

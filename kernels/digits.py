@@ -47,6 +47,8 @@ ROW_MULTIPLE = 128
 GROUP_SIZES = (32, 64, 128, 256)
 # q, k and v.
 MOST_LINEARS = 3
+# That one launch multiplies.
+MAX_TOKENS = 64
 _CHUNKS = 8
 # The second: 3 bits take all of the first and the high bits of this one.
 _SPLIT_SLICE = 1

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mbq.kernels.digits import BLOCK_INPUTS, GROUP_SIZES, ROW_MULTIPLE, Digits
+from mbq.kernels.digits import BLOCK_INPUTS, GROUP_SIZES, MAX_TOKENS, ROW_MULTIPLE, Digits
 from mbq.kernels.router import Gates
 from mbq.kernels.widths import CODE_BITS
 
@@ -84,7 +84,7 @@ def decodes(x: Tensor, tokens: int, group_size: int) -> bool:
     """
     return (
         packs(x, group_size)
-        and 1 <= tokens <= triton_prepare.MAX_TOKENS // (2 if group_size < _MEASURED_GROUP else 1)
+        and 1 <= tokens <= _most_tokens(group_size)
         and not (torch.is_grad_enabled() and x.requires_grad)
     )
 
@@ -93,6 +93,26 @@ def capturing(x: Tensor) -> bool:
     """Whether launches are being captured in a graph, to be replayed later."""
     with torch.cuda.device_of(x):
         return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_capture(x: Tensor, group_size: int) -> None:
+    """Stop a capture of tokens [..., K] that `decode` does not serve.
+
+    A replay would go on at the width that is set now, whatever is set later.
+
+    Raises:
+        RuntimeError: launches are being captured.
+    """
+    if not torch.compiler.is_compiling() and capturing(x):
+        raise RuntimeError(
+            f"{x.numel() // x.shape[-1]} tokens in {x.dtype} cannot be captured in a CUDA graph: "
+            f"steps of up to {_most_tokens(group_size)} tokens in 16 bits can, without gradients; "
+            "run longer passes outside of it"
+        )
+
+
+def _most_tokens(group_size: int) -> int:
+    return MAX_TOKENS // (2 if group_size < _MEASURED_GROUP else 1)
 
 
 def decode(

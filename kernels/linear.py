@@ -107,6 +107,7 @@ class ElasticLinear(nn.Module):
         decoded = self.shared.decode(x, self.number)
         if decoded is not None:
             return decoded
+        dispatch.refuse_capture(x, self.group_size)
         widths = self.shared.widths(x, self.number)
         tokens = x.numel() // self.in_features
         self._tokens += tokens

@@ -106,12 +106,7 @@ class SharedInput:
         """
         out = self._decode(x, compiled=True)
         if out is None:
-            if dispatch.capturing(x):
-                # A replay would go on at the width that was set now.
-                raise RuntimeError(
-                    f"{x.numel() // x.shape[-1]} tokens in {x.dtype} cannot be captured in a CUDA "
-                    "graph: steps of up to 64 tokens in 16 bits can; compile longer passes without"
-                )
+            dispatch.refuse_capture(x, self.linears[0].group_size)
             out = x.new_zeros(*x.shape[:-1], self._starts[-1])
             for linear, side in zip(self.linears, self._sides(out), strict=True):
                 side.copy_(linear(x))

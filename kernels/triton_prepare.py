@@ -36,13 +36,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mbq.kernels.digits import BLOCK_INPUTS, MOST_LINEARS, position
+from mbq.kernels.digits import BLOCK_INPUTS, MAX_TOKENS, MOST_LINEARS, position
 from mbq.kernels.router import Gates
 from mbq.kernels.triton_bytes import FEW, program_tokens, store_tokens
 from mbq.kernels.triton_operands import input_places
 from mbq.kernels.widths import SLICE_BITS
 
-MAX_TOKENS = 64
 _MOST_TOKENS = tl.constexpr(MAX_TOKENS)
 _LANES = tl.constexpr(4)
 # Of more inputs 8 warps do not hold a token in registers.

@@ -5,6 +5,7 @@ after a crash.
 """
 
 import collections
+import dataclasses
 import time
 from dataclasses import dataclass, field
 
@@ -176,6 +177,9 @@ def call_of(driver: Driver, task: Task) -> tuple[Call, TaskResources]:
     """How a task of the plan is run."""
     name = f"{driver.document.name}: {task.name}"
     ref, resources = driver.ref, driver.resources
+    if moves_bytes(task):
+        # It may run where no GPU is, and must not use one that is another task's.
+        ref, resources = dataclasses.replace(ref, device="cpu"), BYTES_ONLY
     if task.kind == "capture":
         before = driver.held[task.block - 1] if task.block else None
         return Call(name, tasks.capture, (ref, task.block, before)), resources
@@ -188,10 +192,10 @@ def call_of(driver: Driver, task: Task) -> tuple[Call, TaskResources]:
     if task.kind == "settle":
         return Call(name, tasks.settle, (ref, task.target)), resources
     if task.kind == "pack":
-        return Call(name, tasks.pack, (ref, task.target)), BYTES_ONLY
+        return Call(name, tasks.pack, (ref, task.target)), resources
     if task.kind == "route":
         assert driver.routing is not None
-        return Call(name, tasks.route, (ref, driver.routing.method)), BYTES_ONLY
+        return Call(name, tasks.route, (ref, driver.routing.method)), resources
     if task.kind == "validate":
         return Call(name, tasks.validate, (ref, task.target)), resources
     if task.kind == "sample":

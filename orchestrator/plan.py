@@ -270,9 +270,10 @@ def remaining_flops(plan: Plan, done: Set[Task], fractions: Mapping[Task, float]
 def task_memory_bytes(plan: Plan, spec: RunSpec, hidden_size: int) -> int:
     """Memory of one calibrate task: what the largest block and its training need.
 
-    Weight, gradient and two moments in float32, the quantized copies of one forward and backward
-    pass, hidden states in and out, the activations of a microbatch, and the Gram matrices of what
-    enters the linears, one of them in float64 while it is inverted.
+    The source's weight; weight, gradient, two moments and two limits in float32; the quantized
+    copies of one forward and backward pass, hidden states in and out, the activations of a
+    microbatch, and the Gram matrices of what enters the linears, one of them in float64 while it
+    is inverted.
     """
     weights: dict[int, int] = {}
     grams: dict[int, int] = {}
@@ -287,7 +288,7 @@ def task_memory_bytes(plan: Plan, spec: RunSpec, hidden_size: int) -> int:
     activations = 12 * spec.microbatch * spec.calibration.sequence_length * widest * item
     inverted = 24 * max(linear.in_features for linear in plan.linears) ** 2
     gram = 4 * (1 + quantized) * max(grams.values()) + inverted
-    return (16 + 8) * max(weights.values()) + hidden + activations + gram
+    return (item + 24 + 8) * max(weights.values()) + hidden + activations + gram
 
 
 def _is_ready(task: Task, plan: Plan, progress: Progress, workers: int) -> bool:

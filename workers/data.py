@@ -11,6 +11,7 @@ Calibration windows are drawn without replacement from the documents in a random
 windows follow each other from the first document on. Windows never overlap.
 """
 
+import glob
 import itertools
 import os
 import random
@@ -286,7 +287,7 @@ def _read_dataset(text: Text, field: str, local: list[str]) -> list[str]:
         rows = load_dataset(
             load.path,
             load.name,
-            data_files=files,
+            data_files=files and [glob.escape(file) for file in files],
             revision=load.revision,
             split="train" if files else load.splits[field],
             streaming=True,

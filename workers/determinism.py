@@ -27,6 +27,8 @@ def pin(threads: int) -> None:
         with contextlib.suppress(RuntimeError):
             torch.set_num_interop_threads(1)
     torch.use_deterministic_algorithms(True)
+    # On by default with the line above, and only of use where memory is read before it is written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False

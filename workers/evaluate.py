@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from mbq.artifacts.documents import Row
 from mbq.artifacts.elastic import elastic_linears
+from mbq.artifacts.errors import NumericError
 from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.reference import round_to_nearest
 from mbq.workers.model import Model, linears
@@ -26,6 +27,8 @@ from mbq.workers.variants import FULL, parse
 
 # Logits of a large vocabulary are the largest tensor of all: at most this many at once.
 _MAX_LOGITS = 2**24
+# What exp still holds; no loss of a language model comes near.
+_LARGEST_EXPONENT = 700.0
 
 
 @torch.no_grad()
@@ -41,6 +44,9 @@ def sequence_losses(
     Args:
         blocks: the variant's blocks in order; each is used once, so it may be made on the fly.
         report: called with the finished fraction after every block.
+
+    Raises:
+        NumericError: a loss is not finite.
     """
     hidden_BTH = model.embed(ids_BT)
     for index, block in enumerate(blocks):
@@ -51,6 +57,11 @@ def sequence_losses(
     losses: list[float] = []
     for part_BTH, ids in zip(hidden_BTH.split(size), ids_BT.split(size), strict=True):
         losses += losses_of_logits(head(part_BTH), ids)
+    if not all(map(math.isfinite, losses)):
+        raise NumericError(
+            "losses are not finite: the model's activations overflow its dtype; use one with a "
+            "larger range, as bfloat16"
+        )
     return losses
 
 
@@ -104,7 +115,8 @@ def rounded_block(block: nn.Module, bits: int, group_size: int) -> nn.Module:
 
 def perplexity_of(losses: Sequence[float]) -> tuple[float, float]:
     """Perplexity, and its standard error, from the mean losses of two sequences or more."""
-    perplexity = math.exp(statistics.fmean(losses))
+    mean = statistics.fmean(losses)
+    perplexity = math.exp(min(mean, _LARGEST_EXPONENT))
     # First order: the error of exp(x) is exp(x) times the error of x.
     return perplexity, perplexity * _standard_error(losses)
 

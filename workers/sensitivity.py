@@ -15,7 +15,7 @@ block: never more than one block's weights at a time.
 Legend: B sequences, T tokens, H hidden_size, N out_features.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -128,5 +128,5 @@ def _head_gradient(model: Model, hidden_BTH: Tensor, ids_BT: Tensor) -> Tensor:
     return torch.cat(gradients)
 
 
-def _placed(model: Model, hidden_BTH: Tensor, microbatch: int) -> list[Tensor]:
-    return [part.to(model.device) for part in hidden_BTH.split(microbatch)]
+def _placed(model: Model, hidden_BTH: Tensor, microbatch: int) -> Iterator[Tensor]:
+    return (part.to(model.device) for part in hidden_BTH.split(microbatch))

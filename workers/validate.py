@@ -38,6 +38,8 @@ _CHECKED_TOKENS = (1, 3, 17, 64, 65)
 _TIMED_TOKENS = (1, 8, 32)
 # Of a float64 weight at once.
 _CHECKED_ROWS = 4096
+# Stands for what is usual where all weights are zero, and so must every output be.
+_SMALLEST = 1e-30
 # Weights rotate through this many times what the cache holds; tiny ones do not.
 _ROTATIONS = 3
 _MOST_COPIES = 256
@@ -148,26 +150,28 @@ def validate_linear(
 
 @torch.inference_mode()
 def _error(linear: ElasticLinear, published: ElasticLinear, x_TK: Tensor, bits_T: Tensor) -> float:
-    """Largest error of an element over the root mean square of the float64 product.
+    """Largest error of an element over what is usual for its channel or, if more, for all.
 
-    Infinite if an element is not finite.
+    Usual is the norm of a channel's weights times the root mean square of the tokens, plus its
+    bias: what rounding to 16 bits leaves grows with that. Infinite if an element is not finite.
     """
     # What is allocated next lies where this was: an element that is not written stays NaN.
     poison = x_TK.new_full((len(x_TK), linear.out_features), math.nan)
     del poison
     out_TN = linear(x_TK).double()
-    largest, squares = 0.0, 0.0
+    largest = 0.0
     for bits in bits_T.unique().tolist():
         weight_NK = published.weight(bits)
         _, bias_N = unpack_pair(published.get_buffer(f"gain_bias_{bits}"))
         x = x_TK[bits_T == bits].double()
+        usual_N = weight_NK.double().norm(dim=1) * x.square().mean().sqrt() + bias_N.abs()
+        usual_N = usual_N.clamp(min=max(usual_N.square().mean().sqrt().item(), _SMALLEST))
         for start in range(0, linear.out_features, _CHECKED_ROWS):
             rows = slice(start, start + _CHECKED_ROWS)
             expected = F.linear(x, weight_NK[rows].double(), bias_N[rows].double())
-            off = (out_TN[bits_T == bits, rows] - expected).abs().max().item()
+            off = ((out_TN[bits_T == bits, rows] - expected).abs() / usual_N[rows]).max().item()
             largest = max(largest, off if math.isfinite(off) else math.inf)
-            squares += expected.square().sum().item()
-    return largest / math.sqrt(squares / out_TN.numel()) if squares else largest
+    return largest
 
 
 def _timings(linear: ElasticLinear, device: torch.device) -> Iterable[KernelTiming]:

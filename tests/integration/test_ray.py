@@ -336,3 +336,31 @@ def test_a_cluster_that_cannot_hold_the_plan_says_so(
     refused = user.run("submit", str(user.spec), "--store", store.uri, *much, code=2)
     assert "no node offers" in refused.stderr
     assert store.children(keys.RUNS) == []
+
+
+GPU_TASKS = """
+import os, ray
+from mbq.cluster.ray_runner import RayRunner
+from mbq.cluster.runner import Call, TaskResources
+
+def process(report):
+    return os.getpid(), ray.get_gpu_ids()
+
+ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)
+runner = RayRunner()
+for resources in (TaskResources(cpus=1, gpus=1), TaskResources(cpus=1)):
+    handles = [runner.submit(Call(f"task {n}", process, ()), resources) for n in range(4)]
+    results = [runner.result(handle) for handle in handles]
+    print(len({pid for pid, _ in results}), {len(gpus) for _, gpus in results})
+"""
+
+
+def test_every_gpu_task_has_a_process_of_its_own() -> None:
+    # Which GPU a process sees, and what it keeps of its memory, ends with the process only.
+    ended = subprocess.run(
+        [sys.executable, "-c", GPU_TASKS], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    on_gpus, on_cpus = ended.stdout.split("\n")[:2]
+    assert on_gpus == "4 {1}"
+    assert on_cpus in ("1 {0}", "2 {0}", "3 {0}")

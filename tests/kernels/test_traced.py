@@ -141,8 +141,12 @@ def test_no_width_is_captured(
     """Many tokens are multiplied at the width that the host knows, which a replay would keep."""
     module, many = Sum(8, biased=False), torch.randn(70, COLUMNS).half()
     monkeypatch.setattr(dispatch, "capturing", lambda _: True)
-    with pytest.raises(RuntimeError, match=r"70 tokens in torch\.float16 cannot be captured"):
-        compiled(module)(many)
+    for step in (compiled(module), module):
+        with pytest.raises(RuntimeError, match=r"70 tokens in torch\.float16 cannot be captured"):
+            step(many)
+    # Torch multiplies these, too, however few they are.
+    with pytest.raises(RuntimeError, match=r"3 tokens in torch\.float32 .* up to 32 tokens in 16"):
+        module(torch.randn(3, COLUMNS))
 
 
 def test_gradients_are_those_of_an_eager_model(

@@ -51,8 +51,9 @@ def test_a_run_of_the_tiny_model_takes_this(
         # In float32: those of the full-precision model and of 2, 3 and 4 bits.
         "hidden_state_bytes": 4 * tokens * hidden * 4,
         "task_memory_bytes": (
-            # Weights, gradients, two moments, and two quantized copies, all in float32.
-            6 * 4 * block
+            # The source's weights, those that are trained, gradients, two moments, two limits and
+            # two quantized copies, all in float32.
+            9 * 4 * block
             # Hidden states of four streams on the way in, and a target.
             + 5 * 4 * tokens * hidden
             + 12 * 8 * 32 * 4 * (wide + hidden)

@@ -23,6 +23,8 @@ from mbq.artifacts.packed import open_checkpoint
 from mbq.artifacts.pull import pull
 from mbq.artifacts.sealed import get_document, put_document
 from mbq.artifacts.store import LocalStore
+from mbq.cluster.runner import TaskResources
+from mbq.orchestrator.driver import begin, call_of
 from mbq.orchestrator.run import Stopped
 from tests.support.driving import (
     SMALL,
@@ -35,6 +37,7 @@ from tests.support.driving import (
     status_of,
 )
 from tests.support.hostile import SLICE, ignore
+from tests.support.local_runner import LocalRunner
 
 
 def test_leaves_everything_the_readme_promises(finished_run: Any) -> None:
@@ -329,3 +332,15 @@ def test_frequencies_that_early_models_store_are_left_out(
     index = json.loads(store.read(keys.checkpoint_key(document.run, INDEX_FILE)))
     assert "model.norm.weight" in index["weight_map"]
     assert not [name for name in index["weight_map"] if "inv_freq" in name]
+
+
+def test_tasks_that_move_bytes_take_no_gpu(finished_run: Any) -> None:
+    driver = begin(finished_run.store, finished_run.document, LocalRunner(), 2)
+    driver.resources = TaskResources(cpus=1, gpus=1)
+    for task in driver.plan.tasks:
+        if task.kind in ("capture", "calibrate"):
+            # They want what other tasks made.
+            continue
+        call, resources = call_of(driver, task)
+        expected = (0, "cpu") if task.kind in ("pack", "route") else (1, "cuda")
+        assert (resources.gpus, call.arguments[0].device) == expected

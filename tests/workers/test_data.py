@@ -148,3 +148,19 @@ def test_a_tokenizer_of_another_model(source: Source, text_file: Path, tmp_path:
     text = _evaluation(dataset="text", files=(str(text_file),))
     with pytest.raises(InputError, match=r"gives token \d+, the model has embeddings for 100"):
         evaluation_tokens(text, open_source(str(folder), "main"))
+
+
+@pytest.mark.parametrize("name", ["n[1].txt", "a*.txt", "run [v2]/t?.txt"])
+def test_a_file_is_the_one_that_was_named(tmp_path: Path, source: Source, name: str) -> None:
+    named, others = tmp_path / name, [tmp_path / "n1.txt", tmp_path / "ab.txt", tmp_path / "t1.txt"]
+    named.parent.mkdir(exist_ok=True)
+    named.write_text("red green blue " * 200, encoding="utf-8")
+    for other in others:
+        other.write_text("one two three " * 200, encoding="utf-8")
+    plain = tmp_path / "plain.text"
+    plain.write_text(named.read_text(encoding="utf-8"), encoding="utf-8")
+    found, expected = (
+        evaluation_tokens(_evaluation(dataset="text", files=(str(file),)), source)
+        for file in (named, plain)
+    )
+    assert np.array_equal(found, expected)

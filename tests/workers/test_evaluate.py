@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from mbq.artifacts.errors import NumericError
 from mbq.artifacts.source import open_source
 from mbq.kernels.reference import round_to_nearest
-from mbq.workers.evaluate import rounded_block, sequence_losses, table
+from mbq.workers.evaluate import perplexity_of, rounded_block, sequence_losses, table
 from mbq.workers.model import linears, open_model
 
 
@@ -45,3 +46,17 @@ def test_table_of_known_losses() -> None:
     assert (packed.bits, packed.realised_bits, packed.total_bits) == (2.5, 2.4, 2.9)
     assert packed.gap == pytest.approx(0.3)
     assert packed.gap_error == pytest.approx(0.2)
+
+
+def test_losses_that_are_not_finite_are_an_error(tiny_model: Path) -> None:
+    model = open_model(open_source(str(tiny_model), "main"), torch.float32, torch.device("cpu"))
+    ids = torch.arange(2 * 17).view(2, 17).int()
+    blocks = [model.block(index) for index in range(model.block_count)]
+    next(iter(linears(blocks[1]).values())).weight[0, 0] = math.inf
+    with pytest.raises(NumericError, match="losses are not finite"):
+        sequence_losses(model, blocks, ids, 2, lambda fraction: None)
+
+
+def test_a_perplexity_beyond_all_numbers_is_a_large_one() -> None:
+    perplexity, error = perplexity_of([800.0, 900.0])
+    assert perplexity > 1e300 and error > 0

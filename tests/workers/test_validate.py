@@ -18,6 +18,7 @@ from mbq.artifacts.sealed import document_sha256, get_document
 from mbq.artifacts.store import LocalStore
 from mbq.artifacts.tensors import TensorFile
 from mbq.kernels.linear import ElasticLinear
+from mbq.kernels.quantize import pack_pair, unpack_pair
 from mbq.workers.validate import open_linear, shapes, tensor_files, validate_linear
 
 CPU = torch.device("cpu")
@@ -43,6 +44,13 @@ class _Wrong(ElasticLinear):
         if bits == self.at:
             out[-1, -1] = self.spoil(out[-1, -1].item())
         return out
+
+
+class _Rounded(ElasticLinear):
+    """Off by a part of every output, as rounding it would."""
+
+    def _multiply(self, x: Tensor, bits: int) -> Tensor:
+        return super()._multiply(x, bits) * (1 + 2e-5)
 
 
 def test_a_run_validates_every_shape(finished_run: Any) -> None:
@@ -105,3 +113,19 @@ def test_a_missing_tensor(finished_run: Any, files: dict[str, TensorFile]) -> No
     del files[f"{name}.gain_bias_4"]
     with pytest.raises(CorruptError, match="gain_bias_4; fetch it again"):
         open_linear(files, name, finished_run.document.spec.group_size, CPU)
+
+
+@pytest.mark.parametrize("part", ["scale_zero", "gain_bias_4"])
+def test_what_rounding_leaves_of_a_large_channel_is_no_error(
+    finished_run: Any, files: dict[str, TensorFile], part: str
+) -> None:
+    # One row of weights, or one bias, is a hundred times larger than all others.
+    linear = _linear(files, finished_run.document.spec.group_size)
+    first, second = unpack_pair(linear.get_buffer(part))
+    if part == "scale_zero":
+        first[3] *= 100
+    else:
+        second[3] = 100 * second.abs().max() + 1
+    linear.register_buffer(part, pack_pair(first, second))
+    linear.__class__ = _Rounded
+    assert validate_linear(linear, "a.b", "0" * 64, lambda _: None).largest_error > 1e-5
