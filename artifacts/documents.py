@@ -98,12 +98,13 @@ class Manifest(Document):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        # A manifest may come from anywhere, and its names become files.
+        # A manifest may come from anywhere, and its names become files and folders.
         foreign = [name for name in self.files if not is_name(name) or name == keys.MANIFEST_FILE]
+        foreign += [] if is_name(self.run) else [self.run]
         named = [name for names in self.slice_files for name in names]
         if foreign or not set(named) <= set(self.files) or len(set(named)) < len(named):
             shown = reprlib.repr(foreign or named)
-            raise ValueError(f"its files are not plain names, each in one place: {shown}")
+            raise ValueError(f"run and files are not plain names, each in one place: {shown}")
         if len(self.slice_files) * SLICE_BITS != self.max_bits:
             raise ValueError(f"{len(self.slice_files)} slices are not {self.max_bits} bits")
         return self

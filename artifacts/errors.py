@@ -52,6 +52,11 @@ class ClusterError(MbqError):
     pass
 
 
+def printable(text: str) -> str:
+    """The text without what a terminal would obey: it may come from a store that is hostile."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def first_line(error: BaseException) -> str:
     """What a foreign error says, in one line; its name if it says nothing.
 

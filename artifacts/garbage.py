@@ -9,6 +9,7 @@ that an unreadable document may name stays, too: then nothing is removed. To dro
 folder `runs/<run>`; its blobs become garbage.
 """
 
+import itertools
 import re
 import secrets
 from collections.abc import Iterable, Iterator
@@ -50,14 +51,14 @@ def find_garbage(store: Store, grace_seconds: float = GRACE_SECONDS) -> Garbage:
     found: Iterable[Iterator[object]] = (
         store.walk(keys.RUNS),
         store.walk(keys.BLOBS),
-        store.unfinished(),
+        _unfinished(store),
     )
     if all(next(some, None) is None for some in found):
         raise NotFoundError(f"{store.uri} holds no runs and no blobs; give the store of some runs")
     before = _now(store) - grace_seconds
     # Blobs first: what is named between the two steps is seen to be named.
     candidates = [s for folder in (keys.BLOBS, PROBES) for s in store.walk(folder)]
-    unfinished = [found for found in store.unfinished() if found.started < before]
+    unfinished = [found for found in _unfinished(store) if found.started < before]
     named = _named_blobs(store)
     objects = [
         stat
@@ -76,10 +77,15 @@ def remove_garbage(store: Store, garbage: Garbage) -> None:
         now = store.stat(found.key)
         if now is not None and now.modified < garbage.before:
             store.delete(found.key)
-    still_old = {found.handle for found in store.unfinished() if found.started < garbage.before}
+    still_old = {found.handle for found in _unfinished(store) if found.started < garbage.before}
     for unfinished in garbage.unfinished:
         if unfinished.handle in still_old:
             store.discard(unfinished)
+
+
+def _unfinished(store: Store) -> Iterator[Unfinished]:
+    """What writers of ours left; in a bucket without a prefix there may be those of others."""
+    return itertools.chain.from_iterable(map(store.unfinished, (keys.RUNS, keys.BLOBS, PROBES)))
 
 
 def _now(store: Store) -> float:

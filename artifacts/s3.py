@@ -122,8 +122,9 @@ class S3Store:
     def delete(self, key: str) -> None:
         self._call("delete", key, lambda: self._client.delete_object(**self._at(key)))
 
-    def unfinished(self) -> Iterator[Unfinished]:
-        for found in self._uploads(f"{self.prefix}/" if self.prefix else ""):
+    def unfinished(self, prefix: str = "") -> Iterator[Unfinished]:
+        root = f"{self.prefix}/" if self.prefix else ""
+        for found in self._uploads(f"{self._key(prefix)}/" if prefix else root):
             upload = _Upload(self, self._own(found["Key"]), found["UploadId"])
             size = sum(part.size_bytes for part in upload.stored_parts().values())
             started = found["Initiated"].timestamp()

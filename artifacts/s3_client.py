@@ -120,8 +120,9 @@ def _told_apart(failure: str) -> Iterator[None]:
         ) from error
     except ClientError as error:
         _raise_refusal(failure, error)
-    except (BotoCoreError, HTTPError, OSError, ValueError, LookupError) as error:
-        # Answers that were damaged on their way are no valid XML, or lack what they must have.
+    except (BotoCoreError, HTTPError, OSError, ValueError, LookupError, RuntimeError) as error:
+        # Answers that were damaged on their way are no valid XML, or lack what they must have;
+        # credentials that were renewed may be old still, by a clock that is wrong.
         raise Passing(f"{type(error).__name__}: {error}") from error
 
 
@@ -161,11 +162,18 @@ def _make_client(stall_seconds: float, process: int) -> Any:
         host = urlparse(client.meta.endpoint_url).hostname or ""
         if not host.endswith((".amazonaws.com", ".amazonaws.com.cn", ".api.aws")):
             client = session.client("s3", config=_config("path", stall_seconds))
+        credentials = session.get_credentials()
     except (BotoCoreError, ValueError) as error:
         raise InputError(
             f"the object store's settings cannot be used: {error}; check AWS_PROFILE, "
             "AWS_ENDPOINT_URL_S3 and AWS_CA_BUNDLE"
         ) from error
+    if credentials is None:
+        # Not remembered: a client that was made without would never look for them again.
+        raise InputError(
+            "the object store cannot be used: Unable to locate credentials; put them where boto3 "
+            "looks for them (environment, profile, role)"
+        )
     return client
 
 

@@ -83,7 +83,7 @@ class Store(Protocol):
 
     def delete(self, key: str) -> None: ...
 
-    def unfinished(self) -> Iterator[Unfinished]: ...
+    def unfinished(self, prefix: str = "") -> Iterator[Unfinished]: ...
 
     def discard(self, unfinished: Unfinished) -> None: ...
 
@@ -153,14 +153,14 @@ class LocalStore:
         with _errors("delete", self.path(key)) as path:
             path.unlink(missing_ok=True)
 
-    def unfinished(self) -> Iterator[Unfinished]:
-        with _errors("list", self.root) as root:
-            for path in _files_below(root):
+    def unfinished(self, prefix: str = "") -> Iterator[Unfinished]:
+        with _errors("list", self.path(prefix) if prefix else self.root) as folder:
+            for path in _files_below(folder):
                 if not path.name.startswith(PARTIAL):
                     continue
                 with contextlib.suppress(FileNotFoundError):
                     found = path.stat()
-                    name = path.relative_to(root).as_posix()
+                    name = path.relative_to(self.root).as_posix()
                     yield Unfinished(name, str(path), found.st_size, found.st_mtime)
 
     def discard(self, unfinished: Unfinished) -> None:
@@ -181,7 +181,10 @@ def open_store(uri: str, patience_seconds: float = ASKING_SECONDS) -> Store:
     Raises:
         InputError: the scheme is unknown, or there is no bucket or no such user's home.
     """
-    parsed = urlparse(uri)
+    try:
+        parsed = urlparse(uri)
+    except ValueError as error:
+        raise InputError(f"{uri} is no URI ({error}); write s3://bucket/prefix") from error
     if parsed.scheme == "s3":
         from mbq.artifacts.s3 import S3Store
 
@@ -190,6 +193,8 @@ def open_store(uri: str, patience_seconds: float = ASKING_SECONDS) -> Store:
             raise InputError(f"{uri}: write s3://bucket/prefix, with plain names joined by /")
         return S3Store(parsed.netloc, prefix, patience_seconds)
     if parsed.scheme == "file" and parsed.netloc in ("", "localhost"):
+        if parsed.query or parsed.fragment:
+            raise InputError(f"{uri}: write ? and # in a file's URI as %3F and %23")
         return LocalStore(Path(unquote(parsed.path) or "/"))
     if "://" in uri:
         raise InputError(

@@ -97,7 +97,7 @@ def stop_head(state_folder: Path, head: Head) -> None:
 
 def client_environment(head: Head) -> dict[str, str]:
     """What a process must have in its environment BEFORE it imports ray to talk to this head."""
-    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": head.token_file}
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": head.token_file} | _no_proxy()
 
 
 def _read(path: Path) -> Head | None:
@@ -118,7 +118,7 @@ def _start(state_folder: Path) -> Head:
     session_folder = tempfile.mkdtemp(prefix="mbq-")
     port = _free_port()
     command = [
-        str(Path(sys.executable).with_name("ray")),
+        *(sys.executable, "-m", "ray.scripts.scripts"),
         *("start", "--head", "--block", "--port=0", "--disable-usage-stats"),
         *("--dashboard-host=127.0.0.1", f"--dashboard-port={port}"),
         # Any: were it chosen here and taken meanwhile, the head would come up and accept no job.
@@ -155,15 +155,26 @@ def _start(state_folder: Path) -> Head:
 def _environment(token: Path) -> dict[str, str]:
     inherited: Mapping[str, str] = os.environ
     environment = {name: value for name, value in inherited.items() if name != "RAY_ADDRESS"}
-    return environment | {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # A stopped driver gets this long to write its last status.
-        "RAY_JOB_STOP_WAIT_TIME_S": "20",
-        # A driver whose head was killed ends after this long, and is then resumed.
-        "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
-    }
+    return (
+        environment
+        | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            # A stopped driver gets this long to write its last status.
+            "RAY_JOB_STOP_WAIT_TIME_S": "20",
+            # A driver whose head was killed ends after this long, and is then resumed.
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
+        }
+        | _no_proxy()
+    )
+
+
+def _no_proxy() -> dict[str, str]:
+    """This machine is asked directly: a proxy could not reach it, and would be told the token."""
+    before = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    names = f"{before},127.0.0.1" if before else "127.0.0.1"
+    return {"no_proxy": names, "NO_PROXY": names}
 
 
 def _end_what_is_left(state_folder: Path) -> None:
@@ -180,10 +191,11 @@ def _await_jobs_api(head: Head, process: "subprocess.Popen[bytes]", log: Path) -
     request = urllib.request.Request(
         f"{head.address}/api/jobs/", headers={"Authorization": f"Bearer {token}"}
     )
+    directly = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            with urllib.request.urlopen(request, timeout=5):
+            with directly.open(request, timeout=5):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(_POLL_SECONDS)

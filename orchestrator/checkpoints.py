@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from mbq.artifacts.sealed import document_sha256
 from mbq.artifacts.store import WORKING_SECONDS, LocalStore, Store, open_store
 from mbq.orchestrator.local import home
 from mbq.orchestrator.status import locate, names_run, no_checkpoint
+
+_SHOW_CURSOR = b"\x1b[?25h"
 
 
 def find_checkpoint(target: str, uri: str) -> Store:
@@ -56,7 +59,15 @@ def killable() -> Iterator[None]:
 
     Otherwise it would wait for threads, and these for a store that does not answer.
     """
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def end(number: int, frame: object) -> None:
+        if sys.stderr.isatty():
+            # The progress bar hides it, and has no time to show it again.
+            os.write(sys.stderr.fileno(), _SHOW_CURSOR)
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    before = signal.signal(signal.SIGINT, end)
     try:
         yield
     finally:

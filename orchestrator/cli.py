@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mbq.artifacts.errors import InputError, MbqError, RunError
+from mbq.artifacts.errors import InputError, MbqError, RunError, printable
 from mbq.orchestrator.cli_checkpoint import bench, evaluate
 from mbq.orchestrator.cli_head import head
 from mbq.orchestrator.cli_store import gc, pull, verify
@@ -36,7 +36,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(context)
         except MbqError as error:
-            click.echo(f"mbq-cluster: {error}", err=True)
+            click.echo(f"mbq-cluster: {printable(str(error))}", err=True)
             context.exit(error.exit_code)
 
 
@@ -137,7 +137,7 @@ def show_status(run: str, store: str | None, address: str | None, as_json: bool)
         return
     display.STDOUT.print(display.run_table([state]))
     if state.detail:
-        click.echo(state.detail)
+        click.echo(printable(state.detail))
     if state.state == "done":
         _print_results(chosen, document, to_stderr=False)
 

@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.table import Column, Table
 
 from mbq.artifacts.documents import Results, Row, ValidationRecord
+from mbq.artifacts.errors import printable
 from mbq.orchestrator.status import RunState
 from mbq.workers.variants import FULL, PACKED, ROUNDED, ROUTED, parse
 
@@ -88,7 +89,9 @@ class Watch:
         for failure in status.failures[self._failures :]:
             verdict = "given up" if failure.final else "trying again"
             self._progress.console.print(
-                f"{failure.task}, attempt {failure.attempt}: {failure.error} ({verdict})",
+                printable(
+                    f"{failure.task}, attempt {failure.attempt}: {failure.error} ({verdict})"
+                ),
                 markup=False,
                 soft_wrap=True,
             )
@@ -112,7 +115,7 @@ def run_table(states: Sequence[RunState]) -> Table:
         status = state.status
         table.add_row(
             state.document.run,
-            escape(state.document.name),
+            escape(printable(state.document.name)),
             state.state,
             f"{status.blocks_done}/{status.blocks_total}" if status else "-",
             f"{status.fraction:.0%}" if status else "-",

@@ -1,6 +1,7 @@
 """What this user has on this machine: a folder, and in it a store, checkpoints, and a local Ray."""
 
 import os
+import platform
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,8 +26,8 @@ def default_store() -> str:
 
 
 def head_folder() -> Path:
-    """The state of the local Ray."""
-    return home() / "head"
+    """The state of the local Ray, of this machine: others may have the same home."""
+    return home() / "head" / platform.node()
 
 
 def find_local_head() -> heads.Head | None:

@@ -9,7 +9,7 @@ import click
 from mbq.artifacts.errors import InputError
 
 Command = Callable[..., Any]
-_ADDRESS = re.compile(r"https?://[^/\s]+(/\S*)?")
+_ADDRESS = re.compile(r"https?://([^/\s\[\]]+|\[[0-9a-fA-F:.]+\](:\d+)?)(/\S*)?")
 
 
 def store_option(command: Command) -> Command:

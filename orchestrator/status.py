@@ -64,10 +64,10 @@ def locate(target: str, store_uri: str) -> tuple[Store, RunDocument]:
     """
     if "/" in target:
         root, _, run = target.rstrip("/").rpartition("/")
-        root, _, folder = root.rpartition("/")
+        root, slash, folder = root.rpartition("/")
         if folder != keys.RUNS:
             raise InputError(f"{target} is not a run's URI; write <store>/runs/<id>")
-        store: Store = open_store(root)
+        store: Store = open_store(root or slash)
     else:
         store, run = open_store(store_uri), target
     if not run:

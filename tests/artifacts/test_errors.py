@@ -2,7 +2,7 @@
 
 import pytest
 
-from mbq.artifacts.errors import first_line
+from mbq.artifacts.errors import first_line, printable
 
 
 @pytest.mark.parametrize(
@@ -19,3 +19,8 @@ from mbq.artifacts.errors import first_line
 )
 def test_the_first_line_of_a_foreign_error(message: str, said: str) -> None:
     assert first_line(ValueError(message)) == said
+
+
+def test_nothing_that_a_terminal_obeys_is_shown() -> None:
+    assert printable("caf\u00e9 \u2264 8\nx") == "caf\u00e9 \u2264 8\nx"
+    assert printable("a\x1b]0;title\x07b\x9b1m\u202e") == "a\ufffd]0;title\ufffdb\ufffd1m\ufffd"

@@ -36,16 +36,16 @@ def _name(store: Store, blob: Digest, run: str = "run") -> None:
     put_document(store, keys.block_key(run, 0), record)
 
 
-def _abandon(store: Store) -> int:
+def _abandon(store: Store, key: str = "blobs/sha256/ab/x") -> int:
     """Leave behind what a killed writer leaves; returns its size."""
     if isinstance(store, LocalStore):
-        partial = store.path("blobs/sha256/ab/x").parent / ".partial-0123456789abcdef"
+        partial = store.path(key).parent / ".partial-0123456789abcdef"
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(bytes(1000))
         return 1000
     assert isinstance(store, S3Store)
-    upload = store._begin_upload("blobs/sha256/ab/x")
-    arguments = {"Bucket": store.bucket, "Key": f"{store.prefix}/blobs/sha256/ab/x"}
+    upload = store._begin_upload(key)
+    arguments = {"Bucket": store.bucket, "Key": f"{store.prefix}/{key}"}
     store._client.upload_part(**arguments, UploadId=upload, PartNumber=1, Body=bytes(PART_BYTES))
     return PART_BYTES
 
@@ -71,6 +71,21 @@ def test_removes_what_nobody_names_and_nothing_else(any_store: Store) -> None:
     assert list(any_store.unfinished()) == []
     left = find_garbage(any_store, _AT_ONCE)
     assert (left.objects, left.unfinished) == ((), ())
+
+
+def test_what_other_programs_began_is_theirs(any_store: Store) -> None:
+    _name(any_store, put_blob(any_store, [b"of its own"]))
+    _abandon(any_store, "backups/today")
+    garbage = find_garbage(any_store, _AT_ONCE)
+    assert (garbage.objects, garbage.unfinished) == ((), ())
+    (theirs,) = any_store.unfinished()
+    any_store.discard(theirs)
+
+
+def test_a_link_of_another_program_that_leads_nowhere_is_no_matter(store: LocalStore) -> None:
+    _name(store, put_blob(store, [b"of its own"]))
+    (store.root / "theirs").symlink_to("gone")
+    assert find_garbage(store, _AT_ONCE).objects == ()
 
 
 def test_the_young_stay(any_store: Store) -> None:

@@ -84,6 +84,12 @@ def test_an_index_and_its_files_name_the_same_tensors(packed: LocalStore, change
     refused(lambda: Source(str(packed.root)).tensors)
 
 
+@pytest.mark.parametrize("run", [*NAMES, "/elsewhere/run", "../../run", ""], ids=ascii)
+def test_a_manifest_names_a_run_that_may_be_a_folder(packed: LocalStore, run: str) -> None:
+    edit_json(packed, MANIFEST_FILE, lambda document: document.update(run=run))
+    refused(lambda: open_checkpoint(packed))
+
+
 def test_a_block_of_5000_digits_is_no_block() -> None:
     entry = Entry(f"model.layers.{'9' * 5000}.x.weight", "F32", (4, 4))
     assert find_linears({entry.name: entry}) == []

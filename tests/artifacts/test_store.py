@@ -189,6 +189,12 @@ def test_opens_paths_and_file_uris(tmp_path: Path) -> None:
         assert open_store(uri) == LocalStore(tmp_path / "a b")
 
 
+@pytest.mark.parametrize("uri", ["s3://[b/x", "file://[x", "file:///data/run#1", "file:///a?b"])
+def test_refuses_what_is_no_uri(uri: str) -> None:
+    with pytest.raises(InputError, match="write "):
+        open_store(uri)
+
+
 @pytest.mark.parametrize("uri", ["gs://bucket/x", "ftp://host/x", "file://elsewhere/x"])
 def test_refuses_unknown_schemes(uri: str) -> None:
     with pytest.raises(InputError, match="unknown scheme"):

@@ -7,6 +7,7 @@ to that of the run nobody disturbed.
 import hashlib
 import json
 import os
+import platform
 import shutil
 import signal
 import stat
@@ -43,6 +44,11 @@ class User:
 
     home: Path
     spec: Path
+
+    @property
+    def head(self) -> Path:
+        """The state of its local Ray."""
+        return self.home / "head" / platform.node()
 
     def run(self, *arguments: str, code: int = 0) -> "subprocess.CompletedProcess[str]":
         environment = os.environ | {"MBQ_HOME": str(self.home)}
@@ -85,7 +91,7 @@ def user(
     user = User(home, spec)
     yield user
     user.run("head", "stop")
-    assert not (home / "head" / "head.json").exists()
+    assert not (user.head / "head.json").exists()
     shutil.rmtree(home)
 
 
@@ -159,7 +165,7 @@ def test_submits_from_nothing_and_shows_what_it_did(
 def test_a_killed_worker_costs_one_attempt(user: User, undisturbed: str, tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     run = user.submit(store)
-    head = find_head(user.home / "head")
+    head = find_head(user.head)
     assert head is not None
     # Tasks live in their Ray's session: those of another are let be.
     pids = _until(lambda: _processes("ray::tiny: calibrate", session=head.pid))
@@ -203,7 +209,7 @@ def test_a_killed_head_is_replaced(user: User, undisturbed: str, tmp_path: Path)
     store = LocalStore(tmp_path)
     run = user.submit(store)
     _in_the_middle(store, run)
-    head = json.loads((user.home / "head" / "head.json").read_text())
+    head = json.loads((user.head / "head.json").read_text())
     os.killpg(head["pid"], signal.SIGKILL)
     _until(lambda: not _processes("ray::tiny: calibrate"))
     finished = _records(store, run)
@@ -295,11 +301,21 @@ def test_the_head_lets_nobody_in_without_its_token(user: User, undisturbed: str)
         urllib.request.urlopen(f"{found['address']}/api/jobs/", timeout=10)
 
 
+def test_a_proxy_is_not_asked_for_this_machine(
+    user: User, undisturbed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Nothing listens there; a proxy that does would be told the token.
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    user.run("head", "stop")
+    user.run("head", "start")
+    assert user.run("list").stderr == ""
+
+
 def test_prometheus_sees_how_far_a_run_is(user: User, undisturbed: str, tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     # Metrics leave a process every ten seconds.
     run = user.submit(store, "--set", "optimisation.passes=60")
-    head = find_head(user.home / "head")
+    head = find_head(user.head)
     assert head is not None
     discovery = Path(head.session_folder) / "prom_metrics_service_discovery.json"
     label = f'run="{run}"'

@@ -88,6 +88,7 @@ WRONG: list[tuple[str, list[str], tuple[str, ...]]] = [
     ),
     ("store in a file", ["--store", "/dev/null/store"], ("/dev/null/store", "you may write")),
     ("no dashboard", ["--address", "ray://here:10001"], ("--address ray://here:10001", "http://")),
+    ("no address", ["--address", "http://[::1:8265"], ("--address http://[::1:8265: write",)),
     ("no cluster there", ["--address", "http://127.0.0.1:9"], ("cannot reach", "--address")),
     (
         "laptop path, remote cluster",
