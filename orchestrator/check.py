@@ -102,8 +102,7 @@ def _check_promise(source: Source, matrices: set[str]) -> None:
     promise = promise_of(source)
     promised = dict(promise.shapes)
     found = {name: entry.shape for name, entry in source.tensors.items()}
-    if "lm_head.weight" not in found:
-        # Then it is the embeddings'.
+    if promise.tied and "lm_head.weight" not in found:
         del promised["lm_head.weight"]
     for name, shape in promised.items():
         if found.get(name) != shape:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from mbq.artifacts import keys
 from mbq.artifacts.config import CONFIG_FILE, folder_quantization
 from mbq.artifacts.documents import Manifest
-from mbq.artifacts.errors import InputError
+from mbq.artifacts.errors import InputError, RunError, first_line
 from mbq.artifacts.sealed import find_document
 from mbq.artifacts.source import Source
 from mbq.artifacts.spec import Evaluation, explain
@@ -55,6 +55,7 @@ def evaluate(
     Raises:
         InputError: no text was given for a folder, or a width is not stored.
         NotFoundError: there is no such checkpoint.
+        RunError: it does not fit on the GPU.
     """
     widths = [("bits", width) for width in _parse("--bits", bits, int)]
     widths += [("average_bits", width) for width in _parse("--average-bits", average_bits, float)]
@@ -70,32 +71,42 @@ def evaluate(
     from transformers.utils.logging import disable_progress_bar
 
     from mbq.artifacts.loading import load_model
+
+    disable_progress_bar()
+    model = load_model(folder).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return [_measure(model.to(device), kind, width, tokens, say) for kind, width in widths]
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"the model does not fit on this GPU ({first_line(error)}); with CUDA_VISIBLE_DEVICES= "
+            "in front the command takes the CPU"
+        ) from error
+
+
+def _measure(
+    model: Any, kind: str, width: float, tokens: Tokens, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """One width of a loaded model."""
+    import torch
+
     from mbq.workers.determinism import attention
     from mbq.workers.evaluate import losses_of_logits, perplexity_of, sequences_at_once
 
-    disable_progress_bar()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = load_model(folder).eval()
-    model.to(device)
+    getattr(model, f"set_{kind}")(width)
+    losses: list[float] = []
     size = sequences_at_once(tokens.shape[1], model.config.vocab_size)
-    rows = []
-    for kind, width in widths:
-        getattr(model, f"set_{kind}")(width)
-        losses: list[float] = []
-        with torch.inference_mode(), attention():
-            for part in torch.from_numpy(tokens).long().split(size):
-                losses += losses_of_logits(model(part.to(device)).logits, part)
-        perplexity, error = perplexity_of(losses)
-        say(f"evaluated {tokens.size:,} tokens at {width:g} bits")
-        rows.append(
-            {
-                kind: width,
-                "realised_bits": model.realised_bits(),
-                "perplexity": perplexity,
-                "perplexity_error": error,
-            }
-        )
-    return rows
+    with torch.inference_mode(), attention():
+        for part in torch.from_numpy(tokens).long().split(size):
+            losses += losses_of_logits(model(part.to(model.device)).logits, part)
+    perplexity, error = perplexity_of(losses)
+    say(f"evaluated {tokens.size:,} tokens at {width:g} bits")
+    return {
+        kind: width,
+        "realised_bits": model.realised_bits(),
+        "perplexity": perplexity,
+        "perplexity_error": error,
+    }
 
 
 def _stored_bits(folder: str) -> list[int]:

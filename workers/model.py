@@ -231,10 +231,14 @@ def _frame(skeleton: Any, device: torch.device) -> Any:
 
 @dataclass(frozen=True)
 class Promise:
-    """What config.json says of a model: the shape of every tensor, a head of its own, linears."""
+    """What config.json says of a model: shapes of all tensors, linears, and whether it is tied.
+
+    The head of one that is tied is the embeddings.
+    """
 
     shapes: dict[str, tuple[int, ...]]
     linears: frozenset[str]
+    tied: bool
 
 
 def promise_of(source: Source) -> Promise:
@@ -247,6 +251,7 @@ def promise_of(source: Source) -> Promise:
     return Promise(
         {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()},
         frozenset(name for name in linears(skeleton) if name.startswith(BLOCKS_PREFIX)),
+        tied=bool(skeleton.config.tie_word_embeddings),
     )
 
 

@@ -169,3 +169,13 @@ def test_weights_that_hold_more(
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "llama"}))
     with pytest.raises(InputError, match=r"bias, which config\.json does not promise"):
         check_source(open_source(str(folder), "main"), parse_spec(tiny_document()))
+
+
+def test_a_head_that_is_missing_is_not_the_embeddings(
+    make_model: Callable[..., Path], tiny_document: Make
+) -> None:
+    folder = make_model(tie_word_embeddings=True)
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"for lm_head\.weight, the weights hold none"):
+        check_source(open_source(str(folder), "main"), parse_spec(tiny_document()))
