@@ -92,8 +92,9 @@ class Quantization(Document):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.routing is None and self.max_bits > SLICE_BITS:
-            raise ValueError(f"{self.max_bits} bits have no routing")
+        routed = self.routing.max_bits if self.routing else SLICE_BITS
+        if routed < self.max_bits:
+            raise ValueError(f"of {self.max_bits} bits {routed} have routing")
         return self
 
 

@@ -222,7 +222,7 @@ class ValidationRecord(Document):
 
     Attributes:
         checks: how many products were held against float64.
-        largest_error: of an element, over the root mean square of the product.
+        largest_error: of an element, over what is usual for its channel (`workers/validate.py`).
         timings: empty where there was no GPU.
     """
 

@@ -22,6 +22,7 @@ from mbq.artifacts.sealed import read_sealed
 from mbq.artifacts.store import PROBES, Stat, Store, Unfinished
 
 GRACE_SECONDS = 24 * 3600.0
+_PROBE = re.compile(rf"{PROBES}/[0-9a-f]{{16}}")
 _SHA256 = re.compile(rb"\b[0-9a-f]{64}\b")
 _READERS = 8
 
@@ -57,7 +58,7 @@ def find_garbage(store: Store, grace_seconds: float = GRACE_SECONDS) -> Garbage:
         raise NotFoundError(f"{store.uri} holds no runs and no blobs; give the store of some runs")
     before = _now(store) - grace_seconds
     # Blobs first: what is named between the two steps is seen to be named.
-    candidates = [s for folder in (keys.BLOBS, PROBES) for s in store.walk(folder)]
+    candidates = [s for folder in (keys.BLOBS, PROBES) for s in store.walk(folder) if _is_ours(s)]
     unfinished = [found for found in _unfinished(store) if found.started < before]
     named = _named_blobs(store)
     objects = [
@@ -81,6 +82,14 @@ def remove_garbage(store: Store, garbage: Garbage) -> None:
     for unfinished in garbage.unfinished:
         if unfinished.handle in still_old:
             store.discard(unfinished)
+
+
+def _is_ours(stat: Stat) -> bool:
+    """Whether an object has a name that we give; in a bucket there may be folders of others."""
+    name = stat.key.rpartition("/")[2]
+    return bool(_PROBE.fullmatch(stat.key)) or (
+        bool(_SHA256.fullmatch(name.encode())) and stat.key == keys.blob_key(name)
+    )
 
 
 def _unfinished(store: Store) -> Iterator[Unfinished]:

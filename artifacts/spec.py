@@ -162,7 +162,7 @@ class Evaluation(Text):
         tokens: at most as many are read of the text.
         sequence_length: tokens of each sequence.
         average_bits: widths that are shared over tokens and linears; default: 2.25, 2.5, 2.75, 3.5.
-        rivals: other ways of sharing 2.25, 2.5, 3 and 3.5 bits, measured beside the run's own.
+        rivals: other ways of sharing 2.25, 2.5, 2.75 and 3.5 bits, measured beside the run's own.
     """
 
     tokens: Annotated[int, Field(ge=256, le=100_000_000)] = 131_072

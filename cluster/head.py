@@ -173,8 +173,11 @@ def _environment(token: Path) -> dict[str, str]:
 def _no_proxy() -> dict[str, str]:
     """This machine is asked directly: a proxy could not reach it, and would be told the token."""
     before = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
-    names = f"{before},127.0.0.1" if before else "127.0.0.1"
-    return {"no_proxy": names, "NO_PROXY": names}
+    names = [name.strip() for name in before.split(",")] if before else []
+    # A star, which stands for all, counts only where it stands alone.
+    if not {"*", "127.0.0.1"} & {*names}:
+        names.append("127.0.0.1")
+    return {"no_proxy": ",".join(names), "NO_PROXY": ",".join(names)}
 
 
 def _end_what_is_left(state_folder: Path) -> None:

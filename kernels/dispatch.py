@@ -106,8 +106,8 @@ def refuse_capture(x: Tensor, group_size: int) -> None:
     if not torch.compiler.is_compiling() and capturing(x):
         raise RuntimeError(
             f"{x.numel() // x.shape[-1]} tokens in {x.dtype} cannot be captured in a CUDA graph: "
-            f"steps of up to {_most_tokens(group_size)} tokens in 16 bits can, without gradients; "
-            "run longer passes outside of it"
+            f"steps of up to {_most_tokens(group_size)} tokens in 16 bits can, without gradients, "
+            "where kernels serve the model; run others outside of it"
         )
 
 

@@ -75,8 +75,8 @@ class Precision:
             )
         low, high = around(average_bits)
         if low < high:
-            self.between = low, high
             self.log_threshold = curves[high].log_threshold(average_bits)
+            self.between = low, high
         self.bits = low if low == high else None
 
     def log_thresholds(self) -> tuple[float, ...]:

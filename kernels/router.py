@@ -148,7 +148,7 @@ class Router(nn.Module):
 
     def _state(self) -> tuple[object, ...]:
         precision = self.precision
-        return precision.bits, precision.between, precision.log_threshold, precision.max_bits
+        return precision.bits, precision.between, precision.log_threshold
 
     def _wanted(self, knots_RELQ: Tensor) -> Tensor:
         """Scores [R, E, L] from which on a step is taken, of routers with these knots."""
@@ -215,8 +215,6 @@ def _refresh_alike(routers: Sequence[Router]) -> None:
     knots = torch.stack([_floats(router.get_buffer("knots")) for router in routers])
     for router, wanted_EL in zip(routers, first._wanted(knots), strict=True):
         router._threshold_EL = _in_place(router._threshold_EL, wanted_EL)
-        # Another ceiling may be in use.
-        router._on_device = None
     if first.width is None:
         thresholds = [router._loaded_thresholds() for router in routers]
         bits_RL = bits_taken(torch.stack(thresholds, dim=1) <= 0)

@@ -73,10 +73,11 @@ def evaluate(
     from mbq.artifacts.loading import load_model
 
     disable_progress_bar()
-    model = load_model(folder).eval()
+    model: Any = load_model(folder).eval()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return [_measure(model.to(device), kind, width, tokens, say) for kind, width in widths]
+        model.to(device)
+        return [_measure(model, kind, width, tokens, say) for kind, width in widths]
     except torch.OutOfMemoryError as error:
         raise RunError(
             f"the model does not fit on this GPU ({first_line(error)}); with CUDA_VISIBLE_DEVICES= "

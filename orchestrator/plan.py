@@ -61,7 +61,8 @@ _PRIORITY: dict[Kind, int] = {
     "sample": 5,
 }
 _LOOK_AHEAD = 2
-# Settling runs its tokens through the model this often: about twice for each average it settles.
+# Settling runs its tokens through the model this often: for 7 averages twice, for 5 whole widths,
+# for a first look, and in full precision.
 _SETTLE_PASSES = 21
 
 

@@ -2,9 +2,9 @@
 
 Thresholds found on the tokens of the full-precision model miss a little once every linear sees what
 quantized linears before it made. So calibration text is run through the routed model three times:
-with all bits read, for a first threshold of some averages; at these thresholds, for the second
-ones; and at those, and at the whole widths, to measure. A pass takes all its averages
-through a block before it goes to the next one, so a block is made once a pass. Between the settled
+with all bits read, to find a first threshold for each settled average; at these, to correct them;
+at the corrected ones, and at the whole widths, to measure. A pass takes all its averages through a
+block before it goes to the next one, so a block is made once a pass. Between the settled
 averages, thresholds are interpolated from what steps earned at the two around them.
 
 What a width costs is the divergence from the full-precision model: mean Kullback-Leibler divergence

@@ -31,7 +31,7 @@ from mbq.kernels.widths import CODE_BITS, WORD_BITS, widths_up_to
 from mbq.workers.determinism import hardware_kind
 from mbq.workers.tensors import read_tensor
 
-# Largest error of an element over the root mean square of all: weights and outputs are rounded.
+# Largest error of an element over what is usual (`_error`): weights and outputs are rounded.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # The last are too many for the kernels that multiply by codes.
 _CHECKED_TOKENS = (1, 3, 17, 64, 65)
@@ -164,7 +164,8 @@ def _error(linear: ElasticLinear, published: ElasticLinear, x_TK: Tensor, bits_T
         weight_NK = published.weight(bits)
         _, bias_N = unpack_pair(published.get_buffer(f"gain_bias_{bits}"))
         x = x_TK[bits_T == bits].double()
-        usual_N = weight_NK.double().norm(dim=1) * x.square().mean().sqrt() + bias_N.abs()
+        norm_N = torch.linalg.vector_norm(weight_NK, dim=1, dtype=torch.float64)
+        usual_N = norm_N * x.square().mean().sqrt() + bias_N.abs()
         usual_N = usual_N.clamp(min=max(usual_N.square().mean().sqrt().item(), _SMALLEST))
         for start in range(0, linear.out_features, _CHECKED_ROWS):
             rows = slice(start, start + _CHECKED_ROWS)

@@ -54,13 +54,14 @@ def test_removes_what_nobody_names_and_nothing_else(any_store: Store) -> None:
     kept = put_blob(any_store, [b"named"])
     dropped = put_blob(any_store, [b"not ", b"named"])
     _name(any_store, kept)
-    any_store.put("probes/left", [b"mbq"])
-    any_store.put("something/else", [b"of another program"])
+    any_store.put("probes/0123456789abcdef", [b"mbq"])
+    for theirs in ("something/else", "blobs/of/others", "probes/left"):
+        any_store.put(theirs, [b"of another program"])
     partial = _abandon(any_store)
     garbage = find_garbage(any_store, _AT_ONCE)
     assert {stat.key for stat in garbage.objects} == {
         keys.blob_key(dropped.sha256),
-        "probes/left",
+        "probes/0123456789abcdef",
     }
     assert [found.key.rpartition("/")[0] for found in garbage.unfinished] == ["blobs/sha256/ab"]
     assert garbage.size_bytes == len(b"not named") + len(b"mbq") + partial

@@ -211,6 +211,16 @@ DAMAGE = {
 }
 
 
+def test_all_bits_that_are_there_have_routing(packed: LocalStore) -> None:
+    def cut(document: Any) -> None:
+        routing = document["quantization_config"]["routing"]
+        routing["max_bits"] = 4
+        del routing["curves"]["6"], routing["curves"]["8"]
+
+    edit_json(packed, CONFIG_FILE, cut)
+    assert "of 8 bits 4 have routing" in refused(lambda: load_model(packed.root))
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [(k, v) for k, vs in DAMAGE.items() for v in vs.split(" | ")]
 )

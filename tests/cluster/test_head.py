@@ -73,6 +73,24 @@ def test_a_head_is_written_down_before_it_answers(
     assert find_head(tmp_path) is None
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("", "127.0.0.1"),
+        ("a.example, .b", "a.example,.b,127.0.0.1"),
+        ("x,127.0.0.1", "x,127.0.0.1"),
+        ("*", "*"),
+    ],
+)
+def test_a_proxy_is_not_asked_for_this_machine(
+    head: Head, monkeypatch: pytest.MonkeyPatch, before: str, after: str
+) -> None:
+    monkeypatch.setenv("NO_PROXY", before)
+    monkeypatch.delenv("no_proxy", raising=False)
+    environment = heads.client_environment(head)
+    assert environment["no_proxy"] == environment["NO_PROXY"] == after
+
+
 def test_stopping_a_head_that_is_gone_hurts_nobody(
     tmp_path: Path, head: Head, process: "subprocess.Popen[bytes]"
 ) -> None:

@@ -104,11 +104,10 @@ def test_without_scores_every_token_is_alike() -> None:
 
 @pytest.mark.parametrize(("width", "knots"), [(WIDTH, KNOTS), (0, KNOTS), (None, 1)])
 def test_a_ceiling_hides_the_widths_above_it(width: int | None, knots: int) -> None:
-    router, precision = _router(width, knots=knots)
-    precision.log_threshold = -100.0
     x = torch.randn(5, K)
     for ceiling in (8, 6, 4, 2):
-        precision.max_bits = ceiling
+        router, precision = _router(width, knots=knots)
+        precision.log_threshold, precision.max_bits = -100.0, ceiling
         found = router(x, 0)
         assert found == ceiling if width is None else found.tolist() == [ceiling] * 5
 
