@@ -17,7 +17,6 @@ from mbq.artifacts.checkpoint import PACKING, QUANT_METHOD, Linear, RouterShape,
 from mbq.artifacts.errors import CorruptError, NotFoundError
 from mbq.artifacts.spec import FORMAT_VERSION, Document, explain
 from mbq.artifacts.store import LocalStore
-from mbq.kernels.precision import Curve
 from mbq.kernels.widths import SLICE_BITS, widths_up_to
 
 CONFIG_FILE = "config.json"
@@ -42,11 +41,6 @@ class StoredCurve(Document):
         if sorted(set(bits)) != list(bits) or sorted(thresholds, reverse=True) != list(thresholds):
             raise ValueError("widths must ascend and thresholds descend")
         return self
-
-
-def as_curves(stored: Mapping[int, StoredCurve]) -> dict[int, Curve]:
-    """Stored curves as a model's precision takes them."""
-    return {upper: Curve(one.average_bits, one.log_thresholds) for upper, one in stored.items()}
 
 
 class StoredRouting(Document):

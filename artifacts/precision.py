@@ -4,13 +4,13 @@ The functions are also methods of the models that `loading.load_model` returns. 
 the model, not to a request: linears look it up whenever they are called, in whatever thread.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from mbq.artifacts.config import as_curves, check_quantization
+from mbq.artifacts.config import StoredCurve, check_quantization
 from mbq.artifacts.elastic import elastic_linears
 from mbq.artifacts.errors import InputError
 from mbq.artifacts.methods import Method
@@ -98,6 +98,11 @@ def set_policy(model: PreTrainedModel, policy: Callable[[], float] | None) -> No
         # Of the model, so that a copy asks for itself.
         held["generate"] = Method(_generate_as_told, model, asker, outer)
     held[_POLICY] = asker, policy
+
+
+def as_curves(stored: Mapping[int, StoredCurve]) -> dict[int, Curve]:
+    """Stored curves as a model's precision takes them."""
+    return {upper: Curve(one.average_bits, one.log_thresholds) for upper, one in stored.items()}
 
 
 def start_over(model: nn.Module) -> None:

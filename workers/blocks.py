@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from mbq.artifacts import keys
 from mbq.artifacts.checkpoint import block_prefix
-from mbq.artifacts.config import CONFIG_FILE, as_curves, read_config
+from mbq.artifacts.config import CONFIG_FILE, read_config
 from mbq.artifacts.digests import CheckedObject
 from mbq.artifacts.elastic import elastic_linears
+from mbq.artifacts.precision import as_curves
 from mbq.kernels.linear import ElasticLinear
 from mbq.kernels.precision import Curve, Precision
 from mbq.kernels.router import Router

@@ -28,7 +28,6 @@ from mbq.artifacts.checkpoint import (
     router_shape,
     routing_shard,
 )
-from mbq.artifacts.config import as_curves
 from mbq.artifacts.digests import Digest
 from mbq.artifacts.documents import (
     BlockRecord,
@@ -37,6 +36,7 @@ from mbq.artifacts.documents import (
     RunDocument,
     SensitivityRecord,
 )
+from mbq.artifacts.precision import as_curves
 from mbq.artifacts.runs import find_run
 from mbq.artifacts.sealed import get_document
 from mbq.artifacts.store import WORKING_SECONDS, Store, open_store

@@ -287,12 +287,15 @@ def test_gc_survives_damaged_listings_and_removes_nothing_that_is_named(
     put_document(store, keys.block_key("run", 0), make_record(digest_of([b"named"])))
     for step in range(20):
         # The middle byte moves through keys, times, sizes and tags.
-        for folder in ("runs", "blobs"):
-            store.put(f"{folder}/{'a' * (10 * step + 1)}", [b"x"])
-            proxy.inject("wrong-bytes", 1, "GET", f"%2F{folder}%2F")
+        put_blob(store, [f"unnamed {step}".encode()])
+        shifting = [f"{folder}/{'a' * (10 * step + 1)}" for folder in ("runs", "blobs")]
+        for key in shifting:
+            store.put(key, [b"x"])
+            proxy.inject("wrong-bytes", 1, "GET", f"%2F{key.partition('/')[0]}%2F")
         _collect(store)
         assert store.read(named) == b"named"
-        store.delete(f"runs/{'a' * (10 * step + 1)}")
+        for key in shifting:
+            store.delete(key)
     assert len([e for e in proxy.exchanges if e.fault]) == 40
     _collect(store)
     assert [stat.key for stat in store.walk("blobs")] == [named]
