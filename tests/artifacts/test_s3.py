@@ -54,6 +54,24 @@ def test_over_tls_with_a_certificate_of_ones_own(
         impatient.read("small")
 
 
+def test_credentials_that_come_later_are_found(
+    start_server: Callable[[str], Server],
+    connect: Callable[..., S3Store],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = connect(start_server("rclone"))
+    given = os.environ["AWS_ACCESS_KEY_ID"]
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/no/such/file")
+    s3_client._make_client.cache_clear()
+    with pytest.raises(InputError, match="Unable to locate credentials"):
+        store.put("key", [b"x"])
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", given)
+    store.put("key", [b"x"])
+    assert store.read("key") == b"x"
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "words"),
     [
