@@ -278,7 +278,8 @@ def _local_file(file: str, field: str, folder: Path, number: int) -> str:
 def _read_dataset(text: Text, field: str, local: list[str]) -> list[str]:
     """Documents of a dataset, or of the local files that stand for those of the text."""
     load = _LOADS[text.dataset]
-    files = local or load.files.get(field)
+    # A name is no pattern.
+    files = [glob.escape(file) for file in local] or load.files.get(field)
     from datasets import load_dataset
     from datasets.utils.logging import disable_progress_bar
 
@@ -287,7 +288,7 @@ def _read_dataset(text: Text, field: str, local: list[str]) -> list[str]:
         rows = load_dataset(
             load.path,
             load.name,
-            data_files=files and [glob.escape(file) for file in files],
+            data_files=files,
             revision=load.revision,
             split="train" if files else load.splits[field],
             streaming=True,
